@@ -1,0 +1,52 @@
+# Everything a user types. Each target makes .venv first when it is not there; nothing else is needed.
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+READY := $(VENV)/.installed
+export PATH := $(VENV)/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export HF_HUB_OFFLINE := 1
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: repro test lint tables ui tune bench smoke clean lock
+
+repro: $(READY)  ## run every experiment of params.yaml that is not up to date, then the report
+	dvc repro
+
+test: $(READY)  ## the tests
+	python -m pytest
+
+tables: $(READY)  ## regenerate tables and figures from the committed run records: no weights, no GPU
+	python -m pipelines.report
+
+tune: $(READY)  ## the same trials of loss weights for every method, on the validation split
+	python -m pipelines.tune
+
+bench: $(READY)  ## time and memory of the default benchmark from nothing, in a temporary clone
+	python tests/bench.py
+
+smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
+	python -m pytest -m smoke
+
+ui: $(READY)  ## MLflow's web page
+	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+
+lint: $(READY)
+	ruff check .
+	ruff format --check .
+	mypy
+
+lock: $(READY)  ## renew requirements.lock from pyproject.toml
+	uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 \
+	  --no-header --no-annotate --quiet --output-file requirements.lock
+
+clean:  ## remove what can be rebuilt; run records, reports, data and weights stay
+	rm -rf .venv .scratch mlflow.db mlartifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --disable-pip-version-check uv
+	uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python --require-hashes -r requirements.lock
+	touch $@

@@ -1,0 +1,1 @@
+"""ACFD, adaptive channel-wise feature distillation: the paper's method and nothing else (see README.md)."""

@@ -1,0 +1,1 @@
+"""Rival methods: one file each, found by its name in ``methods:`` of params.yaml."""

@@ -1,0 +1,1 @@
+"""The machine that runs any method: data, networks, training loop, records and reports."""

@@ -1,0 +1,243 @@
+"""params.yaml, typed. Every stage reads its inputs here alone; a bad value is one clear sentence."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+if TYPE_CHECKING:
+    from pipelines.method import MethodConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER = "acfd"  # the package and the section of params.yaml that hold the variants of the paper's method
+TEACHER = "teacher"  # the folder of a benchmark's teacher, beside its students'
+
+
+class ConfigError(ValueError):
+    """A sentence for the user: what is wrong and what to change."""
+
+
+def explain(section: str, error: ValidationError) -> str:
+    """A pydantic error as sentences that name the place in params.yaml."""
+    lines = []
+    for item in error.errors():
+        place = ".".join([section, *(str(part) for part in item["loc"])]).strip(".")
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{place} is not a known setting: correct its spelling or remove it.")
+        elif item["type"] == "missing":
+            lines.append(f"{place} is missing: add it.")
+        else:
+            lines.append(f"{place} = {item['input']!r} is not allowed: {item['msg']}.")
+    return "In params.yaml: " + " ".join(lines)
+
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Size = tuple[Positive, Positive]  # height, width in pixels
+Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Weights(Model):
+    """A file of encoder weights (safetensors, or torch with ``weights_only``) and its sha256."""
+
+    file: Path
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Network(Model):
+    """A segmentation network of segmentation_models_pytorch: architecture, encoder, output stride, encoder
+    weights."""
+
+    architecture: Literal["PSPNet", "DeepLabV3", "Segformer"]
+    encoder: str
+    output_stride: Literal[8, 16, 32]
+    weights: Weights | None
+
+
+class Augmentation(Model):
+    """Joint image and label augmentation of one training sample; photometric jitter is torchvision's, image
+    only."""
+
+    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+    flip: Share
+    brightness: Share
+    contrast: Share
+    saturation: Share
+    hue: Annotated[float, Field(ge=0, le=0.5)]
+
+    @field_validator("scale")
+    @classmethod
+    def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if scale[0] > scale[1]:
+            raise ValueError("the smaller scale comes first")
+        return scale
+
+
+class Training(Model):
+    """One schedule: SGD with momentum, linear warm-up, then poly decay of the learning rate to zero."""
+
+    steps: Positive
+    batch_size: Annotated[int, Field(ge=2)]
+    crop: Size
+    lr: Annotated[float, Field(gt=0)]
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    power: Annotated[float, Field(ge=0)]
+    auxiliary_weight: Annotated[float, Field(ge=0)]
+    precision: Literal["fp32", "bf16"]
+    validate_every: Positive
+    augmentation: Augmentation
+
+
+class Teacher(Model):
+    """The teacher: its network, its own (longer) schedule and its seed."""
+
+    network: Network
+    training: Training
+    seed: int
+
+
+class Benchmark(Model):
+    """Data set + teacher + training protocol. ``data`` is checked by the data set's own ``Config``."""
+
+    data: dict[str, Any]
+    teacher: Teacher
+    training: Training
+
+
+class Suite(Model):
+    """What ``dvc repro`` runs."""
+
+    benchmarks: list[Key] = Field(min_length=1)
+    students: list[Key] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    variants: list[Key]
+
+
+class Tuning(Model):
+    """The search for loss weights: for every method the same number of trials, each a set of weights."""
+
+    benchmark: Key
+    student: Key
+    steps: Positive
+    seed: Annotated[int, Field(ge=0)]
+    trials: dict[Key, list[dict[str, float]]]
+
+    @field_validator("trials")
+    @classmethod
+    def _fair(cls, trials: dict[str, list[dict[str, float]]]) -> dict[str, list[dict[str, float]]]:
+        counts = {method: len(sets) for method, sets in trials.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"every method gets the same number of trials, not {counts}")
+        return trials
+
+
+class Params(Model):
+    """The whole of params.yaml."""
+
+    suite: Suite
+    benchmarks: dict[Key, Benchmark]
+    students: dict[Key, Network]
+    methods: dict[Key, dict[str, Any]]
+    acfd: dict[Key, dict[str, Any]]
+    tuning: Tuning
+
+    @property
+    def method_keys(self) -> list[str]:
+        """Every method of params.yaml, baselines first: ``kd``, …, ``acfd-full``, …"""
+        return [*self.methods, *(f"{PAPER}-{variant}" for variant in self.acfd)]
+
+    def method(self, key: str) -> MethodConfig:
+        """The checked hyper-parameters of a method."""
+        from pipelines.method import method_config  # needs torch, which half of the stages do without
+
+        known("method", key, self.method_keys)
+        return method_config(key, self.method_values(key))
+
+    def method_values(self, key: str) -> dict[str, Any]:
+        """The hyper-parameters of a method as they stand in params.yaml."""
+        prefix = f"{PAPER}-"
+        return self.acfd[key.removeprefix(prefix)] if key.startswith(prefix) else self.methods[key]
+
+    def benchmark(self, key: str) -> Benchmark:
+        return self.benchmarks[known("benchmark", key, self.benchmarks)]
+
+    def student(self, key: str) -> Network:
+        return self.students[known("student", key, self.students)]
+
+
+def known(kind: str, key: str, have: Any) -> str:
+    """``key`` if it is one of ``have``; else an error that lists what exists."""
+    if key not in have:
+        raise ConfigError(
+            f"There is no {kind} '{key}' in params.yaml; the ones that exist: {', '.join(have)}."
+        )
+    return key
+
+
+def dataset(data: dict[str, Any], benchmark: str) -> tuple[Any, Any]:
+    """The module ``pipelines/datasets/<data.dataset>.py`` and its checked ``Config`` for a benchmark."""
+    name = data.get("dataset")
+    have = sorted(
+        p.stem
+        for p in (ROOT / "pipelines" / "datasets").glob("[a-z]*.py")
+        if p.stem not in ("folder", "transforms")
+    )
+    if name not in have:
+        raise ConfigError(
+            f"There is no data set '{name}' (benchmarks.{benchmark}.data.dataset); those that exist: "
+            f"{', '.join(have)}."
+        )
+    module = importlib.import_module(f"pipelines.datasets.{name}")
+    try:
+        return module, module.Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(f"benchmarks.{benchmark}.data", error)) from None
+
+
+def load(path: Path | None = None, methods: bool = True) -> Params:
+    """Read and check params.yaml: structure, names, and the hyper-parameters of every data set and (with
+    torch) method."""
+    path = path or ROOT / "params.yaml"
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path.name} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}.") from None
+    try:
+        params = Params.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(explain("", error)) from None
+    suite = params.suite
+    for kind, wanted, have in (
+        ("benchmark", suite.benchmarks, params.benchmarks),
+        ("student", suite.students, params.students),
+        ("variant", suite.variants, params.acfd),
+    ):
+        for key in wanted:
+            known(kind, key, have)
+    if TEACHER in params.students:
+        raise ConfigError(
+            f"In params.yaml: no student may be called '{TEACHER}', that folder holds the teacher."
+        )
+    for key in params.methods:
+        if key.startswith(f"{PAPER}-"):
+            raise ConfigError(
+                f"In params.yaml: methods.{key} takes a name that belongs to the variants of {PAPER}: "
+                f"rename it."
+            )
+    for key in params.method_keys if methods else ():
+        params.method(key)
+    for name, benchmark in params.benchmarks.items():
+        dataset(benchmark.data, name)
+    return params

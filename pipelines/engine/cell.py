@@ -1,0 +1,359 @@
+"""One cell from params.yaml to its record: data, networks, teacher gate, training, evaluation."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.config import ROOT, ConfigError, Network, Params, Training
+from pipelines.datasets import folder as data_folder
+from pipelines.engine import checkpoint, eager
+from pipelines.engine.evaluate import evaluate, latency
+from pipelines.engine.fit import History, fit
+from pipelines.engine.seeds import derive
+from pipelines.engine.teacher import load_teacher
+from pipelines.method import TAPS, Distiller, MethodConfig, method_class
+from pipelines.networks import SegmentationNetwork, file_sha256, flops, tap_shapes
+from pipelines.results.confusion import summary
+from pipelines.results.records import Cell, teacher_cell, write_bytes, write_json
+
+# What a training's outcome depends on beside its method's own file; dvc.yaml lists the same files.
+CODE = (
+    "pipelines/method.py",
+    "pipelines/networks.py",
+    "pipelines/datasets/folder.py",
+    "pipelines/datasets/transforms.py",
+    "pipelines/engine/cell.py",
+    "pipelines/engine/evaluate.py",
+    "pipelines/engine/fit.py",
+    "pipelines/engine/seeds.py",
+    "pipelines/engine/teacher.py",
+    "pipelines/results/confusion.py",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides a training: what is trained, how, on what, and after which teacher."""
+
+    cell: Cell
+    network: Network
+    training: Training
+    method: type[Distiller]
+    config: MethodConfig
+    teacher: Network | None
+    precision_of_teacher: str
+
+    def values(self) -> dict[str, Any]:
+        """The resolved configuration, as it goes into the record."""
+        return {
+            "network": self.network.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json"),
+            "method": self.config.model_dump(mode="json"),
+            "teacher": self.teacher.model_dump(mode="json") if self.teacher else None,
+        }
+
+
+def plan(params: Params, cell: Cell) -> Plan:
+    """The plan of a cell. :class:`ConfigError`, with what exists, when params.yaml lacks a part of it."""
+    benchmark = params.benchmark(cell.benchmark)
+    if cell.is_teacher:
+        own = benchmark.teacher
+        return Plan(cell, own.network, own.training, Distiller, MethodConfig(), None, own.training.precision)
+    student, config = params.student(cell.student), params.method(cell.method)
+    teacher = benchmark.teacher
+    return Plan(
+        cell,
+        student,
+        benchmark.training,
+        method_class(cell.method),
+        config,
+        teacher.network,
+        teacher.training.precision,
+    )
+
+
+@dataclass
+class Trained:
+    """A trained network with what was counted on the way."""
+
+    network: SegmentationNetwork
+    history: History
+    val: np.ndarray
+    method_parameters: int
+    teacher_sha256: str | None
+    fingerprint: str
+    seconds: dict[str, float]
+
+
+def train(plan: Plan, params: Params, root: Path = ROOT) -> tuple[Trained, data_folder.Description]:
+    """Train as planned, resuming where an interrupted run of exactly this plan stopped; no test image is read
+    here."""
+    eager.install()
+    cell, clock = plan.cell, time.perf_counter()
+    data = root / "data" / cell.benchmark
+    description = data_folder.describe(data)
+    classes, ignore_index = list(description.classes), description.ignore_index
+    val = data_folder.load(data, "val")
+
+    torch.manual_seed(derive(cell.seed, "network", cell.student))
+    network = SegmentationNetwork(plan.network, len(classes)).to(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    teacher = SegmentationNetwork(plan.teacher, len(classes)) if plan.teacher else None
+    shapes = tap_shapes(network, plan.training.crop)
+    teacher_shapes = tap_shapes(teacher, plan.training.crop) if teacher else shapes
+    torch.manual_seed(derive(cell.seed, "method"))
+    method = plan.method(plan.config, shapes, teacher_shapes)
+    for role, wanted in (("student", method.student_taps), ("teacher", method.teacher_taps)):
+        if unknown := sorted(set(wanted) - set(TAPS)):
+            raise ConfigError(
+                f"{cell.method} asks the {role} for unknown taps {unknown}; the taps that exist: "
+                f"{', '.join(TAPS)}."
+            )
+    teacher_sha256 = None
+    if not method.teacher_taps:
+        teacher = None
+    elif teacher is None:
+        raise ConfigError(f"The method of {cell.path} asks for a teacher that this cell does not have.")
+    else:
+        place = teacher_cell(params, cell.benchmark).folder(root)
+        load_teacher(teacher, place, classes, ignore_index, val, plan.precision_of_teacher)
+        teacher_sha256 = file_sha256(place / "weights.safetensors")
+
+    file = ROOT / f"{plan.method.__module__.replace('.', '/')}.py"
+    own_code = sorted(file.parent.glob("*.py")) if file.parent.name == "acfd" else [file]
+    inputs = {
+        "cell": cell.path,
+        "seed": cell.seed,
+        "data": description.sha256,
+        "teacher": teacher_sha256,
+        **plan.values(),
+    }
+    mark = checkpoint.fingerprint(inputs, [*(ROOT / name for name in CODE), *own_code])
+    before = file_sha256_of(teacher) if teacher else None
+    prepared = time.perf_counter()
+
+    evaluating = 0.0
+
+    def validate() -> np.ndarray:
+        nonlocal evaluating
+        start = time.perf_counter()
+        counts = evaluate(network, val, len(classes), ignore_index, plan.training.precision)
+        evaluating += time.perf_counter() - start
+        return counts
+
+    history = fit(
+        network,
+        teacher,
+        method,
+        data_folder.load(data, "train"),
+        len(classes),
+        ignore_index,
+        plan.training,
+        cell.seed,
+        lambda: summary(validate(), classes)["miou"],
+        cell.scratch(root) / "state.pt",
+        mark,
+        cell.path,
+    )
+    if teacher and file_sha256_of(teacher) != before:
+        raise ConfigError(
+            f"The teacher changed while {cell.path} was trained: the method must leave it alone."
+        )
+    counts = validate()
+    history.rows[-1]["val_miou"] = summary(counts, classes)["miou"]
+    seconds = {
+        "preparation": prepared - clock,
+        "training": sum(history.seconds),
+        "step_median": float(np.median(history.seconds)),
+        "validation": evaluating,
+    }
+    parameters = sum(p.numel() for p in method.parameters())
+    return Trained(network, history, counts, parameters, teacher_sha256, mark, seconds), description
+
+
+def run_cell(cell: Cell, params: Params, root: Path = ROOT) -> None:
+    """Train a cell and leave its record in ``runs/``. On an error the reason stays in ``.scratch/`` for the
+    report."""
+    note = cell.scratch(root) / "failure.txt"
+    note.unlink(missing_ok=True)
+    started = datetime.datetime.now(datetime.UTC)
+    try:
+        planned = plan(params, cell)
+        trained, description = train(planned, params, root)
+        test = data_folder.load(root / "data" / cell.benchmark, "test")
+        start = time.perf_counter()
+        counts = evaluate(
+            trained.network,
+            test,
+            len(description.classes),
+            description.ignore_index,
+            planned.training.precision,
+        )
+        trained.seconds["test"] = time.perf_counter() - start
+        _write(planned, trained, description, counts, test.names, started, root)
+    except ConfigError as error:
+        write_bytes(note, f"{error}\n".encode())
+        raise
+    shutil.rmtree(cell.scratch(root), ignore_errors=True)
+
+
+def _write(
+    plan: Plan,
+    trained: Trained,
+    description: data_folder.Description,
+    test: np.ndarray,
+    names: list[str],
+    started: datetime.datetime,
+    root: Path,
+) -> None:
+    from safetensors.torch import save
+
+    cell, folder, classes = plan.cell, plan.cell.folder(root), list(description.classes)
+    network, history = trained.network, trained.history
+    weights = save({name: value.contiguous().cpu() for name, value in network.exported().items()})
+    write_bytes(folder / "weights.safetensors", weights)
+
+    validated = [(row["val_miou"], int(row["step"])) for row in history.rows if "val_miou" in row]
+    best, best_step = max(validated, key=lambda item: (item[0], -item[1]))
+    metrics = {
+        "val": summary(trained.val, classes),
+        "test": summary(test, classes),
+        "best_val": {"miou": best, "step": best_step},
+    }
+    columns = [
+        name for name in dict.fromkeys(key for row in history.rows for key in row) if name != "val_miou"
+    ] + ["val_miou"]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {key: f"{value:.6g}" if key != "step" else int(value) for key, value in row.items()}
+        for row in history.rows
+    )
+    arrays = io.BytesIO()
+    np.savez_compressed(
+        arrays, test=test.astype(np.int64), val=trained.val.astype(np.int64), test_names=np.array(names)
+    )
+
+    size = description.size
+    wall = (datetime.datetime.now(datetime.UTC) - started).total_seconds()
+    run = {
+        "cell": {
+            "benchmark": cell.benchmark,
+            "student": cell.student,
+            "method": cell.method,
+            "seed": cell.seed,
+        },
+        "config": plan.values(),
+        "classes": classes,
+        "data_sha256": description.sha256,
+        "teacher": _teacher_scores(root, cell, trained.teacher_sha256),
+        "weights_sha256": file_sha256(folder / "weights.safetensors"),
+        "fingerprint": trained.fingerprint,
+        "steps": plan.training.steps,
+        "images_seen": plan.training.steps * plan.training.batch_size,
+        "student": {
+            "parameters": network.deployed_parameters(),
+            "flops": flops(network, size),
+            "latency_ms": round(latency(network, size, plan.training.precision), 3),
+            "input": list(size),
+        },
+        "method_parameters": trained.method_parameters,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": {name: round(value, 4) for name, value in {"wall": wall, **trained.seconds}.items()},
+        "memory_peak_mb": round(_memory_peak_mb(), 1),
+        "hardware": hardware(),
+        "versions": versions(),
+        "git": git_state(),
+    }
+    write_bytes(folder / "history.csv", table.getvalue().encode())
+    write_bytes(folder / "confusion.npz", arrays.getvalue())
+    write_json(folder / "run.json", run)
+    write_json(folder / "metrics.json", metrics)
+
+
+def _teacher_scores(root: Path, cell: Cell, sha256: str | None) -> dict[str, Any] | None:
+    if sha256 is None:
+        return None
+    from pipelines.results.records import read_json
+
+    metrics = read_json(root / "runs" / cell.benchmark / "teacher" / "metrics.json")
+    return {"sha256": sha256, "val_miou": metrics["val"]["miou"], "test_miou": metrics["test"]["miou"]}
+
+
+def file_sha256_of(network: torch.nn.Module) -> str:
+    """A hash of all parameters and buffers."""
+    import hashlib
+
+    total = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        total.update(name.encode())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _memory_peak_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def hardware() -> dict[str, Any]:
+    """The device, processor, cores and threads of this machine: what a time in a table was measured on."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        processor = names[0] if names else processor
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "device": device,
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "timm", "segmentation-models-pytorch", "accelerate", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def git_state() -> dict[str, Any]:
+    """The commit of the code and whether it had changes; nulls outside of a git checkout."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", "*.py", "params.yaml"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": bool(changed.strip())}

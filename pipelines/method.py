@@ -1,0 +1,121 @@
+"""The contract of a method, and the only room of ours that a method may import.
+
+A method is a file ``baselines/<key>.py`` with a class ``Method(Distiller)`` and an entry ``methods.<key>`` in
+params.yaml. The engine feeds it named feature maps (*taps*) of student and teacher and adds up the *terms*
+that it returns. Variants of the paper's method come from ``acfd/method.py`` in the same way.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from pipelines.config import PAPER, ROOT, ConfigError, explain
+
+TAPS = ("backbone.1", "backbone.2", "backbone.3", "backbone.4", "fusion", "logits")
+
+Taps = Mapping[str, Tensor]
+Shapes = Mapping[str, tuple[int, int, int]]
+
+
+class MethodConfig(BaseModel):
+    """Typed hyper-parameters of a method. Values live in params.yaml only: give no field a default.
+
+    By convention the loss weights are the fields whose name is ``weight`` or begins with ``weight_``; tuning
+    scales these.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step is trained on: ``images`` (B, 3, H, W) float32 normalised, ``labels`` (B, H, W) int64."""
+
+    images: Tensor
+    labels: Tensor
+    classes: int
+    ignore_index: int
+
+    def valid(self, size: tuple[int, int]) -> Tensor:
+        """Pixels that carry a label, at a tap's ``size`` (h, w): (B, h, w) bool, nearest neighbour."""
+        mask = (self.labels != self.ignore_index).unsqueeze(1).float()
+        return F.interpolate(mask, size=size, mode="nearest").squeeze(1) > 0.5
+
+
+class Distiller(nn.Module):
+    """Base class of every method. On its own it is the undistilled student: no taps, no terms.
+
+    The engine guarantees: the teacher is loaded strictly, frozen and in eval mode, its score was checked;
+    every parameter of the method without an optimiser of its own is trained by the main optimiser; all
+    learning rates follow the schedule; taps arrive in float32 with autocast off; no parameter of the method
+    is exported with the student.
+    """
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    student_taps: tuple[str, ...] = ()
+    teacher_taps: tuple[str, ...] = ()  # () = the teacher is not run at all
+
+    def __init__(self, config: MethodConfig, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
+        """``*_shapes`` map every tap to (C, H, W) at the training crop: build adapters from them, never from
+        constants.
+
+        ``student_taps`` and ``teacher_taps`` may be set here, on the instance, when they depend on the
+        configuration.
+        """
+        super().__init__()
+        self.config = config
+
+    def losses(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
+        """Named, weighted, scalar terms. The engine adds the task loss, sums, and logs each by its name."""
+        return {}
+
+    def own_optimizers(self) -> dict[str, Optimizer]:
+        """Optimisers that the method steps itself in ``after_step`` (a critic's). Parameters in them are left
+        to it."""
+        return {}
+
+    def after_step(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
+        """Runs after the student's update on the detached taps of the same step. The values are logged, not
+        summed."""
+        return {}
+
+
+def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring two maps (B, C, H, W) to one spatial size, the smaller of the two in each direction, by average
+    pooling."""
+    size = (min(student.shape[-2], teacher.shape[-2]), min(student.shape[-1], teacher.shape[-1]))
+    return tuple(x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher))  # type: ignore[return-value]
+
+
+def method_class(key: str) -> type[Distiller]:
+    """The class ``Method`` of a baseline ``<key>`` or of the paper's method (``acfd-<variant>``)."""
+    module = f"{PAPER}.method" if key.startswith(f"{PAPER}-") else f"baselines.{key}"
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, module.split(".")[0]):
+            raise
+        have = sorted(p.stem for p in (ROOT / "baselines").glob("[a-z]*.py"))
+        raise ConfigError(
+            f"There is no method file baselines/{key}.py; the methods that exist: {', '.join(have)}."
+        ) from None
+    if not (isinstance(cls := getattr(found, "Method", None), type) and issubclass(cls, Distiller)):
+        raise ConfigError(f"{module.replace('.', '/')}.py must define `class Method(Distiller)`.")
+    return cls
+
+
+def method_config(key: str, values: Mapping[str, Any]) -> MethodConfig:
+    """The values that params.yaml gives a method, checked against the method's own ``Config``."""
+    section = f"{PAPER}.{key.removeprefix(PAPER + '-')}" if key.startswith(f"{PAPER}-") else f"methods.{key}"
+    try:
+        return method_class(key).Config.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(explain(section, error)) from None

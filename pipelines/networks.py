@@ -1,0 +1,182 @@
+"""Segmentation networks with taps: segmentation_models_pytorch's parts, put together as the field's papers
+do."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipelines.config import ConfigError, Network
+from pipelines.engine import eager
+
+CLASSIFIER = (
+    "fc.",
+    "classifier.",
+    "head.",
+    "conv_head.",
+    "bn2.",
+    "global_pool.",
+)  # of ImageNet weights, not wanted here
+
+
+class SegmentationNetwork(nn.Module):
+    """A network whose forward returns its taps: ``backbone.1`` … ``backbone.4``, ``fusion``, ``logits``
+    (before upsampling).
+
+    ``backbone.i`` is the i-th stage of the encoder (stride 4, 8, then 8 or more as the output stride says),
+    ``fusion`` the decoder's output. ``auxiliary`` is the FCN head of PSPNet (Zhao, CVPR 2017: 0.4 ×
+    cross-entropy) on ``backbone.3``; it runs in training mode only and is no part of the exported network.
+    """
+
+    def __init__(self, config: Network, classes: int) -> None:
+        super().__init__()
+        model: Any = _build(config, classes)
+        self.encoder: Any = model.encoder
+        self.decoder: Any = model.decoder
+        self.head: Any = model.segmentation_head[0]
+        width = self.encoder.out_channels[4]
+        self.auxiliary = nn.Sequential(
+            nn.Conv2d(width, width // 4, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width // 4),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width // 4, classes, 1),
+        )
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """``images`` (B, 3, H, W) → taps, each (B, C, h, w); in training mode also ``auxiliary`` logits."""
+        features = self.encoder(images)
+        taps = {f"backbone.{stage}": features[stage + 1] for stage in range(1, 5)}
+        taps["fusion"] = self.decoder(features)
+        taps["logits"] = self.head(taps["fusion"])
+        if self.training:
+            taps["auxiliary"] = self.auxiliary(taps["backbone.3"])
+        return taps
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Class of every pixel, (B, H, W) int64: argmax of the bilinearly upsampled logits
+        (``align_corners=False``)."""
+        return upsample(self(images)["logits"].float(), images.shape[-2:]).argmax(1)
+
+    def exported(self) -> dict[str, Tensor]:
+        """The state of the network that is deployed: without the auxiliary head."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("auxiliary.")}
+
+    def deployed_parameters(self) -> int:
+        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith("auxiliary."))
+
+
+def upsample(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+    """Bilinear upsampling to (H, W), ``align_corners=False`` everywhere in the suite."""
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class _OnCpu:
+    """timm for smp's encoder, which builds a throw-away model on the meta device to read its strides.
+
+    Initialising on that device imports the compiler (see :mod:`pipelines.engine.eager`), on the CPU it takes
+    a tenth of a second.
+    """
+
+    @staticmethod
+    def create_model(*args: Any, **kwargs: Any) -> nn.Module:
+        import timm
+
+        with torch.device("cpu"):
+            return timm.create_model(*args, **kwargs)
+
+
+def _build(config: Network, classes: int) -> nn.Module:
+    eager.install()
+    import segmentation_models_pytorch as smp
+
+    # depth 5 and a dilated timm encoder: smp's own defaults stop PSPNet at depth 3, which is another network
+    options: dict[str, Any] = {"encoder_depth": 5, "encoder_weights": None, "classes": classes}
+    if config.architecture == "DeepLabV3":
+        options["encoder_output_stride"] = config.output_stride
+    elif config.output_stride != 32:
+        options["output_stride"] = config.output_stride
+    try:
+        with patch("segmentation_models_pytorch.encoders.timm_universal.timm", _OnCpu):
+            model: nn.Module = getattr(smp, config.architecture)(config.encoder, **options)
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"The network {config.architecture} with encoder '{config.encoder}' at output stride "
+            f"{config.output_stride} cannot "
+            f"be built ({' '.join(str(error).split())[:200]}): correct `encoder` or `output_stride` in "
+            f"params.yaml."
+        ) from None
+    if config.weights is not None:
+        _load_encoder(model.encoder, config.weights.file, config.weights.sha256)
+    return model
+
+
+def _load_encoder(encoder: Any, file: Path, sha256: str) -> None:
+    """Load ImageNet weights strictly: every tensor of the encoder must be in the file, and only a classifier
+    may be left over."""
+    if not file.is_file():
+        raise ConfigError(
+            f"The encoder weights {file} do not exist: put the file there (sha256 {sha256}) or set "
+            f"`weights: null`."
+        )
+    if (found := file_sha256(file)) != sha256:
+        raise ConfigError(
+            f"The encoder weights {file} have sha256 {found}, params.yaml says {sha256}: fetch the file "
+            f"again or correct the sum."
+        )
+    target = getattr(encoder, "model", encoder)
+    state = read_state(file)
+    wanted = set(target.state_dict())
+    left_over = [name for name in state if name not in wanted and not name.startswith(CLASSIFIER)]
+    missing = sorted(wanted - set(state))
+    if missing or left_over:
+        raise ConfigError(
+            f"The encoder weights {file} are of another network: {len(missing)} tensors missing "
+            f"{missing[:3]}, "
+            f"{len(left_over)} unknown {left_over[:3]}."
+        )
+    target.load_state_dict({name: state[name] for name in wanted}, strict=True)
+
+
+def read_state(file: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors or torch file; nothing in the file is ever executed."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # each format has its own family of errors for a damaged file
+        raise ConfigError(
+            f"The weights {file} cannot be read ({type(error).__name__}): the file is truncated or damaged."
+        ) from None
+
+
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tap_shapes(network: SegmentationNetwork, size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
+    """(C, H, W) of every tap for an input of ``size`` (H, W), without touching the network's state."""
+    was_training = network.training
+    with torch.no_grad():
+        taps = network.eval()(torch.zeros(1, 3, *size, device=next(network.parameters()).device))
+    network.train(was_training)
+    return {name: (int(tap.shape[1]), int(tap.shape[2]), int(tap.shape[3])) for name, tap in taps.items()}
+
+
+def flops(network: SegmentationNetwork, size: tuple[int, int]) -> int:
+    """Floating-point operations (2 per multiply-add; convolutions and matrix products) of one inference at
+    ``size``."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, *size, device=next(network.parameters()).device))
+    return int(counter.get_total_flops())

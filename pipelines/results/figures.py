@@ -1,0 +1,248 @@
+"""The figures of a benchmark: scores, differences per class, learning curves, score against cost.
+
+Drawn from the same results as the tables (the curves from ``history.csv``). The bytes are the same every
+time.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipelines.results import records, statistics
+from pipelines.results.records import Record
+from pipelines.results.tables import HEADLINE, REFERENCE, SCORE, Results, label, variant
+from pipelines.results.tracking import metric_name
+
+STYLE: dict[Any, Any] = {
+    "axes.titlesize": 11,
+    "axes.labelsize": 10,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "axes.titlepad": 10,
+}
+GREY = "0.45"
+
+
+def write(results: Results, finished: Sequence[Record], folder: Path) -> None:
+    """Draw every figure of a benchmark into ``folder``."""
+    with sns.axes_style("ticks", {"axes.grid": True, "grid.color": "0.92"}), plt.rc_context(STYLE):
+        _save(scores(results), folder / "scores.png")
+        _save(per_class(results), folder / "per_class.png")
+        _save(learning_curves(results, finished), folder / "learning_curves.png")
+        _save(cost(results), folder / "cost.png")
+
+
+def scores(results: Results) -> Figure:
+    """Test mIoU: every seed a point, the mean a bar; beside it the paper's variants, where there are any."""
+    variants = [key for key in results.variants if any(results.by_seed(s, key) for s in results.students)]
+    groups = [("Methods", results.methods, label)]
+    if set(variants) - {HEADLINE}:
+        reference = [key for key in results.methods if key == REFERENCE]
+        groups.append((f"Variants of {label(HEADLINE)}", reference + variants, variant))
+    widths = [1 + len(keys) for _, keys, _ in groups]
+    figure, axes = _panels(
+        len(results.students), len(groups), (0.75 * sum(widths) + 1.5, 3.8), widths, sharey=True
+    )
+    colours, teacher = _colours(results), results.teacher(SCORE)
+    for row, student in zip(axes, results.students, strict=True):
+        for axis, (title, keys, name) in zip(row, groups, strict=True):
+            for x, key in enumerate(keys):
+                values = list(results.by_seed(student, key).values())
+                if values:
+                    offsets = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else [0.0]
+                    axis.scatter(
+                        x + np.asarray(offsets),
+                        values,
+                        s=34,
+                        color=colours[key],
+                        alpha=0.75,
+                        linewidth=0,
+                        zorder=3,
+                    )
+                    axis.hlines(
+                        statistics.mean(values) or 0,
+                        x - 0.3,
+                        x + 0.3,
+                        color=colours[key],
+                        linewidth=2.5,
+                        zorder=4,
+                    )
+                else:
+                    axis.text(
+                        x,
+                        0.03,
+                        "not run",
+                        transform=axis.get_xaxis_transform(),
+                        rotation=90,
+                        ha="center",
+                        va="bottom",
+                        color=GREY,
+                    )
+            if teacher is not None:
+                axis.axhline(teacher, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
+                axis.text(
+                    len(keys) - 0.45, teacher, "teacher", color=GREY, ha="right", va="bottom", fontsize=9
+                )
+            axis.set_xticks(
+                range(len(keys)), [name(key) for key in keys], rotation=0 if len(keys) < 7 else 30
+            )
+            axis.set_xlim(-0.6, len(keys) - 0.4)
+            axis.grid(visible=False, axis="x")
+            axis.set_title(f"{title} · {student}")
+        row[0].set_ylabel("test mIoU (%)")
+    _title(figure, results, "test mIoU at the last iterate; a point is a seed, a bar the mean")
+    return figure
+
+
+def per_class(results: Results) -> Figure:
+    """Heat map of IoU differences to the undistilled student, class × method, mean over paired seeds."""
+    names, methods = results.classes(), [key for key in results.methods if key != REFERENCE]
+    grids = []
+    for student in results.students:
+        cells = [
+            [results.paired(student, key, f"test/iou/{metric_name(name)}").mean for key in methods]
+            for name in names
+        ]
+        grids.append(np.array(cells, dtype=np.float64).reshape(len(names), len(methods)))
+    known = np.abs(np.concatenate([grid.ravel() for grid in grids]))
+    limit = max(1.0, float(np.nanmax(known, initial=0.0)))
+    size = (0.95 * len(methods) + 2.2, 0.36 * len(names) + 1.6)
+    figure, axes = _panels(1, len(grids), (size[0] * len(grids), size[1]), None, sharey=True)
+    for axis, grid, student in zip(axes[0], grids, results.students, strict=True):
+        sns.heatmap(
+            grid,
+            ax=axis,
+            cmap=sns.color_palette("vlag_r", as_cmap=True),
+            vmin=-limit,
+            vmax=limit,
+            annot=True,
+            fmt="+.1f",
+            annot_kws={"fontsize": 9},
+            linewidths=1,
+            xticklabels=[label(key) for key in methods],
+            yticklabels=names,
+            cbar=axis is axes[0][-1],
+            cbar_kws={"label": f"IoU − IoU of {REFERENCE} (points)"},
+        )
+        axis.set_facecolor("0.9")  # shows where there is nothing to compare
+        axis.tick_params(length=0)
+        axis.tick_params(axis="y", rotation=0)
+        axis.set_title(student)
+    _title(figure, results, f"IoU on the test split minus that of {REFERENCE}, mean over paired seeds")
+    return figure
+
+
+def learning_curves(results: Results, finished: Sequence[Record]) -> Figure:
+    """Validation mIoU and the task loss against the step: each seed thin, the mean over the seeds thick."""
+    figure, axes = _panels(len(results.students), 2, (10.5, 3.8), None, sharey=False)
+    colours = _colours(results)
+    for row, student in zip(axes, results.students, strict=True):
+        for key in results.methods:
+            own = [
+                r
+                for r in finished
+                if (r.cell.student, r.cell.method) == (student, key) and r.cell.seed in results.seeds
+            ]
+            for axis, column in zip(row, ("val_miou", "task"), strict=True):
+                _curves(axis, own, column, colours[key], label(key))
+        row[0].set_xlim(row[1].get_xlim())
+        row[0].set(xlabel="step", ylabel="validation mIoU (%)", title=f"Validation · {student}")
+        row[1].set(
+            xlabel="step", ylabel="task loss (cross-entropy)", title=f"Training, task term · {student}"
+        )
+        if row[0].get_legend_handles_labels()[0]:
+            row[0].legend(loc="lower right")
+    _title(figure, results, "learning curves; thick is the mean over seeds, thin a seed")
+    return figure
+
+
+def cost(results: Results) -> Figure:
+    """Test mIoU against the training time of a cell: each seed small, the mean large."""
+    figure, axes = _panels(1, len(results.students), (6.2 * len(results.students), 4.2), None, sharey=True)
+    colours = _colours(results)
+    for axis, student in zip(axes[0], results.students, strict=True):
+        for key in results.methods:
+            score, time = results.by_seed(student, key), results.by_seed(student, key, "seconds/training")
+            points = [(time[seed] / 60, score[seed]) for seed in sorted(score.keys() & time.keys())]
+            if not points:
+                continue
+            x, y = (np.asarray(values) for values in zip(*points, strict=True))
+            axis.scatter(
+                x.mean(), y.mean(), s=130, color=colours[key], edgecolor="white", zorder=3, label=label(key)
+            )
+            axis.scatter(x, y, s=24, color=colours[key], edgecolor="white", linewidth=0.8, zorder=4)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axis.set_xlim(left=0)
+        axis.set(xlabel="training time of a cell (minutes)", title=student)
+    axes[0][0].set_ylabel("test mIoU (%)")
+    _title(figure, results, "score against training time; large is the mean over seeds, small a seed")
+    return figure
+
+
+def _curves(axis: Axes, finished: Sequence[Record], column: str, colour: Any, name: str) -> None:
+    """Thin lines of the seeds, and their mean over the steps that all of them have."""
+    curves = []
+    for record in finished:
+        points = {
+            int(row["step"] or 0): value for row in record.history if (value := row.get(column)) is not None
+        }
+        if points:
+            curves.append(points)
+            axis.plot(list(points), list(points.values()), color=colour, alpha=0.3, linewidth=0.8)
+    if curves:
+        steps = sorted(set.intersection(*(set(points) for points in curves)))
+        means = [float(np.mean([points[step] for points in curves])) for step in steps]
+        marker = "o" if len(steps) <= 20 else ""
+        axis.plot(steps, means, color=colour, linewidth=2, marker=marker, markersize=5, label=name)
+
+
+def _panels(
+    rows: int, columns: int, size: tuple[float, float], widths: list[int] | None, sharey: bool
+) -> tuple[Figure, Any]:
+    """A grid of axes; ``size`` is that of one row."""
+    return plt.subplots(
+        rows,
+        columns,
+        figsize=(size[0], size[1] * rows),
+        squeeze=False,
+        sharey=sharey,
+        width_ratios=widths,
+        layout="constrained",
+    )
+
+
+def _colours(results: Results) -> dict[str, Any]:
+    """The undistilled student grey, each method its own colour, variants that of the paper's method."""
+    others = [key for key in results.methods if key != REFERENCE]
+    palette = sns.color_palette("colorblind", 10) if len(others) <= 10 else sns.husl_palette(len(others))
+    colours: dict[str, Any] = dict(zip(others, palette, strict=False))
+    colours |= {key: colours.get(HEADLINE, palette[0]) for key in results.variants}
+    return colours | {REFERENCE: "0.35"}
+
+
+def _title(figure: Figure, results: Results, text: str) -> None:
+    title = f"{results.benchmark}: {text} (up to {len(results.seeds)} seeds)"
+    figure.suptitle(textwrap.fill(title, round(12 * figure.get_figwidth())), fontsize=10, color="0.25")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    sns.despine(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    records.write_bytes(path, buffer.getvalue())

@@ -1,0 +1,91 @@
+"""A tiny benchmark that every test shares: real files in the real layout, seconds to train."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines import config
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TINY_DATA = {"dataset": "streets", "size": [32, 48], "train": 8, "val": 4, "test": 4, "seed": 0}
+TINY_TRAINING = {"steps": 6, "batch_size": 2, "crop": [32, 32], "warmup_steps": 2, "validate_every": 3}
+
+
+def tiny(raw: dict[str, Any]) -> dict[str, Any]:
+    """params.yaml with its default benchmark cut down to seconds; everything else as it stands."""
+    benchmark = raw["benchmarks"]["streets"]
+    benchmark["data"] = dict(TINY_DATA)
+    benchmark["training"] = {**benchmark["training"], **TINY_TRAINING}
+    benchmark["teacher"]["training"] = {**benchmark["teacher"]["training"], **TINY_TRAINING, "steps": 8}
+    benchmark["teacher"]["network"]["encoder"] = "tu-resnet18"
+    raw["suite"].update(benchmarks=["streets"], students=["pspnet-resnet18"], seeds=[0], variants=["full"])
+    return raw
+
+
+def read_params(root: Path = ROOT) -> dict[str, Any]:
+    return dict(yaml.safe_load((root / "params.yaml").read_text()))
+
+
+def write_params(root: Path, raw: dict[str, Any]) -> None:
+    (root / "params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+
+
+def copy_repository(target: Path) -> Path:
+    """What git would clone, with changes that are not committed yet, as a fresh repository."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
+    ).stdout
+    for name in filter(None, listed.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "start"]):
+        subprocess.run(["git", *command], cwd=target, check=True, capture_output=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with params.yaml, the data and the trained teacher of the tiny benchmark. Do not change it."""
+    from pipelines.engine.cell import run_cell
+    from pipelines.fetch import fetch
+    from pipelines.results.records import teacher_cell
+
+    root = tmp_path_factory.mktemp("tiny")
+    write_params(root, tiny(read_params()))
+    params = config.load(root / "params.yaml")
+    fetch(root / "data", "streets", params.benchmark("streets"))
+    run_cell(teacher_cell(params, "streets"), params, root)
+    return root
+
+
+@pytest.fixture
+def place(tiny_root: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny benchmark that a test may change."""
+    shutil.copytree(tiny_root, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture
+def edit(place: Path) -> Callable[[Callable[[dict[str, Any]], None]], config.Params]:
+    """Change the copied params.yaml and load it."""
+
+    def apply(change: Callable[[dict[str, Any]], None]) -> config.Params:
+        raw = read_params(place)
+        change(raw)
+        write_params(place, raw)
+        return config.load(place / "params.yaml")
+
+    return apply

@@ -1,0 +1,140 @@
+"""Bad input is one clear sentence before any training."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, read_params, write_params
+
+from pipelines import config
+from pipelines.config import ConfigError
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def loaded(tmp_path: Path, change: Change) -> config.Params:
+    raw = read_params()
+    change(raw)
+    write_params(tmp_path, raw)
+    return config.load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda r: r["suite"]["benchmarks"].append("moon"),
+            "no benchmark 'moon'.*streets, camvid-small, camvid",
+        ),
+        (lambda r: r["suite"]["students"].append("vgg"), "no student 'vgg'.*pspnet-resnet18"),
+        (lambda r: r["suite"]["variants"].append("abc"), "no variant 'abc'.*full, afd"),
+        (
+            lambda r: r["methods"].update(fancy={}),
+            r"baselines/fancy\.py; the methods that exist: cwd, kd, none, skd",
+        ),
+        (lambda r: r["methods"].update({"acfd-x": {}}), "acfd-x takes a name"),
+        (
+            lambda r: r["students"].update(teacher=r["students"]["pspnet-resnet18"]),
+            "no student may be called",
+        ),
+        (
+            lambda r: r["methods"]["kd"].update(temprature=2.0),
+            r"methods\.kd\.temprature is not a known setting",
+        ),
+        (lambda r: r["methods"]["kd"].pop("temperature"), r"methods\.kd\.temperature is missing"),
+        (lambda r: r["methods"]["kd"].update(temperature=0), r"methods\.kd\.temperature = 0 is not allowed"),
+        (lambda r: r["methods"]["cwd"].update(tau="warm"), r"methods\.cwd\.tau = 'warm' is not allowed"),
+        (lambda r: r["acfd"]["csd"].update(stages=[7]), r"acfd\.csd\.stages\.0 = 7 is not allowed"),
+        (
+            lambda r: r["benchmarks"]["camvid"]["training"].update(lr=-1),
+            r"benchmarks\.camvid\.training\.lr = -1",
+        ),
+        (
+            lambda r: r["benchmarks"]["camvid"]["data"].update(dataset="mars"),
+            r"no data set 'mars'.*camvid, streets",
+        ),
+        (
+            lambda r: r["benchmarks"]["streets"]["data"].update(size=[0, 5]),
+            r"benchmarks\.streets\.data\.size",
+        ),
+        (lambda r: r.update(extra=1), "extra is not a known setting"),
+        (lambda r: r["tuning"]["trials"]["kd"].pop(), "same number of trials"),
+    ],
+)
+def test_bad_params_are_one_sentence(tmp_path: Path, change: Change, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as error:
+        loaded(tmp_path, change)
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_params(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load(file)
+    file.write_text("suite: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        config.load(file)
+    file.write_text("just words")
+    with pytest.raises(ConfigError, match=r"params\.yaml"):
+        config.load(file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--benchmark", "moon", "--student", "pspnet-resnet18", "--method", "kd"], "no benchmark 'moon'"),
+        (["--benchmark", "streets", "--student", "vgg", "--method", "kd"], "no student 'vgg'"),
+        (["--benchmark", "streets", "--student", "pspnet-resnet18", "--method", "kdd"], "no method 'kdd'"),
+    ],
+)
+def test_a_stage_says_what_exists_and_fails(arguments: list[str], sentence: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.distill", *arguments, "--seed", "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and sentence in done.stderr and "exist:" in done.stderr
+    assert "Traceback" not in done.stderr
+    for rest in (ROOT / ".scratch" / "moon", ROOT / ".scratch" / "streets" / "vgg"):
+        assert not rest.exists()
+
+
+def test_the_paper_has_all_its_variants_and_seven_names_safe_in_paths() -> None:
+    params = config.load()
+    assert sorted(params.acfd) == ["afd", "afd-ccd", "afd-csd", "ccd", "ccd-csd", "csd", "full"]
+    full = params.acfd["full"]
+    for name, values in params.acfd.items():
+        parts = {"afd", "ccd", "csd"} if name == "full" else set(name.split("-"))
+        for part in ("afd", "ccd", "csd"):
+            assert values[f"weight_{part}"] == (full[f"weight_{part}"] if part in parts else 0)
+
+
+def test_stage_list_is_the_matrix_of_params() -> None:
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    listed = subprocess.run(
+        [sys.executable, "-m", "dvc", "stage", "list", "--name-only"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    suite = raw["suite"]
+    expected = [f"{stage}@{b}" for stage in ("fetch", "train_teacher") for b in suite["benchmarks"]]
+    for stage, keys in (("distill", raw["methods"]), ("acfd", suite["variants"])):
+        expected += [
+            f"{stage}@{b}-{s}-{k}-{seed}"
+            for b in suite["benchmarks"]
+            for s in suite["students"]
+            for k in keys
+            for seed in suite["seeds"]
+        ]
+    assert sorted(listed) == sorted([*expected, "report"])

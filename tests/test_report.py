@@ -1,0 +1,518 @@
+"""The report, end to end on made-up records: MLflow, tables, figures, README, missing and failed cells."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import statistics as stdlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines import config, report
+from pipelines.config import Params
+from pipelines.results import statistics, tables, tracking
+from pipelines.results.confusion import summary
+from pipelines.results.records import Cell, expected_cells, teacher_cell, write_bytes, write_json
+
+CLASSES = [
+    "road",
+    "sign_symbol",
+    "car & van",
+    "pole",
+    "sky",
+]  # names with what Markdown and TeX would take as their own
+SKILL = {"none": 0.55, "kd": 0.60, "cwd": 0.66, "acfd-full": 0.65, "acfd-afd": 0.57, "teacher": 0.85}
+STUDENT = "psp_net-r18"
+SEEDS = [0, 1, 2]
+
+
+def make_params(**suite: Any) -> Params:
+    """The project's parameters, cut down to one student and few methods."""
+    base = config.load(methods=False)
+    wanted = {"students": [STUDENT], "seeds": SEEDS} | suite
+    return base.model_copy(
+        update={
+            "suite": base.suite.model_copy(update=wanted),
+            "benchmarks": {name: base.benchmarks["streets"] for name in ("streets", "camvid-small")},
+            "methods": {"none": {}, "kd": {"weight": 1.0}, "cwd": {"weight": 3.0, "tau": 4.0}},
+            "acfd": {
+                "full": {"weight_afd": 2.0, "weight_ccd": 50.0, "grid": 8},
+                "afd": {"weight_afd": 2.0, "weight_ccd": 0.0},
+            },
+        }
+    )
+
+
+def make_record(cell: Cell, root: Path, skill: float | None = None, **changes: Any) -> None:
+    """Write the record of a finished cell with plausible numbers that depend on the cell alone."""
+    key = "teacher" if cell.is_teacher else cell.method
+    skill = SKILL[key] if skill is None else skill
+    rng = np.random.default_rng([cell.seed, *key.encode()])
+
+    def counts(images: int, quality: float) -> np.ndarray:
+        pixels = np.array([400, 30, 90, 25, 200])
+        right = np.clip(quality + rng.normal(0, 0.04, (images, 5)) - 0.15 * (pixels < 50), 0.05, 0.98)
+        rates = np.tile(((1 - right) / 4)[:, :, None], (1, 1, 5))
+        rates[:, range(5), range(5)] = right
+        return rng.poisson(rates * pixels[None, :, None]).astype(np.int64)
+
+    test, val = counts(9, skill), counts(5, skill + 0.08)
+    metrics = {"val": summary(val, CLASSES), "test": summary(test, CLASSES)}
+    best = metrics["val"]["miou"] + 0.5
+    rows = []
+    for step in range(10, 310, 10):
+        row: dict[str, Any] = {
+            "step": step,
+            "lr": 0.02 * (1 - step / 300) ** 0.9,
+            "loss": 2.5 / (1 + step / 60) + rng.normal(0, 0.05),
+        }
+        row |= {"task": 0.7 * row["loss"], "auxiliary": 0.2 * row["loss"], "pixel": 0.1 * row["loss"]}
+        reached = (
+            best
+            if step == 200
+            else metrics["val"]["miou"] * (1 - np.exp(-step / 70)) / (1 - np.exp(-300 / 70))
+        )
+        rows.append(row | {"val_miou": reached if step % 100 == 0 else ""})
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    arrays = io.BytesIO()
+    np.savez_compressed(arrays, test=test, val=val, test_names=np.array([f"{i:03}.png" for i in range(9)]))
+    distils = cell.method != "none" and not cell.is_teacher
+    step = 0.2 + 0.02 * len(key) + 0.003 * cell.seed
+    run = {
+        "cell": {
+            "benchmark": cell.benchmark,
+            "student": cell.student,
+            "method": cell.method,
+            "seed": cell.seed,
+        },
+        "config": {
+            "network": {"architecture": "PSPNet", "encoder": "tu-resnet18", "weights": None},
+            "training": {"steps": 300, "batch_size": 8, "crop": [64, 64], "lr": 0.02, "precision": "bf16"},
+            "method": {"weight": 1.0} if distils else {},
+            "teacher": None if cell.is_teacher else {"architecture": "PSPNet"},
+        },
+        "classes": CLASSES,
+        "versions": {"python": "3.12.3", "torch": "2.9.0"},
+        "hardware": {"device": "cpu", "processor": "A Processor (R) 2.0 GHz", "cores": 2, "threads": 2},
+        "git": {"commit": "0123456789abcdef", "dirty": False},
+        "data_sha256": "d" * 64,
+        "teacher": {"sha256": "f" * 64, "val_miou": 70.0, "test_miou": 60.0} if distils else None,
+        "weights_sha256": ("f" if cell.is_teacher else "e") * 64,
+        "fingerprint": f"{cell.seed:064x}",
+        "started": "2025-01-02T03:04:05+00:00",
+        "seconds": {"wall": 300 * step + 10, "training": 300 * step, "step_median": step, "validation": 5.0},
+        "memory_peak_mb": 900.0 + cell.seed,
+        "student": {
+            "parameters": 11_979_592,
+            "flops": 3_213_456_789,
+            "latency_ms": 12.3 + 0.1 * cell.seed,
+            "input": [64, 96],
+        },
+        "method_parameters": 0,
+        "steps": 300,
+        "images_seen": 2400,
+    }
+    folder = cell.folder(root)
+    write_json(folder / "metrics.json", metrics | {"best_val": {"miou": best, "step": 200}})
+    write_bytes(folder / "history.csv", table.getvalue().encode())
+    write_bytes(folder / "confusion.npz", arrays.getvalue())
+    write_json(folder / "run.json", run | changes)
+
+
+def make_root(root: Path, params: Params, benchmark: str = "streets") -> Path:
+    """A checkout with a teacher, all cells of the comparison but two, and one cell of the ablation."""
+    make_record(teacher_cell(params, benchmark), root)
+    for cell in expected_cells(params, benchmark):
+        if cell.method == "acfd-afd" and cell.seed > 0:
+            continue
+        if (cell.method, cell.seed) == ("kd", 1):
+            write_bytes(
+                cell.scratch(root) / "failure.txt",
+                f"Term pixel_wise is NaN at step 7.\nSee {root}/runs.\n".encode(),
+            )
+            continue
+        make_record(cell, root)
+    return root
+
+
+def texts(root: Path, *kinds: str) -> dict[str, bytes]:
+    """The generated files of a root, by path."""
+    found = [
+        path
+        for path in sorted((root / "reports").rglob("*"))
+        if path.suffix in (kinds or (".md", ".csv", ".tex", ".png"))
+    ]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
+
+
+def table(root: Path, name: str, benchmark: str = "streets") -> list[dict[str, str]]:
+    with (root / "reports" / benchmark / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def row(root: Path, method: str, name: str = "comparison") -> dict[str, str]:
+    (found,) = [line for line in table(root, name) if line["method"] == method]
+    return found
+
+
+def miou(root: Path, method: str, seed: int) -> float:
+    """mIoU in percent from the counts on disk, by a loop over the classes."""
+    with np.load(root / "runs/streets" / STUDENT / method / str(seed) / "confusion.npz") as file:
+        counts = file["test"].sum(axis=0).tolist()
+    scores = [
+        counts[c][c] / (sum(counts[c]) + sum(line[c] for line in counts) - counts[c][c])
+        for c in range(len(counts))
+    ]
+    return 100 * sum(scores) / len(scores)
+
+
+def runs(root: Path, benchmark: str = "streets") -> list[Any]:
+    """The active runs of an experiment, asked for without the code under test."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
+    return list(client.search_runs([client.get_experiment_by_name(benchmark).experiment_id]))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout after one report; read only."""
+    root = make_root(tmp_path_factory.mktemp("suite"), make_params())
+    (root / "README.md").write_text(
+        "# A\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n", encoding="utf-8"
+    )
+    report.report(make_params(), root)
+    return root
+
+
+@pytest.fixture
+def root(done: Path, tmp_path: Path) -> Path:
+    """A copy of that checkout, in another place, to be changed."""
+    copy = Path(shutil.copytree(done, tmp_path / "moved"))
+    for note in copy.glob(".scratch/**/failure.txt"):
+        note.write_text(note.read_text().replace(str(done), str(copy)))
+    return copy
+
+
+def test_comparison_holds_what_the_counts_say(done: Path) -> None:
+    lines = table(done, "comparison")
+    assert list(lines[0])[:5] == ["student", "method", "n", "miou_mean", "miou_sd"]
+    assert [line["method"] for line in lines] == ["none", "kd", "cwd", "acfd"]
+    for name, key, seeds in (
+        ("none", "none", SEEDS),
+        ("kd", "kd", [0, 2]),
+        ("cwd", "cwd", SEEDS),
+        ("acfd", "acfd-full", SEEDS),
+    ):
+        found, scores = row(done, name), {seed: miou(done, key, seed) for seed in seeds}
+        assert found["student"] == STUDENT
+        assert int(found["n"]) == len(seeds)
+        assert float(found["miou_mean"]) == pytest.approx(np.mean(list(scores.values())), abs=2e-6)
+        assert float(found["miou_sd"]) == pytest.approx(np.std(list(scores.values()), ddof=1), abs=2e-6)
+        assert found["seeds"] == " ".join(f"{seed}:{score:.2f}" for seed, score in scores.items())
+        if name != "none":
+            differences = [score - miou(done, "none", seed) for seed, score in scores.items()]
+            assert float(found["diff_none_mean"]) == pytest.approx(np.mean(differences), abs=2e-6)
+            assert float(found["diff_none_sd"]) == pytest.approx(np.std(differences, ddof=1), abs=2e-6)
+            assert int(found["diff_none_n"]) == len(seeds)
+    assert row(done, "none")["diff_none_mean"] == ""
+
+
+def test_comparison_holds_what_the_methods_cost(done: Path) -> None:
+    found = row(done, "cwd")
+    assert (found["parameters"], found["flops"]) == ("11979592", "3213456789")
+    assert float(found["latency_ms"]) == pytest.approx(12.4)
+    assert float(found["step_ms"]) == pytest.approx(263.0)
+    assert float(found["training_s"]) == pytest.approx(78.9)
+    assert float(found["memory_mb"]) == 902.0
+    records = [
+        json.loads((done / f"runs/streets/{STUDENT}/cwd/{seed}/metrics.json").read_text()) for seed in SEEDS
+    ]
+    assert float(found["val_miou_mean"]) == pytest.approx(
+        stdlib.fmean(r["val"]["miou"] for r in records), abs=2e-6
+    )
+    assert float(found["best_val_miou_mean"]) == pytest.approx(float(found["val_miou_mean"]) + 0.5, abs=2e-6)
+
+
+def test_missing_and_failed_cells_are_shown(done: Path) -> None:
+    assert row(done, "none")["status"] == "complete"
+    status = row(done, "kd")["status"]
+    assert status.startswith("2 of 3; seed 1: failed: Term pixel_wise is NaN at step 7.")
+    assert str(done) not in status
+    assert row(done, "afd", "ablation")["status"] == "1 of 3; seed 1: not run; seed 2: not run"
+    assert "2 of 3; seed 1: failed" in (done / "reports/streets/comparison.md").read_text()
+    assert "2 of 3; seed 1: failed" in (done / "README.md").read_text()
+
+
+def test_ablation_begins_with_the_reference_and_names_its_weights(done: Path) -> None:
+    lines = table(done, "ablation")
+    assert [line["method"] for line in lines] == ["none", "full", "afd"]
+    assert [line["n"] for line in lines] == ["3", "3", "1"]
+    assert [line["weight_ccd"] for line in lines] == ["", "50.0", "0.0"]
+    assert lines[2]["miou_sd"] == ""  # the sd of one seed is unknown, not 0
+    assert float(lines[2]["diff_none_mean"]) == pytest.approx(
+        miou(done, "acfd-afd", 0) - miou(done, "none", 0), abs=2e-6
+    )
+    assert lines[1]["miou_mean"] == row(done, "acfd")["miou_mean"]
+
+
+def test_per_class_scores(done: Path) -> None:
+    lines = {(line["student"], line["method"], line["class"]): line for line in table(done, "per_class")}
+    for method, key in (("kd", "kd"), ("acfd", "acfd-full")):
+        for name in CLASSES:
+            seeds = [0, 2] if key == "kd" else SEEDS
+            files = [done / f"runs/streets/{STUDENT}/{key}/{seed}/metrics.json" for seed in seeds]
+            scores = [json.loads(file.read_text())["test"]["iou"][name] for file in files]
+            line = lines[STUDENT, method, name]
+            assert int(line["n"]) == len(seeds)
+            assert float(line["iou_mean"]) == pytest.approx(np.mean(scores), abs=2e-6)
+            assert float(line["iou_sd"]) == pytest.approx(np.std(scores, ddof=1), abs=2e-6)
+    teacher = json.loads((done / "runs/streets/teacher/metrics.json").read_text())["test"]["iou"]
+    assert float(lines["teacher", "", "pole"]["iou_mean"]) == teacher["pole"]
+
+
+def test_headers_say_what_was_measured(done: Path) -> None:
+    val = {
+        seed: json.loads((done / f"runs/streets/{STUDENT}/none/{seed}/metrics.json").read_text())["val"][
+            "miou"
+        ]
+        for seed in SEEDS
+    }
+    teacher = json.loads((done / "runs/streets/teacher/metrics.json").read_text())
+    lead = teacher["val"]["miou"] - stdlib.fmean(val.values())
+    for name in ("comparison", "ablation", "per_class"):
+        for kind in ("md", "tex"):
+            text = (done / f"reports/streets/{name}.{kind}").read_text(encoding="utf-8")
+            assert f"{lead:+.2f} (mean over n = 3)" in text
+            assert (
+                f"{teacher['val']['miou']:.2f} validation / {teacher['test']['miou']:.2f} test mIoU" in text
+            )
+            for part in (
+                "d" * 12,
+                "ddof 1",
+                "last iterate",
+                "steps 300",
+                "A Processor (R) 2.0 GHz",
+                "exploratory",
+            ):
+                assert part in text
+            assert "warning" not in text.lower()
+            assert "MLflow" not in text
+
+
+def test_tex_and_markdown_keep_names_as_they_are(done: Path) -> None:
+    tex = (done / "reports/streets/per_class.tex").read_text(encoding="utf-8")
+    assert r"sign\_symbol &" in tex
+    assert r"car \& van &" in tex
+    assert r"$\pm$" in tex
+    body = tex[tex.index(r"\midrule") : tex.index(r"\bottomrule")].splitlines()[1:]
+    columns = int(tex.split("*{ ")[1].split(" }")[0])
+    assert {line.replace(r"\&", "").count("&") for line in body} == {columns - 1}
+    assert tables.escape_tex(r"50% #1 a_b {x} ~ ^ $ \n" + "\nnext") == (
+        r"50\% \#1 a\_b \{x\} \textasciitilde{} \textasciicircum{} \$ \textbackslash{}n next"
+    )
+    assert tables.escape_markdown("a|b_c\n<d>") == r"a\|b\_c \<d\>"
+
+
+def test_every_run_is_finished_and_complete(done: Path) -> None:
+    params = make_params()
+    expected = [teacher_cell(params, "streets"), *expected_cells(params, "streets")]
+    written = {cell.path: cell for cell in expected if (cell.folder(done) / "run.json").is_file()}
+    found = {run.data.tags["cell"]: run for run in runs(done)}
+    assert sorted(found) == sorted(written)
+    assert len(runs(done)) == len(found)
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    run = found[f"streets/{STUDENT}/cwd/2"]
+    record = json.loads((done / f"runs/streets/{STUDENT}/cwd/2/metrics.json").read_text())
+    assert run.data.metrics["test/miou"] == record["test"]["miou"]  # exact: a double stays a double
+    assert run.data.metrics["test/iou/car _ van"] == record["test"]["iou"]["car & van"]
+    assert run.data.params["training.steps"] == "300"
+    tags = {
+        key: run.data.tags[key]
+        for key in ("student", "method", "seed", "fingerprint", "git.commit", "data_sha256")
+    }
+    assert tags == {
+        "student": STUDENT,
+        "method": "cwd",
+        "seed": "2",
+        "fingerprint": f"{2:064x}",
+        "git.commit": "0123456789abcdef",
+        "data_sha256": "d" * 64,
+    }
+    folder = Path(run.info.artifact_uri.removeprefix("file://"))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "confusion.npz",
+        "history.csv",
+        "metrics.json",
+        "run.json",
+    ]
+    assert folder.is_relative_to(done / "mlartifacts")
+
+
+def test_history_has_each_point_once(done: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{done}/mlflow.db")
+    (run,) = [run for run in runs(done) if run.data.tags["cell"] == f"streets/{STUDENT}/kd/0"]
+    with (done / f"runs/streets/{STUDENT}/kd/0/history.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    for column in ("loss", "pixel", "val_miou"):
+        points = [
+            (point.step, point.value)
+            for point in client.get_metric_history(run.info.run_id, f"history/{column}")
+        ]
+        assert points == [(int(line["step"]), float(line[column])) for line in lines if line[column]]
+
+
+def test_second_report_changes_nothing(done: Path) -> None:
+    before, ids = texts(done), {run.info.run_id for run in runs(done)}
+    readme = (done / "README.md").read_bytes()
+    assert len(before) == 13
+    report.report(make_params(), done)
+    assert texts(done) == before
+    assert (done / "README.md").read_bytes() == readme
+    assert {run.info.run_id for run in runs(done)} == ids
+
+
+def test_runs_follow_the_records(root: Path) -> None:
+    """Changed, dropped and half-written runs; in a copy elsewhere, where nothing may go to the old place."""
+    params = make_params()
+    report.report(params, root)
+    before = {run.data.tags["cell"]: run.info.run_id for run in runs(root)}
+    changed, cut = Cell("streets", STUDENT, "cwd", 1), Cell("streets", STUDENT, "none", 0)
+    make_record(changed, root, skill=0.3)
+    tracking.connect(root).update_run(before[cut.path], status="RUNNING")  # what a killed report leaves
+    report.report(params.model_copy(update={"methods": {"none": {}, "cwd": params.methods["cwd"]}}), root)
+    after = {run.data.tags["cell"]: run.info.run_id for run in runs(root)}
+    assert set(before) - set(after) == {f"streets/{STUDENT}/kd/0", f"streets/{STUDENT}/kd/2"}
+    assert {key for key in after if before[key] != after[key]} == {changed.path, cut.path}
+    assert len(runs(root)) == len(after)
+    assert {run.info.status for run in runs(root)} == {"FINISHED"}
+    assert f"1:{miou(root, 'cwd', 1):.2f}" in row(root, "cwd")["seeds"]
+    assert all(run.info.artifact_uri.startswith(root.as_uri()) for run in runs(root))
+
+
+def test_the_tables_do_not_depend_on_the_store(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before, csvs = texts(root), texts(root, ".csv")
+    (root / "mlflow.db").unlink()
+    (root / "mlflow.db").mkdir()
+    shutil.rmtree(root / "reports")
+    report.report(make_params(), root)
+    assert [
+        record.levelname for record in caplog.records if "MLflow could not be used" in record.message
+    ] == ["WARNING"]
+    after = texts(root)
+    assert {name: after[name] for name in csvs} == csvs
+    for name in before:
+        if name.endswith((".md", ".tex")):
+            extra = [
+                line
+                for line in after[name].decode().splitlines()
+                if line not in before[name].decode().splitlines()
+            ]
+            assert len(extra) == 1
+            assert "MLflow could not be used" in extra[0]
+            assert str(root) not in extra[0]
+
+
+@pytest.mark.parametrize("cut", ["small", "teacher", "none"])
+def test_a_lead_that_is_small_or_missing_is_a_warning(cut: str, tmp_path: Path) -> None:
+    params = make_params(seeds=[0])
+    for cell in (
+        teacher_cell(params, "streets"),
+        Cell("streets", STUDENT, "none", 0),
+        Cell("streets", STUDENT, "kd", 0),
+    ):
+        key = "teacher" if cell.is_teacher else cell.method
+        if key != cut:
+            make_record(cell, tmp_path, skill=0.6)
+    records = report.finished(params, tmp_path)["streets"]
+    results = tables.gather(params, "streets", tracking.frame(map(tracking.entry, records)), tmp_path)
+    tables.write(results, tmp_path / "reports/streets")
+    (tmp_path / "README.md").write_text("<!-- results:begin --><!-- results:end -->", encoding="utf-8")
+    assert tables.update_readme(tmp_path / "README.md", [results])
+    wanted = {
+        "small": f"the teacher leads the undistilled {STUDENT} by ",
+        "teacher": f"the lead of the teacher over {STUDENT} is unknown, because the teacher has not been run",
+        "none": f"the lead of the teacher over {STUDENT} is unknown, because the undistilled {STUDENT} has "
+        "not",
+    }[cut].replace("_", r"\_")
+    for name in ("comparison", "ablation", "per_class"):
+        assert f"**Warning:** {wanted}" in (tmp_path / f"reports/streets/{name}.md").read_text(
+            encoding="utf-8"
+        )
+        assert f"% WARNING: {wanted}" in (tmp_path / f"reports/streets/{name}.tex").read_text(
+            encoding="utf-8"
+        )
+    assert f"**Warning:** {wanted}" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert row(tmp_path, "cwd")["status"] == "not run"
+    assert row(tmp_path, "cwd")["miou_mean"] == ""
+
+
+def test_cells_of_another_teacher_are_a_warning(done: Path) -> None:
+    params = make_params()
+    records = report.finished(params, done)["streets"]
+    assert (
+        tables.warnings(tables.gather(params, "streets", tracking.frame(map(tracking.entry, records)), done))
+        == []
+    )
+    (kd,) = [record for record in records if record.cell.path.endswith("kd/0")]
+    kd.run["teacher"]["sha256"] = "0" * 64
+    kd.run["data_sha256"] = "1" * 64
+    found = tables.warnings(
+        tables.gather(params, "streets", tracking.frame(map(tracking.entry, records)), done)
+    )
+    assert len(found) == 2
+    assert "different versions of the data" in found[0]
+    assert "different teachers" in found[1]
+
+
+def test_readme_block(done: Path) -> None:
+    text = (done / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("# A\n<!-- results:begin -->\n### streets\n")
+    assert text.endswith("<!-- results:end -->\nafter\n")
+    assert "old" not in text
+    assert (
+        f"| acfd | 3 | {float(row(done, 'acfd')['miou_mean']):.2f} ± "
+        f"{float(row(done, 'acfd')['miou_sd']):.2f} |" in text
+    )
+    best, second = sorted(table(done, "comparison"), key=lambda line: -float(line["miou_mean"]))[:2]
+    assert f": {best['method']} {float(best['miou_mean']):.2f} ± " in text
+    assert f"; next: {second['method']} {float(second['miou_mean']):.2f} ± " in text
+    for part in text.split("](")[1:]:
+        assert (done / part.split(")")[0]).is_file()
+
+
+def test_a_readme_without_markers_stays_as_it_is(root: Path) -> None:
+    for text in ("# plain\n", "<!-- results:end --> <!-- results:begin -->"):
+        (root / "README.md").write_text(text, encoding="utf-8")
+        assert tables.update_readme(root / "README.md", []) is False
+        assert (root / "README.md").read_text(encoding="utf-8") == text
+
+
+def test_benchmarks_without_a_record_get_no_report(done: Path, tmp_path: Path) -> None:
+    assert sorted(path.name for path in (done / "reports").iterdir()) == ["streets"]
+    assert report.finished(make_params(), tmp_path) == {}
+    report.report(make_params(), tmp_path)
+    assert not (tmp_path / "reports").exists()
+
+
+def test_statistics() -> None:
+    assert statistics.mean([1.0, 2.0, 6.0]) == 3.0
+    assert statistics.sd([1.0, 2.0, 6.0]) == pytest.approx(
+        7**0.5
+    )  # ddof 1; with ddof 0 it is (14 / 3) ** 0.5
+    assert statistics.sd([1.0]) is None
+    assert statistics.mean([]) is None
+    differences = statistics.paired({0: 5.0, 1: 7.0, 3: 9.0}, {1: 4.0, 0: 4.0, 2: 1.0})
+    assert differences.by_seed == {0: 1.0, 1: 3.0}
+    assert (differences.n, differences.mean, differences.sd) == (2, 2.0, pytest.approx(2**0.5))
+    assert [statistics.smallest_p(n) for n in (3, 5, 6)] == [0.25, 0.0625, 0.03125]
