@@ -15,6 +15,7 @@ import yaml
 from pipelines import config
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads would only wait for each other
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

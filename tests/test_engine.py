@@ -349,8 +349,8 @@ def faulty(root: Path, fault: str) -> None:
     ("fault", "sentence"),
     [
         ("absent", "weights.safetensors is missing"),
-        ("truncated", "truncated or damaged"),
-        ("altered", "its record says"),
+        ("truncated", "truncated or altered"),
+        ("altered", "truncated or altered"),
         ("architecture", "another architecture"),
         ("classes", "knows 11 classes"),
         ("score", "mIoU on validation, its record says"),

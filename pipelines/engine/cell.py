@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import inspect
 import io
 import os
 import platform
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.config import ROOT, ConfigError, Network, Params, Training
+from pipelines.config import PAPER, ROOT, ConfigError, Network, Params, Training
 from pipelines.datasets import folder as data_folder
 from pipelines.engine import checkpoint, eager
 from pipelines.engine.evaluate import evaluate, latency
@@ -135,8 +136,8 @@ def train(plan: Plan, params: Params, root: Path = ROOT) -> tuple[Trained, data_
         load_teacher(teacher, place, classes, ignore_index, val, plan.precision_of_teacher)
         teacher_sha256 = file_sha256(place / "weights.safetensors")
 
-    file = ROOT / f"{plan.method.__module__.replace('.', '/')}.py"
-    own_code = sorted(file.parent.glob("*.py")) if file.parent.name == "acfd" else [file]
+    file = Path(inspect.getfile(plan.method))
+    own_code = sorted(file.parent.glob("*.py")) if file.parent.name == PAPER else [file]
     inputs = {
         "cell": cell.path,
         "seed": cell.seed,
@@ -190,11 +191,11 @@ def train(plan: Plan, params: Params, root: Path = ROOT) -> tuple[Trained, data_
 def run_cell(cell: Cell, params: Params, root: Path = ROOT) -> None:
     """Train a cell and leave its record in ``runs/``. On an error the reason stays in ``.scratch/`` for the
     report."""
+    planned = plan(params, cell)
     note = cell.scratch(root) / "failure.txt"
     note.unlink(missing_ok=True)
-    started = datetime.datetime.now(datetime.UTC)
+    started, code = datetime.datetime.now(datetime.UTC), git_state()
     try:
-        planned = plan(params, cell)
         trained, description = train(planned, params, root)
         test = data_folder.load(root / "data" / cell.benchmark, "test")
         start = time.perf_counter()
@@ -206,7 +207,7 @@ def run_cell(cell: Cell, params: Params, root: Path = ROOT) -> None:
             planned.training.precision,
         )
         trained.seconds["test"] = time.perf_counter() - start
-        _write(planned, trained, description, counts, test.names, started, root)
+        _write(planned, trained, description, counts, test.names, started, code, root)
     except ConfigError as error:
         write_bytes(note, f"{error}\n".encode())
         raise
@@ -220,6 +221,7 @@ def _write(
     test: np.ndarray,
     names: list[str],
     started: datetime.datetime,
+    code: dict[str, Any],
     root: Path,
 ) -> None:
     from safetensors.torch import save
@@ -280,7 +282,7 @@ def _write(
         "memory_peak_mb": round(_memory_peak_mb(), 1),
         "hardware": hardware(),
         "versions": versions(),
-        "git": git_state(),
+        "git": code,
     }
     write_bytes(folder / "history.csv", table.getvalue().encode())
     write_bytes(folder / "confusion.npz", arrays.getvalue())

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from pipelines.config import ROOT
-
 log = logging.getLogger(__name__)
 
 
@@ -22,7 +20,7 @@ def fingerprint(inputs: dict[str, Any], code: list[Path]) -> str:
     content = {
         "inputs": inputs,
         "code": {
-            path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in code
+            f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in code
         },
         "torch": torch.__version__,
     }

@@ -38,12 +38,12 @@ def load_teacher(
             f"The teacher in {folder} knows {len(run['classes'])} classes, the data set has "
             f"{len(classes)}: {classes}. {remedy}"
         )
-    state = read_state(weights)
     if (found := file_sha256(weights)) != run["weights_sha256"]:
         raise ConfigError(
-            f"The teacher {weights} has sha256 {found[:12]}…, its record says "
+            f"The teacher {weights} is truncated or altered: its sha256 is {found[:12]}…, its record says "
             f"{run['weights_sha256'][:12]}…. {remedy}"
         )
+    state = read_state(weights)
     load_exported(teacher, state, f"The teacher {weights}", remedy)
     teacher.requires_grad_(False)
     teacher.eval().to("cuda" if torch.cuda.is_available() else "cpu").to(memory_format=torch.channels_last)
