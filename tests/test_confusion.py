@@ -94,10 +94,18 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         )
 
 
+def test_small_integer_types_do_not_overflow() -> None:
+    """19 × 20 + 19 does not fit into the bytes that labels are kept in."""
+    label = torch.full((2, 3, 3), 19, dtype=torch.uint8)
+    counts = confusion_matrix(label, label, 20, IGNORE)
+    assert counts[:, 19, 19].tolist() == [9, 9]
+    assert counts.sum() == 18
+
+
 def test_counts_beyond_float32_stay_exact() -> None:
-    pixels = 2**24 + 1  # the first integer that float32 rounds
-    label = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, 1, pixels)
-    assert confusion_matrix(label, label, 1, IGNORE).item() == pixels
+    """2^24 + 1 correct pixels of 2^24 + 2: float32 would lose one of them."""
+    counts = np.array([[[2**24, 0], [0, 0]], [[1, 0], [1, 0]]])
+    assert summary(counts, ["a", "b"])["pixel_accuracy"] == 99.999994
 
 
 def test_summary_by_hand() -> None:
