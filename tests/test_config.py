@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,3 +139,29 @@ def test_stage_list_is_the_matrix_of_params() -> None:
             for seed in suite["seeds"]
         ]
     assert sorted(listed) == sorted([*expected, "report"])
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = set(
+        re.findall(r"(?<=make )[a-z]+\b", " ".join(re.findall(r"`[^`]+`|^make .*$", text, re.MULTILINE)))
+    )
+    assert {"repro", "test", "tables", "ui", "lint", "clean", "tune", "bench"} <= used <= targets
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    for name in re.findall(r"`(acfd|baselines|pipelines|reports)/([a-z_/-]+\.[a-z]+)`", text):
+        if name[1] not in ("mymethod.py",):
+            assert (ROOT / "/".join(name)).exists(), name
+
+
+def test_what_the_readme_adds_is_accepted(tmp_path: Path) -> None:
+    """The student and the method that the README shows are valid entries."""
+    text = (ROOT / "README.md").read_text()
+    student = re.search(r"`(pspnet-mobilenetv2: \{.*?\})`", text)
+    method = re.search(r"`(mymethod: \{.*?\})`", text)
+    assert student and method
+    raw = read_params()
+    raw["students"] |= yaml.safe_load(student[1])
+    write_params(tmp_path, raw)
+    assert config.load(tmp_path / "params.yaml").student("pspnet-mobilenetv2").encoder == "tu-mobilenetv2_100"
+    assert yaml.safe_load(method[1]) == {"mymethod": {"weight": 0.1}}

@@ -480,7 +480,6 @@ def test_readme_block(done: Path) -> None:
     assert text.startswith("# A\n<!-- results:begin -->\n### streets\n")
     assert text.endswith("<!-- results:end -->\nafter\n")
     assert "old" not in text
-    acfd = {key: float(row(done, "acfd")[key]) for key in ("miou_mean", "miou_sd")}
     assert (
         f"| acfd | 3 | {float(row(done, 'acfd')['miou_mean']):.2f} ± "
         f"{float(row(done, 'acfd')['miou_sd']):.2f} |" in text
