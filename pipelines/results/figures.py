@@ -164,8 +164,8 @@ def learning_curves(results: Results, finished: Sequence[Record]) -> Figure:
         row[1].set(
             xlabel="step", ylabel="task loss (cross-entropy)", title=f"Training, task term · {student}"
         )
-        if row[0].get_legend_handles_labels()[0]:
-            row[0].legend(loc="lower right")
+        if row[1].get_legend_handles_labels()[0]:
+            row[1].legend(loc="upper right")  # a loss falls: this corner is free in every panel
     _title(figure, results, "learning curves; thick is the mean over seeds, thin a seed")
     return figure
 
