@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -53,6 +54,8 @@ def comparison(root: Path) -> dict[str, dict[str, str]]:
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = copy_repository(tmp_path_factory.mktemp("clone"))
+    for made in ("runs", "reports"):  # from nothing, without the committed records
+        shutil.rmtree(root / made, ignore_errors=True)
     raw = tiny(read_params(root))
     raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd", "skd", "cwd")}
     write_params(root, raw)

@@ -136,7 +136,7 @@ def test_every_baseline_has_an_entry() -> None:
 
 
 def test_an_unknown_method_is_answered_with_those_that_exist() -> None:
-    with pytest.raises(ConfigError, match=r"cwd, kd, none, skd"):
+    with pytest.raises(ConfigError, match=r"cwd, .*kd, .*none"):
         method_config("kdd", {})
 
 

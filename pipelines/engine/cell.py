@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import datetime
 import inspect
 import io
@@ -112,9 +113,8 @@ def train(plan: Plan, params: Params, root: Path = ROOT) -> tuple[Trained, data_
     val = data_folder.load(data, "val")
 
     torch.manual_seed(derive(cell.seed, "network", cell.student))
-    network = SegmentationNetwork(plan.network, len(classes)).to(
-        "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = SegmentationNetwork(plan.network, len(classes)).to(device)
     teacher = SegmentationNetwork(plan.teacher, len(classes)) if plan.teacher else None
     shapes = tap_shapes(network, plan.training.crop)
     teacher_shapes = tap_shapes(teacher, plan.training.crop) if teacher else shapes
@@ -158,11 +158,16 @@ def train(plan: Plan, params: Params, root: Path = ROOT) -> tuple[Trained, data_
         evaluating += time.perf_counter() - start
         return counts
 
+    loaded = data_folder.load(data, "train")
+    # on the device, so that the augmentation runs there too
+    train_split = dataclasses.replace(
+        loaded, images=loaded.images.to(device), labels=loaded.labels.to(device)
+    )
     history = fit(
         network,
         teacher,
         method,
-        data_folder.load(data, "train"),
+        train_split,
         len(classes),
         ignore_index,
         plan.training,
@@ -208,8 +213,9 @@ def run_cell(cell: Cell, params: Params, root: Path = ROOT) -> None:
         )
         trained.seconds["test"] = time.perf_counter() - start
         _write(planned, trained, description, counts, test.names, started, code, root)
-    except ConfigError as error:
-        write_bytes(note, f"{error}\n".encode())
+    except Exception as error:  # whatever stopped it, the tables say so
+        reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        write_bytes(note, f"{' '.join(reason.split())[:500]}\n".encode())
         raise
     shutil.rmtree(cell.scratch(root), ignore_errors=True)
 

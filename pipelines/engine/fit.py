@@ -139,17 +139,16 @@ def fit(
     accelerator = Accelerator(
         mixed_precision="bf16" if training.precision == "bf16" else "no", cpu=not torch.cuda.is_available()
     )
+    if accelerator.num_processes > 1:
+        raise ConfigError("A cell is one process: do not start it by a distributed launcher.")
     step_module = DistillationStep(student, teacher, method, training.auxiliary_weight).to(accelerator.device)
     step_module.autocast = torch.autocast(
         accelerator.device.type, torch.bfloat16, enabled=training.precision == "bf16"
     )
-    module: nn.Module = step_module
-    if accelerator.num_processes > 1:
-        module = accelerator.prepare_model(step_module)
     student.to(memory_format=torch.channels_last)
     step_module.train()
     found = optimizers(student, method, training)
-    history, sums, start = History(), dict[str, float](), 0
+    history, sums, count, start = History(), dict[str, float](), 0, 0
 
     if state := checkpoint.load(state_file, mark):
         student.load_state_dict(state["student"])
@@ -180,7 +179,7 @@ def fit(
             images = images.to(accelerator.device).contiguous(memory_format=torch.channels_last)
             batch = Batch(images, labels.to(accelerator.device), classes, ignore_index)
 
-            terms, student_taps, teacher_taps = module(batch)
+            terms, student_taps, teacher_taps = step_module(batch)
             values = dict(zip(terms, torch.stack([t.detach() for t in terms.values()]).tolist(), strict=True))
             _check_finite(values, step, label)
             loss = torch.stack(list(terms.values())).sum()
@@ -202,13 +201,15 @@ def fit(
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value
             done = step + 1
-            if done % LOG_EVERY == 0 or done == training.steps:
-                count = (done - 1) % LOG_EVERY + 1
+            count += 1
+            due = done % training.validate_every == 0
+            if done % LOG_EVERY == 0 or due or done == training.steps:
                 row = {"step": float(done), "lr": found["main"].param_groups[0]["lr"]}
                 row |= {name: sums[name] / count for name in ("loss", *(n for n in sums if n != "loss"))}
                 sums.clear()
+                count = 0
                 history.rows.append(row)
-                if done % training.validate_every == 0 and done < training.steps:
+                if due and done < training.steps:
                     row["val_miou"] = validate()
                 if time.monotonic() - saved > SAVE_EVERY and done < training.steps:
                     _save(state_file, mark, done, student, method, found, history)
@@ -217,6 +218,7 @@ def fit(
                 loss=f"{values['loss']:.3f}", lr=f"{found['main'].param_groups[0]['lr']:.4f}", refresh=False
             )
             bar.update()
+    _check_weights(student, training.steps)
     return history
 
 
@@ -224,9 +226,8 @@ def _check_finite(values: dict[str, float], step: int, label: str) -> None:
     bad = [name for name, value in values.items() if not -float("inf") < value < float("inf")]
     if bad:
         raise ConfigError(
-            f"{label}: the term {', '.join(bad)} is not finite at step {step}. The last good state is "
-            f"kept; lower `lr` or this "
-            f"term's weight in params.yaml."
+            f"{label}: the term {', '.join(bad)} is not finite at step {step}. The last good state is kept; "
+            "lower `lr` or this term's weight in params.yaml."
         )
 
 
@@ -235,10 +236,18 @@ def _check_gradients(module: nn.Module, optimizer: Optimizer) -> None:
     without = [name for name, p in module.named_parameters() if id(p) in held and p.grad is None]
     if without:
         raise ConfigError(
-            f"No gradient reaches {', '.join(without[:3])} ({len(without)} parameters): use it in "
-            f"`losses`, remove it, or give it an "
-            f"optimiser in `own_optimizers`."
+            f"No gradient reaches {', '.join(without[:3])} ({len(without)} parameters): use it in `losses`, "
+            "remove it, or give it an optimiser in `own_optimizers`."
         )
+
+
+def _check_weights(student: nn.Module, step: int) -> None:
+    for name, value in student.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise ConfigError(
+                f"The student's {name} is not finite after step {step}: lower `lr` in params.yaml. The last good "
+                "state is kept."
+            )
 
 
 def _save(
@@ -250,12 +259,7 @@ def _save(
     found: dict[str, Optimizer],
     history: History,
 ) -> None:
-    for name, value in student.state_dict().items():
-        if not torch.isfinite(value).all():
-            raise ConfigError(
-                f"The student's {name} is not finite at step {step}: lower `lr` in params.yaml. The last "
-                f"good state is kept."
-            )
+    _check_weights(student, step)
     state = {"step": step, "student": student.state_dict(), "method": method.state_dict()}
     state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in found.items()}
     checkpoint.save(path, mark, state | {"rows": history.rows, "seconds": history.seconds})
