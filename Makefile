@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 READY := $(VENV)/.installed
+SHELL := bash
 export PATH := $(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -11,7 +12,7 @@ export PYTHONPATH := $(CURDIR)
 .PHONY: repro test lint tables ui tune bench smoke clean lock
 
 repro: $(READY)  ## run every experiment of params.yaml that is not up to date, then the report
-	dvc repro
+	dvc repro --keep-going || { status=$$?; python -m pipelines.report; exit $$status; }
 
 test: $(READY)  ## the tests
 	python -m pytest
@@ -40,13 +41,13 @@ lock: $(READY)  ## renew requirements.lock from pyproject.toml
 	uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 \
 	  --no-header --no-annotate --quiet --output-file requirements.lock
 
-clean:  ## remove what can be rebuilt; run records, reports, data and weights stay
-	rm -rf .venv .scratch mlflow.db mlartifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove what can be rebuilt; records, reports, data, weights and resume files stay
+	rm -rf .venv mlflow.db mlartifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	pip install --quiet --disable-pip-version-check uv
-	uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python --require-hashes -r requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python --require-hashes -r requirements.lock
 	touch $@

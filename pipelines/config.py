@@ -223,9 +223,16 @@ def load(path: Path | None = None, methods: bool = True) -> Params:
         ("benchmark", suite.benchmarks, params.benchmarks),
         ("student", suite.students, params.students),
         ("variant", suite.variants, params.acfd),
+        ("benchmark", [params.tuning.benchmark], params.benchmarks),
+        ("student", [params.tuning.student], params.students),
+        ("method", params.tuning.trials, params.method_keys),
     ):
         for key in wanted:
             known(kind, key, have)
+    if params.tuning.seed in suite.seeds:
+        raise ConfigError(
+            "In params.yaml: tuning.seed must not be one of suite.seeds, whose scores are reported."
+        )
     if TEACHER in params.students:
         raise ConfigError(
             f"In params.yaml: no student may be called '{TEACHER}', that folder holds the teacher."

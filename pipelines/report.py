@@ -27,7 +27,10 @@ def report(params: Params, root: Path = config.ROOT) -> None:
     """Write ``reports/<benchmark>/`` for every benchmark with records, and the results in README.md."""
     found = finished(params, root)
     frames, problem = tracking.collect(root, found)
-    every = [tables.gather(params, benchmark, frames[benchmark], root, problem) for benchmark in found]
+    every = [
+        tables.gather(params, benchmark, frames[benchmark], root, problem, found[benchmark])
+        for benchmark in found
+    ]
     for results in every:
         folder = root / "reports" / results.benchmark
         tables.write(results, folder)

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines import cli, config
-from pipelines.config import ROOT, Params
-from pipelines.results.records import Cell, write_bytes
+from pipelines.config import ROOT, ConfigError, Params
+from pipelines.results.records import Cell, read_json, teacher_cell, write_bytes
 
 COLUMNS = ("method", "trial", "weights", "steps", "seed", "val_miou", "chosen", "trial_id")
 
@@ -35,6 +35,7 @@ def trials(params: Params) -> Iterator[tuple[str, int, dict[str, float]]]:
 
 def tune(params: Params, root: Path = ROOT) -> Path:
     """Run the trials that the log lacks; returns the log, with one row per method marked as chosen."""
+    from pipelines.datasets.folder import describe
     from pipelines.engine.cell import plan, train
     from pipelines.method import method_config
     from pipelines.results.confusion import summary
@@ -43,6 +44,12 @@ def tune(params: Params, root: Path = ROOT) -> Path:
     path = root / "reports" / tuning.benchmark / "tuning.csv"
     done = {row["trial_id"]: row for row in _read(path)}
     rows: list[dict[str, str]] = []
+    description = describe(root / "data" / tuning.benchmark)
+    teacher = teacher_cell(params, tuning.benchmark).folder(root)
+    if not (teacher / "run.json").is_file():
+        raise ConfigError(
+            f"{tuning.benchmark} has no teacher: put it into suite.benchmarks and run `make repro` first."
+        )
     for method, number, weights in trials(params):
         values = {**params.method_values(method), **weights}
         checked = method_config(method, values)
@@ -50,7 +57,13 @@ def tune(params: Params, root: Path = ROOT) -> Path:
         planned = plan(params, cell)
         training = planned.training.model_copy(update={"steps": tuning.steps, "validate_every": tuning.steps})
         planned = dataclasses.replace(planned, training=training, config=checked)
-        trial_id = hashlib.sha256(json.dumps(planned.values(), sort_keys=True).encode()).hexdigest()[:12]
+        inputs = [
+            planned.values(),
+            tuning.seed,
+            description.sha256,
+            read_json(teacher / "run.json")["weights_sha256"],
+        ]
+        trial_id = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
         row = {
             "method": method,
             "trial": str(number),
@@ -62,7 +75,7 @@ def tune(params: Params, root: Path = ROOT) -> Path:
         if trial_id in done:
             row["val_miou"] = done[trial_id]["val_miou"]
         else:
-            trained, description = train(planned, params, root)
+            trained, _ = train(planned, params, root)
             row["val_miou"] = f"{summary(trained.val, description.classes)['miou']:.4f}"
             log.info("%s with %s: %s mIoU on validation", method, row["weights"], row["val_miou"])
         rows.append(row)

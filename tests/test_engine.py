@@ -268,7 +268,7 @@ def test_resume_state_of_other_inputs_or_damaged_is_not_used(
     assert "other inputs" in caplog.text and "damaged" in caplog.text
 
 
-def test_the_fingerprint_follows_params_data_and_teacher(place: Path, edit: Any) -> None:
+def test_the_fingerprint_follows_the_params(place: Path, edit: Any) -> None:
     params = load(place)
     marks = {train(plan(params, student_cell("kd")), params, place)[0].fingerprint}
     params = edit(lambda raw: raw["methods"]["kd"].update(weight=0.5))

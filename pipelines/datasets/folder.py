@@ -275,4 +275,4 @@ def _benchmark(root: Path) -> str:
 
 
 def _remedy(root: Path) -> str:
-    return f"Delete {_place(root)} and run `dvc repro fetch@{_benchmark(root)}`."
+    return f"Delete {_place(root)}, put {_benchmark(root)} into suite.benchmarks and run `make repro`."

@@ -245,8 +245,8 @@ def _check_weights(student: nn.Module, step: int) -> None:
     for name, value in student.state_dict().items():
         if not torch.isfinite(value).all():
             raise ConfigError(
-                f"The student's {name} is not finite after step {step}: lower `lr` in params.yaml. The last good "
-                "state is kept."
+                f"The student's {name} is not finite after step {step}: lower `lr` in params.yaml. The last "
+                "good state is kept."
             )
 
 

@@ -28,7 +28,10 @@ def load_teacher(
     """Make ``teacher`` the one of ``folder``, frozen and in eval mode; :class:`ConfigError` unless it is
     exactly the recorded one."""
     weights = folder / "weights.safetensors"
-    remedy = f"Train it again with `dvc repro -f train_teacher@{folder.parent.name}`."
+    benchmark = folder.parent.name
+    remedy = (
+        f"Train it again: `dvc repro -s -f train_teacher@{benchmark}`, with {benchmark} in suite.benchmarks."
+    )
     absent = [name for name in (weights.name, *RECORD_FILES) if not (folder / name).is_file()]
     if absent:
         raise ConfigError(f"The teacher's {', '.join(absent)} is missing in {folder}. {remedy}")

@@ -100,6 +100,25 @@ def read(cell: Cell, root: Path = ROOT) -> Record | None:
     return Record(cell, read_json(folder / "metrics.json"), read_json(folder / "run.json"), history, folder)
 
 
+def stale(record: Record, params: Params) -> list[str]:
+    """The parts of a record's configuration that stand otherwise in params.yaml now: network, training, …"""
+    cell, benchmark = record.cell, params.benchmark(record.cell.benchmark)
+    if cell.is_teacher:
+        own = benchmark.teacher
+        wanted = {
+            "network": own.network.model_dump(mode="json"),
+            "training": own.training.model_dump(mode="json"),
+        }
+    else:
+        wanted = {
+            "network": params.student(cell.student).model_dump(mode="json"),
+            "training": benchmark.training.model_dump(mode="json"),
+            "method": params.method_values(cell.method),
+            "teacher": benchmark.teacher.network.model_dump(mode="json"),
+        }
+    return [part for part, value in wanted.items() if record.run["config"].get(part) != value]
+
+
 def failure(cell: Cell, root: Path = ROOT) -> str | None:
     """Why a cell's last attempt stopped, if it failed."""
     note = cell.scratch(root) / "failure.txt"

@@ -18,6 +18,12 @@ def mean(values: Iterable[float]) -> float | None:
     return statistics.fmean(scores) if scores else None
 
 
+def median(values: Iterable[float]) -> float | None:
+    """Median; None of nothing."""
+    scores = list(values)
+    return statistics.median(scores) if scores else None
+
+
 def sd(values: Iterable[float]) -> float | None:
     """Sample standard deviation (ddof 1); None when there are fewer than two values."""
     scores = list(values)

@@ -19,7 +19,7 @@ import pandas as pd
 
 from pipelines.config import PAPER, TEACHER, Params
 from pipelines.results import records, statistics
-from pipelines.results.records import Cell
+from pipelines.results.records import Cell, Record
 from pipelines.results.tracking import metric_name
 
 REFERENCE = "none"  # the method that every other one is compared to: the undistilled student
@@ -43,6 +43,9 @@ class Results:
     weights: dict[str, dict[str, Any]]  # per variant: its loss weights in params.yaml
     cells: pd.DataFrame  # finished cells, in the form of tracking.frame
     failures: dict[Cell, str] = field(default_factory=dict)
+    stale: dict[Cell, list[str]] = field(
+        default_factory=dict
+    )  # trained with other settings than params.yaml's
     tracking: str | None = None  # why the numbers do not come from MLflow, if they do not
 
     def rows(self, student: str, method: str) -> pd.DataFrame:
@@ -120,7 +123,12 @@ class Table:
 
 
 def gather(
-    params: Params, benchmark: str, cells: pd.DataFrame, root: Path, tracking: str | None = None
+    params: Params,
+    benchmark: str,
+    cells: pd.DataFrame,
+    root: Path,
+    tracking: str | None = None,
+    finished: Sequence[Record] = (),
 ) -> Results:
     """Bring together the finished cells of a benchmark with the ones that there should be."""
     notes = {cell: records.failure(cell, root) for cell in records.expected_cells(params, benchmark)}
@@ -144,6 +152,7 @@ def gather(
         failures={
             cell: " ".join(note.replace(f"{root}/", "").split()) for cell, note in notes.items() if note
         },
+        stale={record.cell: parts for record in finished if (parts := records.stale(record, params))},
         tracking=tracking,
     )
 
@@ -257,6 +266,14 @@ def warnings(results: Results) -> list[str]:
             )
     if len(results.distinct("tags.data_sha256")) > 1:
         found.append("the cells were trained on different versions of the data; run `dvc repro`.")
+    if results.stale:
+        named = "; ".join(
+            f"{cell.path}: {', '.join(parts)}" for cell, parts in list(results.stale.items())[:5]
+        )
+        found.append(
+            f"{len(results.stale)} cells were trained with other settings than params.yaml has ({named}); "
+            "run `dvc repro`."
+        )
     current = results.cells[results.cells["student"] == TEACHER]
     known = {str(value) for value in current.get("tags.weights_sha256", pd.Series(dtype=str)).dropna()}
     used = set(results.distinct("tags.teacher.sha256", students_only=True))
@@ -459,14 +476,14 @@ def _costs(rows: pd.DataFrame) -> dict[str, Any]:
     def whole(metric: str) -> int | None:
         return next((int(value) for value in values(metric)), None)
 
-    steps = statistics.mean(values("seconds/step_median"))
+    steps = statistics.median(values("seconds/step_median"))
     return _rounded(
         {
             "parameters": whole("student/parameters"),
             "flops": whole("student/flops"),
-            "latency_ms": statistics.mean(values("student/latency_ms")),
+            "latency_ms": statistics.median(values("student/latency_ms")),
             "step_ms": None if steps is None else 1000 * steps,
-            "training_s": statistics.mean(values("seconds/training")),
+            "training_s": statistics.median(values("seconds/training")),
             "memory_mb": max(values("memory_peak_mb"), default=None),
         }
     )
@@ -480,7 +497,8 @@ def _cost_notes(results: Results) -> list[str]:
     return [
         "best val mIoU: of each training, picked on the validation split; for information, no headline.",
         f"parameters, GFLOPs, latency: of the exported student, one image of {size or '?'} pixels.",
-        "ms per step: median, teacher and method included; training: without validation; means over seeds.",
+        "ms per step: median, teacher and method included; training: without validation; median over seeds.",
+        "times: under the load of the machine then; the student, so its latency, is the same for all.",
         "memory: peak of the training process, largest of the seeds.",
     ]
 
