@@ -38,6 +38,7 @@ def make_params(**suite: Any) -> Params:
     return base.model_copy(
         update={
             "suite": base.suite.model_copy(update=wanted),
+            "students": {STUDENT: base.students["pspnet-resnet18"]},
             "benchmarks": {name: base.benchmarks["streets"] for name in ("streets", "camvid-small")},
             "methods": {"none": {}, "kd": {"weight": 1.0}, "cwd": {"weight": 3.0, "tau": 4.0}},
             "acfd": {
@@ -46,6 +47,20 @@ def make_params(**suite: Any) -> Params:
             },
         }
     )
+
+
+def resolved(cell: Cell) -> dict[str, Any]:
+    """The configuration that a cell trained with today's parameters has in its record."""
+    params = make_params()
+    benchmark = params.benchmark(cell.benchmark)
+    own = benchmark.teacher if cell.is_teacher else benchmark
+    network = benchmark.teacher.network if cell.is_teacher else params.student(cell.student)
+    return {
+        "network": network.model_dump(mode="json"),
+        "training": own.training.model_dump(mode="json"),
+        "method": {} if cell.is_teacher else params.method_values(cell.method),
+        "teacher": None if cell.is_teacher else benchmark.teacher.network.model_dump(mode="json"),
+    }
 
 
 def make_record(cell: Cell, root: Path, skill: float | None = None, **changes: Any) -> None:
@@ -93,12 +108,7 @@ def make_record(cell: Cell, root: Path, skill: float | None = None, **changes: A
             "method": cell.method,
             "seed": cell.seed,
         },
-        "config": {
-            "network": {"architecture": "PSPNet", "encoder": "tu-resnet18", "weights": None},
-            "training": {"steps": 300, "batch_size": 8, "crop": [64, 64], "lr": 0.02, "precision": "bf16"},
-            "method": {"weight": 1.0} if distils else {},
-            "teacher": None if cell.is_teacher else {"architecture": "PSPNet"},
-        },
+        "config": resolved(cell),
         "classes": CLASSES,
         "versions": {"python": "3.12.3", "torch": "2.9.0"},
         "hardware": {"device": "cpu", "processor": "A Processor (R) 2.0 GHz", "cores": 2, "threads": 2},
@@ -299,7 +309,7 @@ def test_headers_say_what_was_measured(done: Path) -> None:
                 "d" * 12,
                 "ddof 1",
                 "last iterate",
-                "steps 300",
+                f"steps {make_params().benchmark('streets').training.steps}",
                 "A Processor (R) 2.0 GHz",
                 "exploratory",
             ):
@@ -334,7 +344,7 @@ def test_every_run_is_finished_and_complete(done: Path) -> None:
     record = json.loads((done / f"runs/streets/{STUDENT}/cwd/2/metrics.json").read_text())
     assert run.data.metrics["test/miou"] == record["test"]["miou"]  # exact: a double stays a double
     assert run.data.metrics["test/iou/car _ van"] == record["test"]["iou"]["car & van"]
-    assert run.data.params["training.steps"] == "300"
+    assert run.data.params["training.steps"] == str(params.benchmark("streets").training.steps)
     tags = {
         key: run.data.tags[key]
         for key in ("student", "method", "seed", "fingerprint", "git.commit", "data_sha256")
@@ -455,6 +465,20 @@ def test_a_lead_that_is_small_or_missing_is_a_warning(cut: str, tmp_path: Path) 
     assert f"**Warning:** {wanted}" in (tmp_path / "README.md").read_text(encoding="utf-8")
     assert row(tmp_path, "cwd")["status"] == "not run"
     assert row(tmp_path, "cwd")["miou_mean"] == ""
+
+
+def test_cells_of_other_settings_are_a_warning(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done / "runs", tmp_path / "runs")
+    report.report(make_params(), tmp_path)
+    table = tmp_path / "reports/streets/comparison.md"
+    assert "other settings" not in table.read_text(encoding="utf-8")
+    params = make_params()
+    changed = params.model_copy(update={"methods": params.methods | {"kd": {"weight": 2.0}}})
+    report.report(changed, tmp_path)
+    text = table.read_text(encoding="utf-8")
+    assert "2 cells were trained with other settings" in text  # kd has two
+    warning = next(line for line in text.splitlines() if "other settings" in line)
+    assert "kd/0: method" in warning and "cwd/" not in warning
 
 
 def test_cells_of_another_teacher_are_a_warning(done: Path) -> None:
