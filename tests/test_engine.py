@@ -298,6 +298,8 @@ def test_a_cell_leaves_its_whole_record(place: Path) -> None:
     assert {"step", "lr", "loss", "task", "auxiliary", "afd", "ccd", "csd", "val_miou"} == set(
         record.history[0]
     )
+    # validated every 3 steps, which is no multiple of the rows' 10
+    assert [(r["step"], r["val_miou"] is not None) for r in record.history] == [(3, True), (6, True)]
     row = record.history[-1]
     parts = sum(row[name] for name in ("task", "auxiliary", "afd", "ccd", "csd"))  # type: ignore[misc]
     assert row["loss"] == pytest.approx(parts, rel=1e-4)
@@ -460,3 +462,31 @@ def test_the_method_may_run_without_a_teacher(place: Path) -> None:
     shutil.rmtree(place / "runs" / "streets" / "teacher")
     trained, _ = train(plan(load(place), student_cell("none")), load(place), place)
     assert trained.teacher_sha256 is None
+
+
+def test_a_crash_of_any_kind_is_noted_for_the_tables(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(cell_module, "fit", crash)
+    with pytest.raises(RuntimeError):
+        run_cell(student_cell("none"), load(place), place)
+    assert records.failure(student_cell("none"), place) == "RuntimeError: out of memory"
+
+
+def test_tuning_never_reads_the_test_split_and_runs_a_trial_once(
+    place: Path, edit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines import tune as tune_module
+
+    trials = {"kd": [{"weight": 0.5}, {"weight": 2.0}], "cwd": [{"weight": 0.5}, {"weight": 2.0}]}
+    params = edit(lambda raw: raw["tuning"].update(benchmark="streets", steps=2, trials=trials))
+    shutil.rmtree(place / "data" / "streets" / "test")
+    log = tune_module.tune(params, place).read_text()
+    lines = [line.split(",") for line in log.splitlines()[1:]]
+    assert [line[0] for line in lines] == ["cwd", "cwd", "kd", "kd"]
+    for method in trials:
+        scores = {float(line[5]): line[6] for line in lines if line[0] == method}
+        assert scores[max(scores)] == "yes"
+    monkeypatch.setattr(cell_module, "train", lambda *a: pytest.fail("a trial ran twice"))
+    assert tune_module.tune(params, place).read_text() == log
