@@ -23,7 +23,7 @@ from acfd.losses import (
     channel_significance_loss,
     peak_class_weights,
 )
-from pipelines.method import Batch, Distiller, MethodConfig, Shapes, Taps
+from pipelines.method import Batch, Distiller, MethodConfig, Search, Shapes, Taps
 
 
 class AttentionBias(nn.Module):
@@ -48,9 +48,9 @@ class Method(Distiller):
     """ACFD and, by weights of 0, every variant of its ablation."""
 
     class Config(MethodConfig):
-        weight_afd: float = Field(ge=0)
-        weight_ccd: float = Field(ge=0)
-        weight_csd: float = Field(ge=0)
+        weight_afd: Annotated[float, Field(ge=0), Search(0.1, 10.0)]
+        weight_ccd: Annotated[float, Field(ge=0), Search(1.0, 100.0)]
+        weight_csd: Annotated[float, Field(ge=0), Search(0.1, 10.0)]
         stages: list[Annotated[int, Field(ge=1, le=4)]] = Field(min_length=1)  # of the backbone, for AFD
         grid: int = Field(ge=1)  # cells per side of AFD's channel descriptors
         dimension: int = Field(ge=1)  # of AFD's learned queries and keys

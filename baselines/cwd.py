@@ -19,14 +19,14 @@ if the widths differ. Unlabelled and padded positions take part in the softmax, 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines.method import Batch, Distiller, MethodConfig, Shapes, Taps, same_size
+from pipelines.method import Batch, Distiller, MethodConfig, Search, Shapes, Taps, same_size
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
@@ -50,7 +50,7 @@ class Method(Distiller):
     """CWD on one tap: the logits by default, or a feature map."""
 
     class Config(MethodConfig):
-        weight: float = Field(ge=0)
+        weight: Annotated[float, Field(ge=0), Search(0.1, 10.0)]
         tau: float = Field(gt=0)
         tap: Literal["logits", "fusion", "backbone.1", "backbone.2", "backbone.3", "backbone.4"]
 

@@ -21,14 +21,14 @@ How a published weight converts to ``weight`` here (N images a process, C classe
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.method import Batch, Distiller, MethodConfig, Taps, same_size
+from pipelines.method import Batch, Distiller, MethodConfig, Search, Taps, same_size
 
 
 def kd_loss(
@@ -55,7 +55,7 @@ class Method(Distiller):
     """Pixel-wise KD on the logits before upsampling."""
 
     class Config(MethodConfig):
-        weight: float = Field(ge=0)
+        weight: Annotated[float, Field(ge=0), Search(0.1, 10.0)]
         temperature: float = Field(gt=0)
         mask: Literal["none", "valid"]  # which pixels count: all, or those that carry a label
 

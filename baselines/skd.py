@@ -24,7 +24,7 @@ A term with weight 0 is not computed and its taps are not asked for.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -33,7 +33,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
-from pipelines.method import Batch, Distiller, MethodConfig, Shapes, Taps, same_size
+from pipelines.method import Batch, Distiller, MethodConfig, Search, Shapes, Taps, same_size
 
 SILENT = 1e-6  # L2 norm at or below which a node has no direction
 
@@ -99,9 +99,9 @@ class Method(Distiller):
     """SKD on the map before the classifier (``fusion``) and the logits before upsampling."""
 
     class Config(MethodConfig):
-        weight_pixel: float = Field(ge=0)
-        weight_pair: float = Field(ge=0)
-        weight_holistic: float = Field(ge=0)
+        weight_pixel: Annotated[float, Field(ge=0), Search(0.1, 10.0)]
+        weight_pair: Annotated[float, Field(ge=0), Search(0.1, 10.0)]
+        weight_holistic: Annotated[float, Field(ge=0), Search(0.001, 0.1)]
         scale: float = Field(gt=0, le=1)  # of a node of the pair-wise term, as a share of the map
         critic_lr: float = Field(gt=0)
         gradient_penalty: float = Field(ge=0)  # its weight in the critic's objective

@@ -244,7 +244,8 @@ def load(path: Path | None = None, methods: bool = True) -> Params:
                 f"rename it."
             )
     for key in params.method_keys if methods else ():
-        params.method(key)
+        for other in params.method(key).matched():
+            known("method", other, params.method_keys)
     for name, benchmark in params.benchmarks.items():
         dataset(benchmark.data, name)
     return params

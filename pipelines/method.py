@@ -25,14 +25,37 @@ Taps = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, int, int]]
 
 
+@dataclass(frozen=True)
+class Search:
+    """The range of a loss weight in tuning, searched on a logarithmic scale."""
+
+    low: float
+    high: float
+
+
 class MethodConfig(BaseModel):
     """Typed hyper-parameters of a method. Values live in params.yaml only: give no field a default.
 
-    By convention the loss weights are the fields whose name is ``weight`` or begins with ``weight_``; tuning
-    scales these.
+    By convention the loss weights are the fields whose name is ``weight`` or begins with ``weight_``. Those
+    that ``make tune`` searches carry their range: ``Annotated[float, Field(ge=0), Search(0.1, 10)]``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def ranges(cls) -> dict[str, Search]:
+        """The fields that tuning searches, with their ranges."""
+        return {
+            name: mark
+            for name, field in cls.model_fields.items()
+            for mark in field.metadata
+            if isinstance(mark, Search)
+        }
+
+    def matched(self) -> tuple[str, ...]:
+        """Keys of methods whose dearest training this one has to cost: the engine lengthens the schedule
+        until it does, counted in FLOPs. () = the protocol's own number of steps."""
+        return ()
 
 
 @dataclass(frozen=True)

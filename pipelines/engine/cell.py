@@ -24,11 +24,12 @@ import torch
 from pipelines.config import PAPER, ROOT, ConfigError, Network, Params, Training
 from pipelines.datasets import folder as data_folder
 from pipelines.engine import checkpoint, eager
+from pipelines.engine.cost import step_flops
 from pipelines.engine.evaluate import evaluate, latency
 from pipelines.engine.fit import History, fit
 from pipelines.engine.seeds import derive
 from pipelines.engine.teacher import load_teacher
-from pipelines.method import TAPS, Distiller, MethodConfig, method_class
+from pipelines.method import TAPS, Distiller, MethodConfig, Shapes, method_class
 from pipelines.networks import SegmentationNetwork, file_sha256, flops, tap_shapes
 from pipelines.results.confusion import summary
 from pipelines.results.records import Cell, teacher_cell, write_bytes, write_json
@@ -40,6 +41,7 @@ CODE = (
     "pipelines/datasets/folder.py",
     "pipelines/datasets/transforms.py",
     "pipelines/engine/cell.py",
+    "pipelines/engine/cost.py",
     "pipelines/engine/evaluate.py",
     "pipelines/engine/fit.py",
     "pipelines/engine/seeds.py",
@@ -100,6 +102,8 @@ class Trained:
     teacher_sha256: str | None
     fingerprint: str
     seconds: dict[str, float]
+    steps: int
+    compute: dict[str, Any]
 
 
 def train(plan: Plan, params: Params, root: Path = ROOT) -> tuple[Trained, data_folder.Description]:
@@ -126,6 +130,9 @@ def train(plan: Plan, params: Params, root: Path = ROOT) -> tuple[Trained, data_
                 f"{cell.method} asks the {role} for unknown taps {unknown}; the taps that exist: "
                 f"{', '.join(TAPS)}."
             )
+    training, compute = _budget(
+        plan, params, network, teacher, method, (shapes, teacher_shapes), len(classes), ignore_index
+    )
     teacher_sha256 = None
     if not method.teacher_taps:
         teacher = None
@@ -143,6 +150,7 @@ def train(plan: Plan, params: Params, root: Path = ROOT) -> tuple[Trained, data_
         "seed": cell.seed,
         "data": description.sha256,
         "teacher": teacher_sha256,
+        "steps": training.steps,
         **plan.values(),
     }
     mark = checkpoint.fingerprint(inputs, [*(ROOT / name for name in CODE), *own_code])
@@ -170,7 +178,7 @@ def train(plan: Plan, params: Params, root: Path = ROOT) -> tuple[Trained, data_
         train_split,
         len(classes),
         ignore_index,
-        plan.training,
+        training,
         cell.seed,
         lambda: summary(validate(), classes)["miou"],
         cell.scratch(root) / "state.pt",
@@ -190,7 +198,37 @@ def train(plan: Plan, params: Params, root: Path = ROOT) -> tuple[Trained, data_
         "validation": evaluating,
     }
     parameters = sum(p.numel() for p in method.parameters())
-    return Trained(network, history, counts, parameters, teacher_sha256, mark, seconds), description
+    trained = Trained(
+        network, history, counts, parameters, teacher_sha256, mark, seconds, training.steps, compute
+    )
+    return trained, description
+
+
+def _budget(
+    plan: Plan,
+    params: Params,
+    network: SegmentationNetwork,
+    teacher: SegmentationNetwork | None,
+    method: Distiller,
+    shapes: tuple[Shapes, Shapes],
+    classes: int,
+    ignore_index: int,
+) -> tuple[Training, dict[str, Any]]:
+    """The schedule, lengthened where the method has to match the compute of others, and what it costs."""
+    training = plan.training
+
+    def count(other: Distiller) -> int:
+        return step_flops(
+            network, teacher if other.teacher_taps else None, other, classes, ignore_index, training
+        )
+
+    own, dearest = count(method), None
+    if keys := plan.config.matched():
+        costs = {key: count(method_class(key)(params.method(key), *shapes)) for key in keys}
+        dearest = max(costs, key=lambda key: costs[key])
+        steps = max(training.steps, round(training.steps * costs[dearest] / own))
+        training = training.model_copy(update={"steps": steps})
+    return training, {"step_flops": own, "flops": own * training.steps, "matched": dearest}
 
 
 def run_cell(cell: Cell, params: Params, root: Path = ROOT) -> None:
@@ -274,8 +312,9 @@ def _write(
         "teacher": _teacher_scores(root, cell, trained.teacher_sha256),
         "weights_sha256": file_sha256(folder / "weights.safetensors"),
         "fingerprint": trained.fingerprint,
-        "steps": plan.training.steps,
-        "images_seen": plan.training.steps * plan.training.batch_size,
+        "steps": trained.steps,
+        "images_seen": trained.steps * plan.training.batch_size,
+        "compute": trained.compute,
         "student": {
             "parameters": network.deployed_parameters(),
             "flops": flops(network, size),

@@ -145,6 +145,12 @@ def fit(
     step_module.autocast = torch.autocast(
         accelerator.device.type, torch.bfloat16, enabled=training.precision == "bf16"
     )
+    if training.precision == "bf16" and accelerator.device.type == "cpu" and not native_bf16():
+        log.warning(
+            "This processor has no bf16 instructions: it computes %s many times slower than in fp32. Set "
+            "`precision: fp32` in params.yaml or use another machine.",
+            label,
+        )
     student.to(memory_format=torch.channels_last)
     step_module.train()
     found = optimizers(student, method, training)
@@ -220,6 +226,11 @@ def fit(
             bar.update()
     _check_weights(student, training.steps)
     return history
+
+
+def native_bf16() -> bool:
+    """Whether this processor multiplies bf16 numbers itself."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _check_finite(values: dict[str, float], step: int, label: str) -> None:
