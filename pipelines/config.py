@@ -124,21 +124,17 @@ class Suite(Model):
 
 
 class Tuning(Model):
-    """The search for loss weights: for every method the same number of trials, each a set of weights."""
+    """The search for loss weights: for every method the same number of short trainings, scored on validation.
+
+    What is searched, and in which range, stands in the ``Config`` of each method.
+    """
 
     benchmark: Key
     student: Key
+    methods: list[Key]
+    trials: Positive
     steps: Positive
     seed: Annotated[int, Field(ge=0)]
-    trials: dict[Key, list[dict[str, float]]]
-
-    @field_validator("trials")
-    @classmethod
-    def _fair(cls, trials: dict[str, list[dict[str, float]]]) -> dict[str, list[dict[str, float]]]:
-        counts = {method: len(sets) for method, sets in trials.items()}
-        if len(set(counts.values())) > 1:
-            raise ValueError(f"every method gets the same number of trials, not {counts}")
-        return trials
 
 
 class Params(Model):
@@ -225,7 +221,7 @@ def load(path: Path | None = None, methods: bool = True) -> Params:
         ("variant", suite.variants, params.acfd),
         ("benchmark", [params.tuning.benchmark], params.benchmarks),
         ("student", [params.tuning.student], params.students),
-        ("method", params.tuning.trials, params.method_keys),
+        ("method", params.tuning.methods, params.method_keys),
     ):
         for key in wanted:
             known(kind, key, have)

@@ -66,7 +66,8 @@ def loaded(tmp_path: Path, change: Change) -> config.Params:
             r"benchmarks\.streets\.data\.size",
         ),
         (lambda r: r.update(extra=1), "extra is not a known setting"),
-        (lambda r: r["tuning"]["trials"]["kd"].pop(), "same number of trials"),
+        (lambda r: r["tuning"]["methods"].append("kdd"), "no method 'kdd'"),
+        (lambda r: r["methods"]["none_matched"].update(match=["kdd"]), "no method 'kdd'"),
     ],
 )
 def test_bad_params_are_one_sentence(tmp_path: Path, change: Change, sentence: str) -> None:

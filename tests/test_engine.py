@@ -472,21 +472,3 @@ def test_a_crash_of_any_kind_is_noted_for_the_tables(place: Path, monkeypatch: p
     with pytest.raises(RuntimeError):
         run_cell(student_cell("none"), load(place), place)
     assert records.failure(student_cell("none"), place) == "RuntimeError: out of memory"
-
-
-def test_tuning_never_reads_the_test_split_and_runs_a_trial_once(
-    place: Path, edit: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pipelines import tune as tune_module
-
-    trials = {"kd": [{"weight": 0.5}, {"weight": 2.0}], "cwd": [{"weight": 0.5}, {"weight": 2.0}]}
-    params = edit(lambda raw: raw["tuning"].update(benchmark="streets", steps=2, trials=trials))
-    shutil.rmtree(place / "data" / "streets" / "test")
-    log = tune_module.tune(params, place).read_text()
-    lines = [line.split(",") for line in log.splitlines()[1:]]
-    assert [line[0] for line in lines] == ["cwd", "cwd", "kd", "kd"]
-    for method in trials:
-        scores = {float(line[5]): line[6] for line in lines if line[0] == method}
-        assert scores[max(scores)] == "yes"
-    monkeypatch.setattr(cell_module, "train", lambda *a: pytest.fail("a trial ran twice"))
-    assert tune_module.tune(params, place).read_text() == log

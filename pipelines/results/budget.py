@@ -1,0 +1,65 @@
+"""What tuning has cost each method: the log that `make tune` leaves, and whether it was fair."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import ROOT, ConfigError, Params
+
+COLUMNS = ("method", "trial", "weights", "steps", "seed", "val_miou", "chosen", "note", "trial_id")
+
+
+def path(params: Params, root: Path = ROOT) -> Path:
+    """Where the log is."""
+    return root / "reports" / params.tuning.benchmark / "tuning.csv"
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    """The rows of a log, [] where there is none; :class:`ConfigError` for a file that is something else."""
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as opened:
+        reader = csv.DictReader(opened)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ConfigError(
+                f"reports/{file.parent.name}/{file.name} is no log of this version's `make tune`: delete it "
+                f"and run `make tune`."
+            )
+        return list(reader)
+
+
+def text(weights: dict[str, float]) -> str:
+    """``weight_pair=1 weight_pixel=0.5``: the weights in one cell of the log."""
+    return " ".join(f"{name}={value:g}" for name, value in sorted(weights.items()))
+
+
+def weights(row: dict[str, str]) -> dict[str, float]:
+    """The weights of a row."""
+    return {name: float(value) for name, value in (pair.split("=") for pair in row["weights"].split())}
+
+
+def trials(params: Params, root: Path = ROOT) -> dict[str, int]:
+    """Trials by method. :class:`ConfigError` when one method was given more than another: such weights are no
+    fair comparison."""
+    counts = Counter(row["method"] for row in read(path(params, root)))
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{method} {count}" for method, count in counts.items())
+        raise ConfigError(
+            f"The methods were tuned with unequal numbers of trials ({listed}): run `make tune`, which gives "
+            f"all of them {params.tuning.trials}."
+        )
+    return dict(counts)
+
+
+def untuned(params: Params, root: Path = ROOT) -> dict[str, dict[str, Any]]:
+    """Methods whose weights in params.yaml are not those that their search chose, with the chosen ones."""
+    found = {}
+    for row in read(path(params, root)):
+        if row["chosen"] and row["method"] in params.method_keys:
+            values, best = params.method_values(row["method"]), weights(row)
+            if any(values.get(name) != value for name, value in best.items()):
+                found[row["method"]] = best
+    return found
