@@ -1,15 +1,19 @@
-"""The last stage: records → MLflow → tables, figures and the results in the README.
+"""The last stage: records → MLflow → tables, figures, claims and the results in the README.
 
 Needs the small files of ``runs/`` and nothing else: no weights, no GPU, no torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import pandas as pd
 
 from pipelines import config
 from pipelines.config import Params
-from pipelines.results import figures, records, tables, tracking
+from pipelines.results import claims, figures, ranks, readme, records, tables, tracking
+from pipelines.results.gathered import Results, gather
 from pipelines.results.records import Record
 
 
@@ -17,25 +21,48 @@ def finished(params: Params, root: Path) -> dict[str, list[Record]]:
     """The records of every benchmark that has any, teacher first, in the order of params.yaml."""
     found = {}
     for benchmark in params.benchmarks:
-        cells = [records.teacher_cell(params, benchmark), *records.expected_cells(params, benchmark)]
+        cells = [records.teacher_cell(params, benchmark), *records.expected_cells(params, benchmark, root)]
         if have := [record for cell in cells if (record := records.read(cell, root)) is not None]:
             found[benchmark] = have
     return found
 
 
 def report(params: Params, root: Path = config.ROOT) -> None:
-    """Write ``reports/<benchmark>/`` for every benchmark with records, and the results in README.md."""
+    """Write everything that is made from the records: ``reports/`` and the results in README.md."""
     found = finished(params, root)
     frames, problem = tracking.collect(root, found)
-    every = [
-        tables.gather(params, benchmark, frames[benchmark], root, problem, found[benchmark])
-        for benchmark in found
-    ]
+    every = gather_all(params, root, found, frames, problem)
+    write_texts(params, every, root, root)
     for results in every:
-        folder = root / "reports" / results.benchmark
-        tables.write(results, folder)
-        figures.write(results, found[results.benchmark], folder)
-    tables.update_readme(root / "README.md", every)
+        figures.write(results, root / "reports" / results.benchmark)
+    if ranked := ranks.rank(every):
+        figures.write_ranks(ranked, every, root / "reports")
+
+
+def gather_all(
+    params: Params,
+    root: Path,
+    found: Mapping[str, list[Record]],
+    frames: Mapping[str, pd.DataFrame],
+    problem: str | None = None,
+) -> list[Results]:
+    """The results of every benchmark; ``frames`` are its cells in the form of ``tracking.frame``."""
+    return [gather(params, name, frames[name], root, problem, found[name]) for name in found]
+
+
+def write_texts(params: Params, every: Sequence[Results], root: Path, target: Path) -> None:
+    """Write all tables and the README's results below ``target``; claims.yaml is read below ``root``."""
+    folder = target / "reports"
+    for results in every:
+        tables.write(results, folder / results.benchmark)
+    if ranked := ranks.rank(every):
+        ranks.write(ranked, folder)
+    said = []
+    if every and (root / claims.FILE).is_file():
+        published = claims.load(root / claims.FILE)
+        claims.write(published, every, params, folder)
+        said = claims.sentences(published, every, params)
+    readme.update(target / "README.md", readme.block(every, ranked, said))
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import shutil
 import statistics as stdlib
@@ -12,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines import config, report
 from pipelines.config import Params
-from pipelines.results import statistics, tables, tracking
+from pipelines.results import figures, ranks, readme, tables, tracking
 from pipelines.results.confusion import summary
+from pipelines.results.gathered import Results, gather
 from pipelines.results.records import Cell, expected_cells, teacher_cell, write_bytes, write_json
 
 CLASSES = [
@@ -26,7 +29,15 @@ CLASSES = [
     "pole",
     "sky",
 ]  # names with what Markdown and TeX would take as their own
-SKILL = {"none": 0.55, "kd": 0.60, "cwd": 0.66, "acfd-full": 0.65, "acfd-afd": 0.57, "teacher": 0.85}
+SKILL = {
+    "none": 0.55,
+    "none_matched": 0.58,
+    "kd": 0.60,
+    "cwd": 0.66,
+    "acfd-full": 0.65,
+    "acfd-afd": 0.57,
+    "teacher": 0.85,
+}
 STUDENT = "psp_net-r18"
 SEEDS = [0, 1, 2]
 
@@ -40,7 +51,12 @@ def make_params(**suite: Any) -> Params:
             "suite": base.suite.model_copy(update=wanted),
             "students": {STUDENT: base.students["pspnet-resnet18"]},
             "benchmarks": {name: base.benchmarks["streets"] for name in ("streets", "camvid-small")},
-            "methods": {"none": {}, "kd": {"weight": 1.0}, "cwd": {"weight": 3.0, "tau": 4.0}},
+            "methods": {
+                "none": {},
+                "none_matched": {"match": ["acfd-full"]},
+                "kd": {"weight": 1.0},
+                "cwd": {"weight": 3.0, "tau": 4.0},
+            },
             "acfd": {
                 "full": {"weight_afd": 2.0, "weight_ccd": 50.0, "grid": 8},
                 "afd": {"weight_afd": 2.0, "weight_ccd": 0.0},
@@ -99,7 +115,9 @@ def make_record(cell: Cell, root: Path, skill: float | None = None, **changes: A
     writer.writerows(rows)
     arrays = io.BytesIO()
     np.savez_compressed(arrays, test=test, val=val, test_names=np.array([f"{i:03}.png" for i in range(9)]))
-    distils = cell.method != "none" and not cell.is_teacher
+    distils = not cell.method.startswith("none") and not cell.is_teacher
+    steps = 450 if cell.method == "none_matched" else 300
+    flops = {"none": 10**9, "none_matched": 10**9, "acfd-full": 15 * 10**8}.get(cell.method, 12 * 10**8)
     step = 0.2 + 0.02 * len(key) + 0.003 * cell.seed
     run = {
         "cell": {
@@ -127,8 +145,13 @@ def make_record(cell: Cell, root: Path, skill: float | None = None, **changes: A
             "input": [64, 96],
         },
         "method_parameters": 0,
-        "steps": 300,
-        "images_seen": 2400,
+        "steps": steps,
+        "images_seen": 8 * steps,
+        "compute": {
+            "step_flops": flops,
+            "flops": flops * steps,
+            "matched": "acfd-full" if cell.method == "none_matched" else None,
+        },
     }
     folder = cell.folder(root)
     write_json(folder / "metrics.json", metrics | {"best_val": {"miou": best, "step": 200}})
@@ -166,6 +189,13 @@ def texts(root: Path, *kinds: str) -> dict[str, bytes]:
 def table(root: Path, name: str, benchmark: str = "streets") -> list[dict[str, str]]:
     with (root / "reports" / benchmark / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def read(root: Path, params: Params | None = None) -> Results:
+    params = params or make_params()
+    records = report.finished(params, root)["streets"]
+    frame = tracking.frame(map(tracking.entry, records))
+    return gather(params, "streets", frame, root, None, records)
 
 
 def row(root: Path, method: str, name: str = "comparison") -> dict[str, str]:
@@ -215,9 +245,10 @@ def root(done: Path, tmp_path: Path) -> Path:
 def test_comparison_holds_what_the_counts_say(done: Path) -> None:
     lines = table(done, "comparison")
     assert list(lines[0])[:5] == ["student", "method", "n", "miou_mean", "miou_sd"]
-    assert [line["method"] for line in lines] == ["none", "kd", "cwd", "acfd"]
+    assert [line["method"] for line in lines] == ["none", "none_matched", "kd", "cwd", "acfd"]
     for name, key, seeds in (
         ("none", "none", SEEDS),
+        ("none_matched", "none_matched", SEEDS),
         ("kd", "kd", [0, 2]),
         ("cwd", "cwd", SEEDS),
         ("acfd", "acfd-full", SEEDS),
@@ -236,13 +267,64 @@ def test_comparison_holds_what_the_counts_say(done: Path) -> None:
     assert row(done, "none")["diff_none_mean"] == ""
 
 
+def test_comparison_holds_both_uncertainties(done: Path) -> None:
+    """The interval over seeds by Student's table, the exact p by its three seeds, Holm by hand."""
+    p = {}
+    for name, seeds in (("none_matched", SEEDS), ("kd", [0, 2]), ("cwd", SEEDS)):
+        found = row(done, name)
+        differences = np.array([miou(done, name, seed) - miou(done, "none", seed) for seed in seeds])
+        half = {2: 12.7062, 3: 4.30265}[len(seeds)] * differences.std(ddof=1) / len(seeds) ** 0.5
+        assert float(found["over_seeds_low"]) == pytest.approx(differences.mean() - half, abs=1e-3)
+        assert float(found["over_seeds_high"]) == pytest.approx(differences.mean() + half, abs=1e-3)
+        extreme = [
+            abs(np.dot(signs, differences)) >= abs(differences.sum()) - 1e-9
+            for signs in itertools.product((-1, 1), repeat=len(seeds))
+        ]
+        assert float(found["p"]) == pytest.approx(np.mean(extreme))
+        assert float(found["over_images_low"]) < differences.mean() < float(found["over_images_high"])
+        p[name] = float(found["p"])
+    p["acfd"] = float(row(done, "acfd")["p"])
+    assert min(p.values()) == 0.25  # all that three seeds can reach
+    for name, value in p.items():
+        wanted = max(
+            min(1.0, (len(p) - place) * other)
+            for place, other in enumerate(sorted(p.values()))
+            if other <= value
+        )
+        assert float(row(done, name)["p_holm"]) == pytest.approx(wanted)
+    assert {row(done, "none")[key] for key in ("p", "p_holm", "over_seeds_low", "over_images_low")} == {""}
+    marks = {name: row(done, name)["near_best"] for name in ("none", "cwd", "acfd")}
+    assert sorted(marks.values()) == ["", "best", "≈"] and marks["none"] == ""
+
+
+def test_comparison_holds_the_training_compute(done: Path) -> None:
+    for name, tera, ratio in (("none", 0.3, 1.0), ("none_matched", 0.45, 1.5), ("kd", 0.36, 1.2)):
+        found = row(done, name)
+        assert (float(found["training_tflop"]), float(found["compute_ratio"])) == (tera, ratio)
+    gains = [miou(done, "cwd", seed) - miou(done, "none_matched", seed) for seed in SEEDS]
+    assert float(row(done, "cwd")["diff_matched_mean"]) == pytest.approx(np.mean(gains), abs=2e-6)
+    assert float(row(done, "cwd")["diff_matched_low"]) < np.mean(gains)
+    assert row(done, "none")["diff_matched_mean"] == row(done, "none_matched")["diff_matched_mean"] == ""
+
+
+def test_a_control_that_had_less_compute_is_a_warning(done: Path) -> None:
+    results = read(done)
+    assert tables.warnings(results) == []
+    dear = results.cells["method"] == "kd"
+    results.cells.loc[dear, "compute/flops"] *= 2
+    (found,) = tables.warnings(results)
+    assert "none_matched of psp_net-r18 had 62% of the compute of kd" in found
+
+
 def test_comparison_holds_what_the_methods_cost(done: Path) -> None:
-    found = row(done, "cwd")
+    found = row(done, "cwd", "cost")
     assert (found["parameters"], found["flops"]) == ("11979592", "3213456789")
     assert float(found["latency_ms"]) == pytest.approx(12.4)
     assert float(found["step_ms"]) == pytest.approx(263.0)
     assert float(found["training_s"]) == pytest.approx(78.9)
     assert float(found["memory_mb"]) == 902.0
+    assert (found["steps"], found["step_flops"], found["trials"]) == ("300", "1200000000", "")
+    found = row(done, "cwd")
     records = [
         json.loads((done / f"runs/streets/{STUDENT}/cwd/{seed}/metrics.json").read_text()) for seed in SEEDS
     ]
@@ -298,7 +380,7 @@ def test_headers_say_what_was_measured(done: Path) -> None:
     }
     teacher = json.loads((done / "runs/streets/teacher/metrics.json").read_text())
     lead = teacher["val"]["miou"] - stdlib.fmean(val.values())
-    for name in ("comparison", "ablation", "per_class"):
+    for name in readme.TABLES:
         for kind in ("md", "tex"):
             text = (done / f"reports/streets/{name}.{kind}").read_text(encoding="utf-8")
             assert f"{lead:+.2f} (mean over n = 3)" in text
@@ -384,11 +466,11 @@ def test_history_has_each_point_once(done: Path) -> None:
 
 def test_second_report_changes_nothing(done: Path) -> None:
     before, ids = texts(done), {run.info.run_id for run in runs(done)}
-    readme = (done / "README.md").read_bytes()
-    assert len(before) == 13
+    text = (done / "README.md").read_bytes()
+    assert len(before) == len(readme.TABLES) * 3 + len(figures.NAMES)
     report.report(make_params(), done)
     assert texts(done) == before
-    assert (done / "README.md").read_bytes() == readme
+    assert (done / "README.md").read_bytes() == text
     assert {run.info.run_id for run in runs(done)} == ids
 
 
@@ -402,7 +484,9 @@ def test_runs_follow_the_records(root: Path) -> None:
     tracking.connect(root).update_run(before[cut.path], status="RUNNING")  # what a killed report leaves
     report.report(params.model_copy(update={"methods": {"none": {}, "cwd": params.methods["cwd"]}}), root)
     after = {run.data.tags["cell"]: run.info.run_id for run in runs(root)}
-    assert set(before) - set(after) == {f"streets/{STUDENT}/kd/0", f"streets/{STUDENT}/kd/2"}
+    assert set(before) - set(after) == {
+        f"streets/{STUDENT}/{row}" for row in ("kd/0", "kd/2", *(f"none_matched/{s}" for s in SEEDS))
+    }
     assert {key for key in after if before[key] != after[key]} == {changed.path, cut.path}
     assert len(runs(root)) == len(after)
     assert {run.info.status for run in runs(root)} == {"FINISHED"}
@@ -445,10 +529,10 @@ def test_a_lead_that_is_small_or_missing_is_a_warning(cut: str, tmp_path: Path) 
         if key != cut:
             make_record(cell, tmp_path, skill=0.6)
     records = report.finished(params, tmp_path)["streets"]
-    results = tables.gather(params, "streets", tracking.frame(map(tracking.entry, records)), tmp_path)
+    results = gather(params, "streets", tracking.frame(map(tracking.entry, records)), tmp_path)
     tables.write(results, tmp_path / "reports/streets")
     (tmp_path / "README.md").write_text("<!-- results:begin --><!-- results:end -->", encoding="utf-8")
-    assert tables.update_readme(tmp_path / "README.md", [results])
+    assert readme.update(tmp_path / "README.md", readme.block([results], None, []))
     wanted = {
         "small": f"the teacher leads the undistilled {STUDENT} by ",
         "teacher": f"the lead of the teacher over {STUDENT} is unknown, because the teacher has not been run",
@@ -485,15 +569,12 @@ def test_cells_of_another_teacher_are_a_warning(done: Path) -> None:
     params = make_params()
     records = report.finished(params, done)["streets"]
     assert (
-        tables.warnings(tables.gather(params, "streets", tracking.frame(map(tracking.entry, records)), done))
-        == []
+        tables.warnings(gather(params, "streets", tracking.frame(map(tracking.entry, records)), done)) == []
     )
     (kd,) = [record for record in records if record.cell.path.endswith("kd/0")]
     kd.run["teacher"]["sha256"] = "0" * 64
     kd.run["data_sha256"] = "1" * 64
-    found = tables.warnings(
-        tables.gather(params, "streets", tracking.frame(map(tracking.entry, records)), done)
-    )
+    found = tables.warnings(gather(params, "streets", tracking.frame(map(tracking.entry, records)), done))
     assert len(found) == 2
     assert "different versions of the data" in found[0]
     assert "different teachers" in found[1]
@@ -503,22 +584,87 @@ def test_readme_block(done: Path) -> None:
     text = (done / "README.md").read_text(encoding="utf-8")
     assert text.startswith("# A\n<!-- results:begin -->\n### streets\n")
     assert text.endswith("<!-- results:end -->\nafter\n")
-    assert "old" not in text
-    assert (
-        f"| acfd | 3 | {float(row(done, 'acfd')['miou_mean']):.2f} ± "
-        f"{float(row(done, 'acfd')['miou_sd']):.2f} |" in text
-    )
+    assert "\nold\n" not in text
+    acfd = row(done, "acfd")
+    assert f"| acfd | 3 | {float(acfd['miou_mean']):.2f} ± {float(acfd['miou_sd']):.2f} |" in text
     best, second = sorted(table(done, "comparison"), key=lambda line: -float(line["miou_mean"]))[:2]
-    assert f": {best['method']} {float(best['miou_mean']):.2f} ± " in text
-    assert f"; next: {second['method']} {float(second['miou_mean']):.2f} ± " in text
+    assert f"Best mean test mIoU of psp\\_net-r18: {best['method']}, {float(best['miou_mean']):.2f}; " in text
+    assert second["method"] in text.split("; not told apart from it: ")[1].split(".")[0].split(", ")
+    assert "exploratory" in text
     for part in text.split("](")[1:]:
         assert (done / part.split(")")[0]).is_file()
+
+
+def test_sentences_follow_the_scores(tmp_path: Path) -> None:
+    """Planted: kd better than none and than longer training, cwd worse, acfd as good as none."""
+    root, params = tmp_path, make_params(seeds=list(range(6)))
+    planted = {"none": 0.55, "none_matched": 0.60, "kd": 0.8, "cwd": 0.3, "acfd-full": 0.55}
+    for cell in expected_cells(params, "streets", root):
+        if cell.method in planted:
+            make_record(cell, root, planted[cell.method])
+    text = " ".join(readme.sentences(read(root, params), STUDENT))
+    assert f"Best mean test mIoU of {STUDENT}: kd, " in text and "; all others are behind it." in text
+    better, worse, rest = (
+        text.split(f"{name}: ")[1].split("]. ")[0]
+        for name in (
+            "Better than none, by both 95 % intervals",
+            "Worse than none, by both 95 % intervals",
+            "Not told apart from none",
+        )
+    )
+    assert "kd +" in better and "none_matched +" in better and "acfd" not in better
+    assert worse.startswith("cwd -") and rest.startswith("acfd ") and "kd" not in rest
+    matched = text.split("Against none_matched")[1]
+    assert "(1.50 times that of none), better: kd +" in matched and "worse: cwd -" in matched
+    assert "n = 6: the smallest p that a sign-flip test can reach is 0.031." in text
+    assert "exploratory" not in text
+
+
+def test_seeds_beyond_the_suite_count(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done / "runs", tmp_path / "runs")
+    for method in ("none", "cwd"):
+        make_record(Cell("streets", STUDENT, method, 7), tmp_path)
+    report.report(make_params(), tmp_path)
+    assert [row(tmp_path, name)["n"] for name in ("none", "cwd", "acfd")] == ["4", "4", "3"]
+    assert (row(tmp_path, "cwd")["diff_none_n"], row(tmp_path, "acfd")["diff_none_n"]) == ("4", "3")
+    assert row(tmp_path, "kd")["status"].startswith("2 of 3")
+
+
+def test_ranks_need_two_blocks_and_rank_what_all_have(done: Path, tmp_path: Path) -> None:
+    assert not (done / "reports/ranks.md").exists() and ranks.rank([read(done)]) is None
+    params = make_params()
+    for benchmark in ("streets", "camvid-small"):
+        for cell in expected_cells(params, benchmark, tmp_path):
+            if (benchmark, cell.method) != ("camvid-small", "kd") and cell.method != "acfd-afd":
+                make_record(cell, tmp_path, SKILL[cell.method] + 0.1 * (cell.method == "cwd"))
+    report.report(params, tmp_path)
+    with (tmp_path / "reports/ranks.csv").open(newline="") as file:
+        lines = {line["method"]: line for line in csv.DictReader(file)}
+    assert list(lines) == ["cwd", "acfd", "none_matched", "none"]  # kd is missing on one benchmark
+    assert [float(line["mean_rank"]) for line in lines.values()] == [1, 2, 3, 4]
+    assert float(lines["cwd"]["improvement"]) == 1.0 and lines["none"]["improvement"] == ""
+    text = (tmp_path / "reports/ranks.md").read_text(encoding="utf-8")
+    assert "3.32 (Nemenyi, 5 %)" in text  # Demšar's table: 2.569 √(4·5 / (6·2))
+    assert "only 2 blocks for 4 methods" in text
+    assert (tmp_path / "reports/ranks.png").is_file()
+
+
+def test_every_figure_names_the_records_it_was_drawn_from(done: Path, tmp_path: Path) -> None:
+    def origins(root: Path) -> set[str]:
+        return {Image.open(path).info[figures.SOURCE] for path in (root / "reports").rglob("*.png")}
+
+    (before,) = origins(done)
+    shutil.copytree(done / "runs", tmp_path / "runs")
+    make_record(Cell("streets", STUDENT, "cwd", 1), tmp_path, skill=0.3)
+    report.report(make_params(), tmp_path)
+    (after,) = origins(tmp_path)
+    assert len(before) == 64 and before != after
 
 
 def test_a_readme_without_markers_stays_as_it_is(root: Path) -> None:
     for text in ("# plain\n", "<!-- results:end --> <!-- results:begin -->"):
         (root / "README.md").write_text(text, encoding="utf-8")
-        assert tables.update_readme(root / "README.md", []) is False
+        assert readme.update(root / "README.md", "new") is False
         assert (root / "README.md").read_text(encoding="utf-8") == text
 
 
@@ -527,16 +673,3 @@ def test_benchmarks_without_a_record_get_no_report(done: Path, tmp_path: Path) -
     assert report.finished(make_params(), tmp_path) == {}
     report.report(make_params(), tmp_path)
     assert not (tmp_path / "reports").exists()
-
-
-def test_statistics() -> None:
-    assert statistics.mean([1.0, 2.0, 6.0]) == 3.0
-    assert statistics.sd([1.0, 2.0, 6.0]) == pytest.approx(
-        7**0.5
-    )  # ddof 1; with ddof 0 it is (14 / 3) ** 0.5
-    assert statistics.sd([1.0]) is None
-    assert statistics.mean([]) is None
-    differences = statistics.paired({0: 5.0, 1: 7.0, 3: 9.0}, {1: 4.0, 0: 4.0, 2: 1.0})
-    assert differences.by_seed == {0: 1.0, 1: 3.0}
-    assert (differences.n, differences.mean, differences.sd) == (2, 2.0, pytest.approx(2**0.5))
-    assert [statistics.smallest_p(n) for n in (3, 5, 6)] == [0.25, 0.0625, 0.03125]

@@ -1,11 +1,12 @@
-"""The figures of a benchmark: scores, differences per class, learning curves, score against cost.
+"""The figures of a benchmark: scores, differences per class, learning curves, score against compute and time.
 
-Drawn from the same results as the tables (the curves from ``history.csv``). The bytes are the same every
-time.
+Drawn from the same results as the tables (the curves from ``history.csv``). The bytes are the same every time
+on one machine; every file carries the digest of the records it was drawn from, to be checked on any other.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import textwrap
 from collections.abc import Sequence
@@ -23,9 +24,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipelines.results import records, statistics
+from pipelines.results.gathered import (
+    COMPUTE,
+    HEADLINE,
+    MATCHED,
+    REFERENCE,
+    SCORE,
+    Results,
+    label,
+    variant,
+)
+from pipelines.results.ranks import Ranks
 from pipelines.results.records import Record
-from pipelines.results.tables import HEADLINE, REFERENCE, SCORE, Results, label, variant
-from pipelines.results.tracking import metric_name
+from pipelines.results.tracking import digest, metric_name
 
 STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
@@ -35,15 +46,28 @@ STYLE: dict[Any, Any] = {
     "axes.titlepad": 10,
 }
 GREY = "0.45"
+SOURCE = "Source"  # the PNG text chunk with the digest of the records
 
 
-def write(results: Results, finished: Sequence[Record], folder: Path) -> None:
+def write(results: Results, folder: Path) -> None:
     """Draw every figure of a benchmark into ``folder``."""
     with sns.axes_style("ticks", {"axes.grid": True, "grid.color": "0.92"}), plt.rc_context(STYLE):
-        _save(scores(results), folder / "scores.png")
-        _save(per_class(results), folder / "per_class.png")
-        _save(learning_curves(results, finished), folder / "learning_curves.png")
-        _save(cost(results), folder / "cost.png")
+        for name, draw in NAMES.items():
+            _save(draw(results), folder / f"{name}.png", source([results]))
+
+
+def write_ranks(found: Ranks, every: Sequence[Results], folder: Path) -> None:
+    """Draw the critical-difference diagram of all benchmarks and students."""
+    with plt.rc_context(STYLE):
+        _save(critical_difference(found), folder / "ranks.png", source(every))
+
+
+def source(every: Sequence[Results]) -> str:
+    """sha256 over the records that a figure is drawn from."""
+    total = hashlib.sha256()
+    for record in sorted((r for results in every for r in results.finished), key=lambda r: r.cell.path):
+        total.update(f"{record.cell.path} {digest(record)}\n".encode())
+    return total.hexdigest()
 
 
 def scores(results: Results) -> Figure:
@@ -146,17 +170,13 @@ def per_class(results: Results) -> Figure:
     return figure
 
 
-def learning_curves(results: Results, finished: Sequence[Record]) -> Figure:
+def learning_curves(results: Results) -> Figure:
     """Validation mIoU and the task loss against the step: each seed thin, the mean over the seeds thick."""
     figure, axes = _panels(len(results.students), 2, (10.5, 3.8), None, sharey=False)
     colours = _colours(results)
     for row, student in zip(axes, results.students, strict=True):
         for key in results.methods:
-            own = [
-                r
-                for r in finished
-                if (r.cell.student, r.cell.method) == (student, key) and r.cell.seed in results.seeds
-            ]
+            own = [r for r in results.finished if (r.cell.student, r.cell.method) == (student, key)]
             for axis, column in zip(row, ("val_miou", "task"), strict=True):
                 _curves(axis, own, column, colours[key], label(key))
         row[0].set_xlim(row[1].get_xlim())
@@ -170,14 +190,74 @@ def learning_curves(results: Results, finished: Sequence[Record]) -> Figure:
     return figure
 
 
+def compute(results: Results) -> Figure:
+    """Test mIoU against the compute of the training: what longer training alone gives is the line."""
+    figure = _against(results, COMPUTE, 1e-12, "training compute (TFLOP)")
+    for axis, student in zip(figure.axes, results.students, strict=False):
+        ends = [
+            (results.mean(student, key, COMPUTE), results.mean(student, key)) for key in (REFERENCE, MATCHED)
+        ]
+        points = [(x / 1e12, y) for x, y in ends if x is not None and y is not None]
+        if len(points) == 2:
+            axis.plot(*zip(*points, strict=True), color=GREY, linestyle=":", linewidth=1.5, zorder=1)
+    _title(
+        figure,
+        results,
+        "score against training compute; large is the mean over seeds, small a seed; dotted: the student "
+        "alone, trained longer",
+    )
+    return figure
+
+
 def cost(results: Results) -> Figure:
     """Test mIoU against the training time of a cell: each seed small, the mean large."""
+    figure = _against(results, "seconds/training", 1 / 60, "training time of a cell (minutes)")
+    _title(figure, results, "score against training time; large is the mean over seeds, small a seed")
+    return figure
+
+
+def critical_difference(found: Ranks) -> Figure:
+    """Mean ranks on a line, 1 at the left; a bar joins methods that are not told apart."""
+    methods = list(found.ranks)
+    half = (len(methods) + 1) // 2
+    depth = 0.35 * (half + 1)
+    bars = 0.16 * (len(found.cliques) + 1)
+    figure, axis = plt.subplots(figsize=(7.5, 1.6 + depth + bars), layout="constrained")
+    last = len(methods)
+    axis.hlines(0, 1, last, color="black", linewidth=1.2)
+    for tick in range(1, last + 1):
+        axis.vlines(tick, 0, 0.08, color="black", linewidth=1.2)
+        axis.text(tick, 0.12, str(tick), ha="center", va="bottom")
+    width = found.critical_difference
+    axis.plot([1, 1 + width], [0.62, 0.62], color=GREY, linewidth=2, marker="|", markersize=9)
+    axis.text(1, 0.7, f"critical difference {width:.2f}", ha="left", va="bottom", color=GREY)
+    for level, group in enumerate(found.cliques):
+        ends = [found.ranks[m] for m in group]
+        y = -0.16 * (level + 1)
+        axis.hlines(y, min(ends) - 0.03, max(ends) + 0.03, color="black", linewidth=4)
+    for place, method in enumerate(methods):
+        left = place < half
+        y = -bars - 0.35 * ((place if left else last - 1 - place) + 1)
+        edge = 0.8 if left else last + 0.2
+        axis.plot([found.ranks[method]] * 2 + [edge], [0, y, y], color=GREY, linewidth=1)
+        text = f"{label(method)} ({found.ranks[method]:.2f})"
+        axis.text(edge, y, f"{text} " if left else f" {text}", ha="right" if left else "left", va="center")
+    axis.set_xlim(-0.6, max(last, 1 + width) + 1.6)
+    axis.axis("off")
+    title = f"mean ranks over {len(found.blocks)} blocks (student on benchmark), 1 is the best; a bar joins "
+    title += "methods that are not told apart (Nemenyi, 5 %)"
+    figure.suptitle(textwrap.fill(title, 90), fontsize=10, color="0.25")
+    return figure
+
+
+def _against(results: Results, metric: str, factor: float, text: str) -> Figure:
+    """Test mIoU against a metric of the cells, times ``factor``."""
     figure, axes = _panels(1, len(results.students), (6.2 * len(results.students), 4.2), None, sharey=True)
     colours = _colours(results)
     for axis, student in zip(axes[0], results.students, strict=True):
         for key in results.methods:
-            score, time = results.by_seed(student, key), results.by_seed(student, key, "seconds/training")
-            points = [(time[seed] / 60, score[seed]) for seed in sorted(score.keys() & time.keys())]
+            score, other = results.by_seed(student, key), results.by_seed(student, key, metric)
+            points = [(other[seed] * factor, score[seed]) for seed in sorted(score.keys() & other.keys())]
             if not points:
                 continue
             x, y = (np.asarray(values) for values in zip(*points, strict=True))
@@ -188,9 +268,8 @@ def cost(results: Results) -> Figure:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         axis.set_xlim(left=0)
-        axis.set(xlabel="training time of a cell (minutes)", title=student)
+        axis.set(xlabel=text, title=student)
     axes[0][0].set_ylabel("test mIoU (%)")
-    _title(figure, results, "score against training time; large is the mean over seeds, small a seed")
     return figure
 
 
@@ -236,13 +315,17 @@ def _colours(results: Results) -> dict[str, Any]:
 
 
 def _title(figure: Figure, results: Results, text: str) -> None:
-    title = f"{results.benchmark}: {text} (up to {len(results.seeds)} seeds)"
+    seeds = max((len(results.by_seed(s, m)) for s in results.students for m in results.methods), default=0)
+    title = f"{results.benchmark}: {text} (up to {seeds} seeds)"
     figure.suptitle(textwrap.fill(title, round(12 * figure.get_figwidth())), fontsize=10, color="0.25")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, origin: str) -> None:
     sns.despine(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None, SOURCE: origin})
     plt.close(figure)
     records.write_bytes(path, buffer.getvalue())
+
+
+NAMES = {draw.__name__: draw for draw in (scores, compute, per_class, learning_curves, cost)}

@@ -69,17 +69,37 @@ class Record:
         with np.load(self.folder / "confusion.npz", allow_pickle=False) as file:
             return np.asarray(file[split])
 
+    def test_names(self) -> list[str]:
+        """The test images, in the order of the counts."""
+        with np.load(self.folder / "confusion.npz", allow_pickle=False) as file:
+            return [str(name) for name in file["test_names"]]
+
 
 def teacher_cell(params: Params, benchmark: str) -> Cell:
     return Cell(benchmark, TEACHER, TEACHER, params.benchmark(benchmark).teacher.seed)
 
 
-def expected_cells(params: Params, benchmark: str) -> Iterator[Cell]:
-    """The cells that the tables of a benchmark have a row for, from params.yaml and never from a look into
-    ``runs/``."""
-    for student in params.suite.students:
+def students(params: Params, benchmark: str, root: Path = ROOT) -> list[str]:
+    """The students of a benchmark's tables: the suite's, and those of params.yaml that have a record."""
+    return [
+        key
+        for key in params.students
+        if key in params.suite.students or any((root / "runs" / benchmark / key).glob("*/*/run.json"))
+    ]
+
+
+def seeds(params: Params, benchmark: str, student: str, method: str, root: Path = ROOT) -> list[int]:
+    """The seeds of a row: those of the suite, and those beyond them that have a record."""
+    found = (root / "runs" / benchmark / student / method).glob("*/run.json")
+    more = {int(path.parent.name) for path in found if path.parent.name.isdigit()}
+    return sorted(more.union(params.suite.seeds))
+
+
+def expected_cells(params: Params, benchmark: str, root: Path = ROOT) -> Iterator[Cell]:
+    """The cells of a benchmark's tables: none whose student or method is not in params.yaml."""
+    for student in students(params, benchmark, root):
         for method in params.method_keys:
-            for seed in params.suite.seeds:
+            for seed in seeds(params, benchmark, student, method, root):
                 yield Cell(benchmark, student, method, seed)
 
 

@@ -1,6 +1,6 @@
-"""The tables of a benchmark, in Markdown, CSV and TeX, and the block of results in the README.
+"""The tables of a benchmark, in Markdown, CSV and TeX.
 
-Rows come from params.yaml, scores from the query of :mod:`pipelines.results.tracking`. A cell that is missing
+Rows come from params.yaml, numbers from :class:`pipelines.results.gathered.Results`. A cell that is missing
 or failed stands in its row as such. Nothing depends on when or where the tables are made, so making them
 twice gives the same bytes.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,97 +17,26 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from pipelines.config import PAPER, TEACHER, Params
+from pipelines.config import PAPER, TEACHER
 from pipelines.results import records, statistics
-from pipelines.results.records import Cell, Record
+from pipelines.results.gathered import (
+    COMPUTE,
+    MATCHED,
+    REFERENCE,
+    RESAMPLES,
+    SCORE,
+    Results,
+    Standing,
+    label,
+    variant,
+)
+from pipelines.results.statistics import Interval
 from pipelines.results.tracking import metric_name
 
-REFERENCE = "none"  # the method that every other one is compared to: the undistilled student
-HEADLINE = f"{PAPER}-full"  # the variant that stands for the paper's method, as the row `acfd`
-SCORE = "test/miou"
 LEAD = 3.0  # mIoU by which a teacher has to beat the undistilled student before a comparison says much
+SLACK = 0.01  # share of the dearest method's compute that MATCHED may fall short of
 
 TEMPLATES = Path(__file__).with_name("templates")
-README_MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
-
-
-@dataclass(frozen=True)
-class Results:
-    """Everything that the tables and figures of one benchmark are made from."""
-
-    benchmark: str
-    students: list[str]
-    methods: list[str]  # of the comparison: the baselines, then HEADLINE
-    variants: list[str]  # of the paper's method, HEADLINE among them
-    seeds: list[int]
-    weights: dict[str, dict[str, Any]]  # per variant: its loss weights in params.yaml
-    cells: pd.DataFrame  # finished cells, in the form of tracking.frame
-    failures: dict[Cell, str] = field(default_factory=dict)
-    stale: dict[Cell, list[str]] = field(
-        default_factory=dict
-    )  # trained with other settings than params.yaml's
-    tracking: str | None = None  # why the numbers do not come from MLflow, if they do not
-
-    def rows(self, student: str, method: str) -> pd.DataFrame:
-        """The finished cells of a row that are expected, by seed."""
-        found = self.cells[(self.cells["student"] == student) & (self.cells["method"] == method)]
-        return found[found["seed"].isin(self.seeds)].sort_values("seed")
-
-    def by_seed(self, student: str, method: str, metric: str = SCORE) -> dict[int, float]:
-        """A metric of a row, by seed; a seed that has no such value is left out."""
-        found = self.rows(student, method)
-        if metric not in found:
-            return {}
-        values = zip(found["seed"], found[metric], strict=True)
-        return {int(seed): float(value) for seed, value in values if not pd.isna(value)}
-
-    def teacher(self, metric: str) -> float | None:
-        found = self.cells[self.cells["student"] == TEACHER]
-        values = (
-            [] if metric not in found else [float(value) for value in found[metric] if not pd.isna(value)]
-        )
-        return values[0] if values else None
-
-    def classes(self) -> list[str]:
-        for value in self.distinct("tags.classes"):
-            return list(json.loads(value))
-        return []
-
-    def distinct(self, column: str, students_only: bool = False) -> list[str]:
-        """The different values of a column of strings, sorted."""
-        found = self.cells[self.cells["student"] != TEACHER] if students_only else self.cells
-        return (
-            sorted({str(value) for value in found[column] if not pd.isna(value)}) if column in found else []
-        )
-
-    def paired(self, student: str, method: str, metric: str = SCORE) -> statistics.Paired:
-        """Differences to the undistilled student, seed by seed."""
-        return statistics.paired(
-            self.by_seed(student, method, metric), self.by_seed(student, REFERENCE, metric)
-        )
-
-    def lead(self, student: str) -> float | None:
-        """Validation mIoU of the teacher minus the undistilled student's mean over its seeds."""
-        teacher, plain = (
-            self.teacher("val/miou"),
-            statistics.mean(self.by_seed(student, REFERENCE, "val/miou").values()),
-        )
-        return None if teacher is None or plain is None else teacher - plain
-
-    def status(self, student: str, method: str) -> str:
-        """``complete``, ``not run``, or how many cells there are and what became of the others."""
-        done = set(self.by_seed(student, method))
-        missing = [seed for seed in self.seeds if seed not in done]
-        if not missing:
-            return "complete"
-        failed = {
-            s: note for s in missing if (note := self.failures.get(Cell(self.benchmark, student, method, s)))
-        }
-        if not done and not failed:
-            return "not run"
-        parts = [f"{len(done)} of {len(self.seeds)}"]
-        parts += [f"seed {s}: " + (f"failed: {failed[s]}" if s in failed else "not run") for s in missing]
-        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -122,96 +51,63 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
-def gather(
-    params: Params,
-    benchmark: str,
-    cells: pd.DataFrame,
-    root: Path,
-    tracking: str | None = None,
-    finished: Sequence[Record] = (),
-) -> Results:
-    """Bring together the finished cells of a benchmark with the ones that there should be."""
-    notes = {cell: records.failure(cell, root) for cell in records.expected_cells(params, benchmark)}
-    variants = [key for key in params.method_keys if records.is_variant(key)]
-    weights = {
-        key: {
-            name: value
-            for name, value in params.method_values(key).items()
-            if re.fullmatch("weight(_.*)?", name)
-        }
-        for key in variants
-    }
-    return Results(
-        benchmark=benchmark,
-        students=list(params.suite.students),
-        methods=[key for key in params.method_keys if key == HEADLINE or not records.is_variant(key)],
-        variants=variants,
-        seeds=list(params.suite.seeds),
-        weights=weights,
-        cells=cells,
-        failures={
-            cell: " ".join(note.replace(f"{root}/", "").split()) for cell, note in notes.items() if note
-        },
-        stale={record.cell: parts for record in finished if (parts := records.stale(record, params))},
-        tracking=tracking,
-    )
-
-
-def label(method: str) -> str:
-    """The name of a row of the comparison."""
-    return PAPER if method == HEADLINE else method
-
-
-def variant(method: str) -> str:
-    """The name of a row of the ablation."""
-    return method.removeprefix(f"{PAPER}-")
-
-
 def comparison(results: Results) -> Table:
-    """Student × method: scores over the seeds, paired differences, and what they cost."""
+    """Student × method: scores, gains over the undistilled student with both uncertainties, compute."""
+    data, text = [], []
+    for student in results.students:
+        standings = results.standings(student, results.methods)
+        for method in results.methods:
+            row = {"student": student, "method": label(method)}
+            row |= _scores(results, student, method, standings[method])
+            row |= _compute(results, student, method) | {"status": results.status(student, method)}
+            data.append(row)
+            text.append([student, label(method), *_score_text(row), *_compute_text(row), row["status"]])
+    columns = ["student", "method", *SCORE_COLUMNS, *COMPUTE_COLUMNS, "status"]
+    return Table("comparison", "comparison of methods", pd.DataFrame(data, dtype=object), columns, text)
+
+
+def cost(results: Results) -> Table:
+    """Student × method: what the deployed student costs, and what its training cost."""
     data, text = [], []
     for student in results.students:
         for method in results.methods:
-            row = {"student": student, "method": label(method)} | _scores(results, student, method)
-            row |= _costs(results.rows(student, method)) | {"status": results.status(student, method)}
+            row = {"student": student, "method": label(method)} | _costs(results, student, method)
+            row |= {"status": results.status(student, method)}
             data.append(row)
-            text.append([student, label(method), *_score_text(row), *_cost_text(row), row["status"]])
-    columns = ["student", "method", *SCORE_COLUMNS, *COST_COLUMNS, "status"]
-    return Table(
-        "comparison",
-        "comparison of methods",
-        pd.DataFrame(data, dtype=object),
-        columns,
-        text,
-        _cost_notes(results),
+            text.append([student, label(method), *_cost_text(row), row["status"]])
+    size = " or ".join(
+        "×".join(map(str, json.loads(value)))
+        for value in results.distinct("tags.student.input", students_only=True)
     )
+    notes = [
+        f"parameters, GFLOPs, latency: of the exported student, one image of {size or '?'} pixels.",
+        "GFLOPs a step, ms a step (median), training: teacher and method included, validation not.",
+        "times: median over seeds, under the load of the machine then; the student, so its latency, is the "
+        "same for all.",
+        "memory: peak of the training process, largest of the seeds.",
+        "trials: of the search for the loss weights, the same number for every method (`make tune`).",
+    ]
+    columns = ["student", "method", *COST_COLUMNS, "status"]
+    return Table("cost", "cost of methods", pd.DataFrame(data, dtype=object), columns, text, notes)
 
 
 def ablation(results: Results) -> Table:
     """The variants of the paper's method, with the undistilled student as the reference."""
-    weights = list(dict.fromkeys(name for variant in results.weights.values() for name in variant))
+    weights = list(dict.fromkeys(name for key in results.variants for name in results.weights[key]))
+    methods = [key for key in results.methods if key == REFERENCE] + results.variants
     data, text = [], []
     for student in results.students:
-        for method in [key for key in results.methods if key == REFERENCE] + results.variants:
-            row = {"student": student, "method": variant(method)} | _scores(results, student, method)
+        standings = results.standings(student, methods)
+        for method in methods:
+            row: dict[str, Any] = {"student": student, "method": variant(method)}
+            row |= _scores(results, student, method, standings[method])
             row |= {name: results.weights.get(method, {}).get(name) for name in weights}
-            row |= {
-                "step_ms": _costs(results.rows(student, method))["step_ms"],
-                "status": results.status(student, method),
-            }
+            row |= _compute(results, student, method) | {"status": results.status(student, method)}
             data.append(row)
-            shown = [_number(row[name], "g") for name in weights]
-            text.append(
-                [
-                    student,
-                    variant(method),
-                    *shown,
-                    *_score_text(row),
-                    _number(row["step_ms"], ".0f"),
-                    row["status"],
-                ]
-            )
-    columns = ["student", "variant", *weights, *SCORE_COLUMNS, "ms per step", "status"]
+            shown = [number(row[name], "g") for name in weights]
+            texts = [*shown, *_score_text(row), *_compute_text(row)]
+            text.append([student, variant(method), *texts, row["status"]])
+    columns = ["student", "variant", *weights, *SCORE_COLUMNS, *COMPUTE_COLUMNS, "status"]
     notes = ["A weight of 0 switches a term off; the weights are those of params.yaml."]
     return Table("ablation", f"ablation of {PAPER}", pd.DataFrame(data, dtype=object), columns, text, notes)
 
@@ -233,7 +129,7 @@ def per_class(results: Results) -> Table:
                 difference = None if method == REFERENCE else paired.mean
                 data.append(row | _rounded({"iou_mean": mean, "iou_sd": sd, "diff_none_mean": difference}))
                 line.append(plus_minus(mean, sd))
-            line.append(_number(results.teacher(metric), ".2f"))
+            line.append(number(results.teacher(metric), ".2f"))
             text.append(line)
     for metric, name in names.items():
         score = results.teacher(metric)
@@ -279,15 +175,27 @@ def warnings(results: Results) -> list[str]:
     used = set(results.distinct("tags.teacher.sha256", students_only=True))
     if len(used) > 1 or (known and used - known):
         found.append("the cells were trained with different teachers; run `dvc repro`.")
+    found += _unmatched(results)
+    if results.untuned:
+        found.append(
+            f"the weights of {', '.join(map(label, results.untuned))} in params.yaml are not those that "
+            "were chosen; run `make tune`."
+        )
+    others = [label(m) for m in results.methods if results.weights[m] and m not in results.trials]
+    if results.trials and others:
+        found.append(
+            f"{', '.join(others)}: not tuned, while the others had {max(results.trials.values())} trials; "
+            "put it into tuning.methods and run `make tune`."
+        )
     if len(_hardware(results)) > 1:
         found.append("the cells ran on different hardware: times and memory are not comparable.")
     return found
 
 
 def facts(results: Results) -> list[tuple[str, str]]:
-    """The header of every table: what was measured, on what, and what ± means."""
-    seeds = len(results.seeds)
-    val, test = (_number(results.teacher(metric), ".2f") for metric in ("val/miou", SCORE))
+    """The header of every table: what was measured, on what, and what each uncertainty means."""
+    counts = sorted({len(results.by_seed(s, m)) for s in results.students for m in results.methods} - {0})
+    val, test = (number(results.teacher(metric), ".2f") for metric in ("val/miou", SCORE))
     leads = []
     for student in results.students:
         n = len(results.by_seed(student, REFERENCE, "val/miou"))
@@ -297,16 +205,40 @@ def facts(results: Results) -> list[tuple[str, str]]:
             + ("unknown" if lead is None else f"{lead:+.2f} (mean over n = {n})")
         )
     hashes = [value[:12] for value in results.distinct("tags.data_sha256")]
+    images = f"the {results.images} test images" if results.images else "the test images"
     found = [
         ("benchmark", f"{results.benchmark}; data {', '.join(hashes) or 'unknown'}"),
         ("teacher", "not run" if test == "–" else f"{val} validation / {test} test mIoU"),
         ("lead of the teacher on validation", "; ".join(leads)),
         (
             "scores",
-            "mIoU in percent on the test split, from the summed confusion matrix, at the last iterate",
+            "mIoU in percent on the test split, from the summed confusion matrix, at the last iterate; "
+            "± is the sample standard deviation over n seeds (ddof 1)",
         ),
-        ("±", "sample standard deviation over n seeds (ddof 1); differences are paired by seed"),
-        ("seeds", f"{', '.join(map(str, results.seeds))}{_exploratory(seeds)}"),
+        ("seeds", "; ".join(map(power, counts)) or "none has finished"),
+        (
+            "over seeds",
+            f"mean difference to {REFERENCE}, paired by seed; 95 % t-interval; exact two-sided sign-flip "
+            "p, then adjusted by Holm for the methods of this table (of one student)",
+        ),
+        (
+            "over images",
+            f"95 % interval of the same difference from {RESAMPLES:,} bootstrap resamples of {images}, "
+            "paired over methods, the trained networks held fixed: another uncertainty than that over seeds, "
+            "never pooled with it",
+        ),
+        (
+            "≈ best",
+            "the best mean (best), and every method that cannot be told from it (≈): the interval over seeds "
+            "or the one over images of the difference to it holds 0",
+        ),
+        (
+            f"Δ {MATCHED}",
+            "difference to the student alone, trained for as many FLOPs as the dearest method; paired by "
+            "seed, 95 % t-interval over seeds",
+        ),
+        ("training compute", "floating-point operations of all training steps, teacher and method included"),
+        ("best val", "of each training, picked on the validation split; for information, no headline"),
         ("training", _training(results)),
         ("hardware", "; ".join(_hardware(results)) or "unknown"),
     ]
@@ -318,102 +250,29 @@ def facts(results: Results) -> list[tuple[str, str]]:
 def write(results: Results, folder: Path) -> None:
     """Write every table of a benchmark to ``folder/<name>.{md,csv,tex}``."""
     head = {"benchmark": results.benchmark, "facts": facts(results), "warnings": warnings(results)}
-    for table in (comparison(results), ablation(results), per_class(results)):
-        records.write_bytes(
-            folder / f"{table.name}.csv", table.data.to_csv(index=False, lineterminator="\n").encode()
+    for table in (comparison(results), cost(results), ablation(results), per_class(results)):
+        render(table, folder, head)
+
+
+def render(table: Table, folder: Path, head: dict[str, Any]) -> None:
+    """Write one table as ``folder/<name>.{csv,md,tex}``; ``head`` holds what stands above it."""
+    records.write_bytes(
+        folder / f"{table.name}.csv", table.data.to_csv(index=False, lineterminator="\n").encode()
+    )
+    for kind, escape in (("md", escape_markdown), ("tex", escape_tex)):
+        # Every value that a template prints goes through `escape`; what stands in the template does not.
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(TEMPLATES),
+            finalize=escape,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+            comment_start_string="<#",
+            comment_end_string="#>",
         )
-        for kind, escape in (("md", escape_markdown), ("tex", escape_tex)):
-            # Every value that a template prints goes through `escape`; what stands in the template does not.
-            environment = jinja2.Environment(
-                loader=jinja2.FileSystemLoader(TEMPLATES),
-                finalize=escape,
-                undefined=jinja2.StrictUndefined,
-                trim_blocks=True,
-                lstrip_blocks=True,
-                keep_trailing_newline=True,
-                comment_start_string="<#",
-                comment_end_string="#>",
-            )
-            content = environment.get_template(f"table.{kind}.j2").render(table=table, **head)
-            records.write_bytes(folder / f"{table.name}.{kind}", content.encode())
-
-
-def ranking(results: Results, student: str) -> str:
-    """One plain sentence: who is ahead, and whether so few seeds can say so."""
-    means = {
-        m: mean
-        for m in results.methods
-        if (mean := statistics.mean(results.by_seed(student, m).values())) is not None
-    }
-    if not means:
-        return f"No cell of {student} has finished yet."
-    order = sorted(means, key=lambda method: -means[method])
-    best = order[0]
-    parts = [f"Best mean test mIoU of {student}: {_standing(results, student, best)}"]
-    if HEADLINE in means and best != HEADLINE:
-        parts.append(
-            f"{PAPER} is number {order.index(HEADLINE) + 1} of {len(order)}: "
-            f"{_standing(results, student, HEADLINE)}"
-        )
-    elif len(order) > 1:
-        parts.append(f"next: {_standing(results, student, order[1])}")
-    n = min(len(results.by_seed(student, method)) for method in means)
-    parts.append(f"± is the sd over seeds{_exploratory(n)}")
-    return "; ".join(parts) + "."
-
-
-def readme_block(every: Sequence[Results]) -> str:
-    """The results as they stand in the README: per benchmark a compact table, a sentence and the figures."""
-    blocks = []
-    for results in every:
-        folder = f"reports/{results.benchmark}"
-        lines = [f"### {results.benchmark}", ""]
-        lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in warnings(results)]
-        lines += [
-            "| student | method | n | test mIoU | difference to none | ms per step | status |",
-            "|---|---|--:|--:|--:|--:|---|",
-        ]
-        for row in comparison(results).data.to_dict("records"):
-            cells = [
-                row["student"],
-                row["method"],
-                str(row["n"]),
-                plus_minus(row["miou_mean"], row["miou_sd"]),
-            ]
-            cells += [
-                plus_minus(row["diff_none_mean"], row["diff_none_sd"], "+.2f"),
-                _number(row["step_ms"], ".0f"),
-                row["status"],
-            ]
-            lines.append("| " + " | ".join(escape_markdown(cell) for cell in cells) + " |")
-        lines += ["", *(escape_markdown(ranking(results, student)) for student in results.students)]
-        teacher, leads = (
-            results.teacher(SCORE),
-            [lead for s in results.students if (lead := results.lead(s)) is not None],
-        )
-        if teacher is not None and leads:
-            lines += [
-                f"The teacher scores {teacher:.2f}; its lead over the undistilled student on validation is "
-                f"{min(leads):+.2f} mIoU."
-            ]
-        links = ", ".join(f"[{name}]({folder}/{name}.md)" for name in ("comparison", "ablation", "per_class"))
-        lines += [f"All tables: {links}.", ""]
-        for name in ("scores", "per_class", "learning_curves", "cost"):
-            lines.append(f"![{results.benchmark}: {name.replace('_', ' ')}]({folder}/{name}.png)")
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
-
-
-def update_readme(path: Path, every: Sequence[Results]) -> bool:
-    """Put the results between the markers of a README. Where there are none: change nothing, return False."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    begin, end = (text.find(marker) for marker in README_MARKERS)
-    if begin < 0 or end < begin:
-        return False
-    content = text[: begin + len(README_MARKERS[0])] + "\n" + readme_block(every) + "\n" + text[end:]
-    if content != text:
-        records.write_bytes(path, content.encode())
-    return True
+        content = environment.get_template(f"table.{kind}.j2").render(table=table, **head)
+        records.write_bytes(folder / f"{table.name}.{kind}", content.encode())
 
 
 def plus_minus(mean: float | None, sd: float | None, form: str = ".2f") -> str:
@@ -421,6 +280,11 @@ def plus_minus(mean: float | None, sd: float | None, form: str = ".2f") -> str:
     if mean is None:
         return "–"
     return f"{mean:{form}}" + ("" if sd is None else f" ± {sd:.2f}")
+
+
+def between(interval: Interval | None, form: str = "+.2f") -> str:
+    """``[-0.40, +1.20]``; ``–`` where there is no interval."""
+    return "–" if interval is None else f"[{interval.low:{form}}, {interval.high:{form}}]"
 
 
 def escape_markdown(value: Any) -> str:
@@ -443,105 +307,171 @@ TEX = str.maketrans(
         ">": r"\textgreater{}",
         "|": r"\textbar{}",
         "±": r"$\pm$",
+        "≈": r"$\approx$",
         "×": r"$\times$",
         "Δ": r"$\Delta$",
         "–": "--",
     }
 )
 
-SCORE_COLUMNS = ["n", "test mIoU", "seed:test mIoU", "Δ none (paired)", "val mIoU", "best val mIoU"]
-COST_COLUMNS = ["parameters (M)", "GFLOPs", "latency (ms)", "ms per step", "training (s)", "memory (MB)"]
+SCORE_COLUMNS = [
+    "n",
+    "test mIoU",
+    "≈ best",
+    "seed:test mIoU",
+    f"Δ {REFERENCE}",
+    "over seeds",
+    "p",
+    "p (Holm)",
+    "over images",
+    f"Δ {MATCHED}",
+    "val mIoU",
+    "best val mIoU",
+]
+COMPUTE_COLUMNS = ["training TFLOP", f"× {REFERENCE}"]
+COST_COLUMNS = [
+    "parameters (M)",
+    "GFLOPs",
+    "latency (ms)",
+    "steps",
+    "GFLOPs a step",
+    "ms a step",
+    "training (s)",
+    "memory (MB)",
+    "trials",
+]
 
 
-def _scores(results: Results, student: str, method: str) -> dict[str, Any]:
-    scores, paired = results.by_seed(student, method), results.paired(student, method)
-    return {"n": len(scores)} | _rounded(
-        {
-            "miou_mean": statistics.mean(scores.values()),
-            "miou_sd": statistics.sd(scores.values()),
-            "seeds": " ".join(f"{seed}:{score:.2f}" for seed, score in scores.items()),
-            "diff_none_mean": None if method == REFERENCE else paired.mean,
-            "diff_none_sd": None if method == REFERENCE else paired.sd,
-            "diff_none_n": None if method == REFERENCE else paired.n,
-            "val_miou_mean": statistics.mean(results.by_seed(student, method, "val/miou").values()),
-            "best_val_miou_mean": statistics.mean(results.by_seed(student, method, "best_val/miou").values()),
+def _scores(results: Results, student: str, method: str, standing: Standing) -> dict[str, Any]:
+    scores, gain = standing.scores, standing.gain
+    known = method != REFERENCE
+    row: dict[str, Any] = {
+        "n": len(scores),
+        "miou_mean": statistics.mean(scores.values()),
+        "miou_sd": statistics.sd(scores.values()),
+        "seeds": " ".join(f"{seed}:{score:.2f}" for seed, score in scores.items()),
+        "near_best": standing.place,
+        "diff_none_mean": gain.mean if known else None,
+        "diff_none_sd": gain.sd if known else None,
+        "diff_none_n": gain.n if known else None,
+    }
+    for name, interval in (("seeds", standing.over_seeds), ("images", standing.over_images)):
+        row |= {
+            f"over_{name}_low": interval.low if interval else None,
+            f"over_{name}_high": interval.high if interval else None,
+        }
+    matched = standing.matched_over_seeds
+    return _rounded(
+        row
+        | {
+            "p": standing.p,
+            "p_holm": standing.p_holm,
+            "diff_matched_mean": standing.over_matched.mean,
+            "diff_matched_low": matched.low if matched else None,
+            "diff_matched_high": matched.high if matched else None,
+            "val_miou_mean": results.mean(student, method, "val/miou"),
+            "best_val_miou_mean": results.mean(student, method, "best_val/miou"),
         }
     )
 
 
-def _costs(rows: pd.DataFrame) -> dict[str, Any]:
+def _compute(results: Results, student: str, method: str) -> dict[str, Any]:
+    own, reference = (results.mean(student, key, COMPUTE) for key in (method, REFERENCE))
+    return _rounded(
+        {
+            "training_tflop": None if own is None else own / 1e12,
+            "compute_ratio": None if own is None or reference is None else own / reference,
+        }
+    )
+
+
+def _costs(results: Results, student: str, method: str) -> dict[str, Any]:
     def values(metric: str) -> list[float]:
-        return [float(value) for value in rows[metric].dropna()] if metric in rows else []
+        return list(results.by_seed(student, method, metric).values())
 
     def whole(metric: str) -> int | None:
         return next((int(value) for value in values(metric)), None)
 
-    steps = statistics.median(values("seconds/step_median"))
+    step = statistics.median(values("seconds/step_median"))
     return _rounded(
         {
             "parameters": whole("student/parameters"),
             "flops": whole("student/flops"),
             "latency_ms": statistics.median(values("student/latency_ms")),
-            "step_ms": None if steps is None else 1000 * steps,
+            "steps": whole("steps"),
+            "step_flops": whole("compute/step_flops"),
+            "step_ms": None if step is None else 1000 * step,
             "training_s": statistics.median(values("seconds/training")),
             "memory_mb": max(values("memory_peak_mb"), default=None),
+            "trials": results.trials.get(method),
         }
     )
 
 
-def _cost_notes(results: Results) -> list[str]:
-    size = " or ".join(
-        "×".join(map(str, json.loads(value)))
-        for value in results.distinct("tags.student.input", students_only=True)
-    )
-    return [
-        "best val mIoU: of each training, picked on the validation split; for information, no headline.",
-        f"parameters, GFLOPs, latency: of the exported student, one image of {size or '?'} pixels.",
-        "ms per step: median, teacher and method included; training: without validation; median over seeds.",
-        "times: under the load of the machine then; the student, so its latency, is the same for all.",
-        "memory: peak of the training process, largest of the seeds.",
-    ]
-
-
 def _score_text(row: dict[str, Any]) -> list[str]:
-    difference = plus_minus(row["diff_none_mean"], row["diff_none_sd"], "+.2f")
-    if row["diff_none_n"] is not None and 0 < row["diff_none_n"] < row["n"]:
-        difference += f" (n = {row['diff_none_n']})"
+    n = row["diff_none_n"]
     return [
         str(row["n"]),
         plus_minus(row["miou_mean"], row["miou_sd"]),
+        row["near_best"],
         row["seeds"] or "–",
-        difference,
-        _number(row["val_miou_mean"], ".2f"),
-        _number(row["best_val_miou_mean"], ".2f"),
+        number(row["diff_none_mean"], "+.2f") + (f" (n = {n})" if n and n < row["n"] else ""),
+        between(interval(row, "over_seeds")),
+        number(row["p"], ".3g"),
+        number(row["p_holm"], ".3g"),
+        between(interval(row, "over_images")),
+        " ".join(
+            [number(row["diff_matched_mean"], "+.2f")]
+            + ([between(matched)] if (matched := interval(row, "diff_matched")) else [])
+        ),
+        number(row["val_miou_mean"], ".2f"),
+        number(row["best_val_miou_mean"], ".2f"),
     ]
+
+
+def _compute_text(row: dict[str, Any]) -> list[str]:
+    return [number(row["training_tflop"], "#.3g"), number(row["compute_ratio"], ".2f")]
 
 
 def _cost_text(row: dict[str, Any]) -> list[str]:
     return [
-        _number(None if row["parameters"] is None else row["parameters"] / 1e6, ".2f"),
-        _number(None if row["flops"] is None else row["flops"] / 1e9, ".2f"),
-        _number(row["latency_ms"], ".1f"),
-        _number(row["step_ms"], ".0f"),
-        _number(row["training_s"], ".0f"),
-        _number(row["memory_mb"], ".0f"),
+        number(None if row["parameters"] is None else row["parameters"] / 1e6, ".2f"),
+        number(None if row["flops"] is None else row["flops"] / 1e9, ".2f"),
+        number(row["latency_ms"], ".1f"),
+        number(row["steps"], "d"),
+        number(None if row["step_flops"] is None else row["step_flops"] / 1e9, ".1f"),
+        number(row["step_ms"], ".0f"),
+        number(row["training_s"], ".0f"),
+        number(row["memory_mb"], ".0f"),
+        number(row["trials"], "d"),
     ]
 
 
-def _standing(results: Results, student: str, method: str) -> str:
-    scores, paired = results.by_seed(student, method).values(), results.paired(student, method)
-    text = f"{label(method)} {plus_minus(statistics.mean(scores), statistics.sd(scores))} (n = {len(scores)}"
-    return text + (
-        ")" if method == REFERENCE or paired.mean is None else f", {paired.mean:+.2f} to {REFERENCE})"
-    )
+def interval(row: Mapping[Any, Any], name: str) -> Interval | None:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return None if low is None else Interval(low, high)
 
 
-def _exploratory(n: int) -> str:
-    """Nothing from six seeds on; before that, why these differences prove nothing yet."""
-    if n >= statistics.SEEDS_FOR_SIGNIFICANCE:
-        return ""
-    bound = f"no two-sided sign-flip test over n = {n} can give p below {statistics.smallest_p(n):.2g}"
-    return f" (exploratory: n < {statistics.SEEDS_FOR_SIGNIFICANCE}, {bound})"
+def _unmatched(results: Results) -> list[str]:
+    """Where the control of equal compute costs less than a method that it is listed beside."""
+    found = []
+    for student in results.students:
+        costs = {
+            m: value for m in results.methods if (value := results.mean(student, m, COMPUTE)) is not None
+        }
+        dearest = max(costs, key=lambda m: costs[m], default=None)
+        if dearest and MATCHED in costs and costs[MATCHED] < (1 - SLACK) * costs[dearest]:
+            found.append(
+                f"{MATCHED} of {student} had {costs[MATCHED] / costs[dearest]:.0%} of the compute of "
+                f"{label(dearest)}: name it in methods.{MATCHED}.match of params.yaml."
+            )
+    return found
+
+
+def power(n: int) -> str:
+    """What so few seeds can show at all."""
+    text = f"n = {n}: the smallest p that a sign-flip test can reach is {statistics.smallest_p(n):.2g}"
+    return text + (", exploratory" if n < statistics.SEEDS_FOR_SIGNIFICANCE else "")
 
 
 def _training(results: Results) -> str:
@@ -575,7 +505,7 @@ def _seeds(results: Results, method: str) -> str:
     )
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
     return "–" if value is None else f"{value:{form}}"
 
 

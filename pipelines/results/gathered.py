@@ -1,0 +1,242 @@
+"""What is known of one benchmark: its finished cells beside the expected ones, and how the methods stand.
+
+Every table, figure and sentence is made from a :class:`Results`. Which cells there should be comes from
+params.yaml, scores come from the query of :mod:`pipelines.results.tracking`, counts per image from the
+records.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipelines.config import PAPER, TEACHER, Params
+from pipelines.results import budget, records, statistics
+from pipelines.results.records import Cell, Record
+from pipelines.results.statistics import ImageBootstrap, Interval, Paired
+
+REFERENCE = "none"  # the method that every other one is compared to: the undistilled student
+MATCHED = "none_matched"  # the same for as many FLOPs as the dearest method
+HEADLINE = f"{PAPER}-full"  # the variant that stands for the paper's method, as the row `acfd`
+SCORE = "test/miou"
+COMPUTE = "compute/flops"
+
+RESAMPLES = 10_000  # of the test images
+RESAMPLING_SEED = 0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a method stands against the undistilled student and against the best, on one student."""
+
+    scores: dict[int, float]  # test mIoU by seed
+    gain: Paired  # over REFERENCE
+    over_seeds: Interval | None  # 95 % t-interval of the mean gain
+    over_images: Interval | None  # 95 % bootstrap interval of the mean gain, the training seeds held fixed
+    p: float | None  # of the gain, exact sign-flip test
+    p_holm: float | None  # the same, adjusted for the methods of one table
+    over_matched: Paired  # gain over MATCHED
+    matched_over_seeds: Interval | None
+    place: str  # ``best``, ``≈`` where it cannot be told apart from the best, else nothing
+
+    @property
+    def verdict(self) -> str:
+        """``gain`` or ``loss`` where the intervals over seeds and over images both exclude 0 on one side."""
+        if self.over_seeds and self.over_images and statistics.told_apart(self.over_seeds, self.over_images):
+            if min(self.over_seeds.low, self.over_images.low) > 0:
+                return "gain"
+            if max(self.over_seeds.high, self.over_images.high) < 0:
+                return "loss"
+        return "undecided"
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that the tables and figures of one benchmark are made from."""
+
+    benchmark: str
+    students: list[str]
+    methods: list[str]  # of the comparison: the baselines, then HEADLINE
+    variants: list[str]  # of the paper's method, HEADLINE among them
+    seeds: list[int]  # of the suite: a row without one of them is not complete; there may be more
+    weights: dict[str, dict[str, Any]]  # per method: its loss weights in params.yaml
+    cells: pd.DataFrame  # finished cells, in the form of tracking.frame
+    finished: Sequence[Record] = ()
+    failures: dict[Cell, str] = field(default_factory=dict)
+    stale: dict[Cell, list[str]] = field(
+        default_factory=dict
+    )  # trained with other settings than params.yaml's
+    trials: dict[str, int] = field(default_factory=dict)  # of tuning, by method
+    untuned: list[str] = field(default_factory=list)  # methods whose weights are not those that tuning chose
+    tracking: str | None = None  # why the numbers do not come from MLflow, if they do not
+
+    def rows(self, student: str, method: str) -> pd.DataFrame:
+        """The finished cells of a row, by seed."""
+        found = self.cells[(self.cells["student"] == student) & (self.cells["method"] == method)]
+        return found.sort_values("seed")
+
+    def by_seed(self, student: str, method: str, metric: str = SCORE) -> dict[int, float]:
+        """A metric of a row, by seed; a seed that has no such value is left out."""
+        found = self.rows(student, method)
+        if metric not in found:
+            return {}
+        values = zip(found["seed"], found[metric], strict=True)
+        return {int(seed): float(value) for seed, value in values if not pd.isna(value)}
+
+    def mean(self, student: str, method: str, metric: str = SCORE) -> float | None:
+        return statistics.mean(self.by_seed(student, method, metric).values())
+
+    def teacher(self, metric: str) -> float | None:
+        found = self.cells[self.cells["student"] == TEACHER]
+        values = (
+            [] if metric not in found else [float(value) for value in found[metric] if not pd.isna(value)]
+        )
+        return values[0] if values else None
+
+    def classes(self) -> list[str]:
+        for value in self.distinct("tags.classes"):
+            return list(json.loads(value))
+        return []
+
+    def distinct(self, column: str, students_only: bool = False) -> list[str]:
+        """The different values of a column of strings, sorted."""
+        found = self.cells[self.cells["student"] != TEACHER] if students_only else self.cells
+        return (
+            sorted({str(value) for value in found[column] if not pd.isna(value)}) if column in found else []
+        )
+
+    def paired(self, student: str, method: str, metric: str = SCORE, reference: str = REFERENCE) -> Paired:
+        """Differences to the undistilled student (or another method), seed by seed."""
+        return statistics.paired(
+            self.by_seed(student, method, metric), self.by_seed(student, reference, metric)
+        )
+
+    def lead(self, student: str) -> float | None:
+        """Validation mIoU of the teacher minus the undistilled student's mean over its seeds."""
+        teacher, plain = self.teacher("val/miou"), self.mean(student, REFERENCE, "val/miou")
+        return None if teacher is None or plain is None else teacher - plain
+
+    def status(self, student: str, method: str) -> str:
+        """``complete``, ``not run``, or how many cells there are and what became of the others."""
+        done = set(self.by_seed(student, method))
+        missing = [seed for seed in self.seeds if seed not in done]
+        if not missing:
+            return "complete"
+        failed = {
+            s: note for s in missing if (note := self.failures.get(Cell(self.benchmark, student, method, s)))
+        }
+        if not done and not failed:
+            return "not run"
+        parts = [f"{len(done)} of {len(self.seeds)}"]
+        parts += [f"seed {s}: " + (f"failed: {failed[s]}" if s in failed else "not run") for s in missing]
+        return "; ".join(parts)
+
+    @cached_property
+    def bootstraps(self) -> dict[str, ImageBootstrap]:
+        """Resampled test images, by student; none where the cells were not scored on the same images."""
+        found = {}
+        for student in self.students:
+            own = [r for r in self.finished if r.cell.student == student]
+            if own and len({(r.run["data_sha256"], tuple(r.test_names())) for r in own}) == 1:
+                counts = {(r.cell.method, r.cell.seed): r.confusion("test") for r in own}
+                found[student] = statistics.image_bootstrap(counts, RESAMPLES, RESAMPLING_SEED)
+        return found
+
+    @property
+    def images(self) -> int | None:
+        """How many test images there are."""
+        return next((len(record.test_names()) for record in self.finished), None)
+
+    def standings(self, student: str, methods: Sequence[str]) -> dict[str, Standing]:
+        """How every method of one table stands; the family of Holm's adjustment is ``methods``."""
+        means = {m: mean for m in methods if (mean := self.mean(student, m)) is not None}
+        best = max(means, key=lambda m: means[m], default=None)
+        images = self.bootstraps.get(student)
+        gains = {m: self.paired(student, m) for m in methods if m != REFERENCE}
+        p = {
+            m: value
+            for m, gain in gains.items()
+            if (value := statistics.sign_flip_p(list(gain.by_seed.values()))) is not None
+        }
+        adjusted = statistics.holm(p)
+        found = {}
+        for method in methods:
+            gain = gains.get(method, Paired({}))
+            over_matched = self.paired(student, method, reference=MATCHED)
+            if method in (REFERENCE, MATCHED):
+                over_matched = Paired({})
+            to_best = self.paired(student, method, reference=best) if best else Paired({})
+            apart = best not in (None, method) and statistics.told_apart(
+                statistics.t_interval(list(to_best.by_seed.values())),
+                images.difference(method, best) if images and best else None,
+            )
+            found[method] = Standing(
+                scores=self.by_seed(student, method),
+                gain=gain,
+                over_seeds=statistics.t_interval(list(gain.by_seed.values())),
+                over_images=images.difference(method, REFERENCE) if images and gain.n else None,
+                p=p.get(method),
+                p_holm=adjusted.get(method),
+                over_matched=over_matched,
+                matched_over_seeds=statistics.t_interval(list(over_matched.by_seed.values())),
+                place="best" if method == best else "≈" if method in means and not apart else "",
+            )
+        return found
+
+
+def gather(
+    params: Params,
+    benchmark: str,
+    cells: pd.DataFrame,
+    root: Path,
+    tracking: str | None = None,
+    finished: Sequence[Record] = (),
+) -> Results:
+    """Bring together the finished cells of a benchmark with the ones that there should be.
+
+    :class:`~pipelines.config.ConfigError` when the methods were tuned with unequal numbers of trials.
+    """
+    students = records.students(params, benchmark, root)
+    notes = {cell: records.failure(cell, root) for cell in records.expected_cells(params, benchmark, root)}
+    weights = {
+        key: {
+            name: value
+            for name, value in params.method_values(key).items()
+            if re.fullmatch("weight(_.*)?", name)
+        }
+        for key in params.method_keys
+    }
+    return Results(
+        benchmark=benchmark,
+        students=students,
+        methods=[key for key in params.method_keys if key == HEADLINE or not records.is_variant(key)],
+        variants=[key for key in params.method_keys if records.is_variant(key)],
+        seeds=list(params.suite.seeds),
+        weights=weights,
+        cells=cells,
+        finished=finished,
+        failures={
+            cell: " ".join(note.replace(f"{root}/", "").split()) for cell, note in notes.items() if note
+        },
+        stale={record.cell: parts for record in finished if (parts := records.stale(record, params))},
+        trials=budget.trials(params, root),
+        untuned=list(budget.untuned(params, root)),
+        tracking=tracking,
+    )
+
+
+def label(method: str) -> str:
+    """The name of a row of the comparison."""
+    return PAPER if method == HEADLINE else method
+
+
+def variant(method: str) -> str:
+    """The name of a row of the ablation."""
+    return method.removeprefix(f"{PAPER}-")

@@ -1,0 +1,154 @@
+"""The results as they stand in the README: tables, sentences in plain words, figures; all of it generated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.config import PAPER
+from pipelines.results import figures, ranks, records, tables
+from pipelines.results.gathered import COMPUTE, HEADLINE, MATCHED, REFERENCE, SCORE, Results, Standing, label
+from pipelines.results.ranks import Ranks
+from pipelines.results.statistics import Interval
+from pipelines.results.tables import between, escape_markdown, plus_minus
+
+MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
+TABLES = ("comparison", "cost", "ablation", "per_class")
+
+
+def update(path: Path, text: str) -> bool:
+    """Put ``text`` between the markers of a README. Where there are none: change nothing, return False."""
+    content = path.read_text(encoding="utf-8") if path.is_file() else ""
+    begin, end = (content.find(marker) for marker in MARKERS)
+    if begin < 0 or end < begin:
+        return False
+    new = content[: begin + len(MARKERS[0])] + "\n" + text + "\n" + content[end:]
+    if new != content:
+        records.write_bytes(path, new.encode())
+    return True
+
+
+def block(every: Sequence[Results], ranked: Ranks | None, claimed: Sequence[str]) -> str:
+    """The whole of the results; ``claimed`` are the sentences about what was published."""
+    parts = [_benchmark(results) for results in every]
+    if ranked:
+        lines = ["### All benchmarks and students", "", escape_markdown(ranks.sentence(ranked)), ""]
+        lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in ranks.warnings(ranked)]
+        lines += ["Table: [ranks](reports/ranks.md).", "", "![mean ranks](reports/ranks.png)"]
+        parts.append("\n".join(lines))
+    if claimed:
+        lines = ["### Published against measured", "", escape_markdown(" ".join(claimed)), ""]
+        lines += ["Every claim, its source, the rule and the verdict: [claims](reports/claims.md)."]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def sentences(results: Results, student: str) -> list[str]:
+    """Who is better than the undistilled student, who than longer training, and how sure that is."""
+    standings = {m: s for m, s in results.standings(student, results.methods).items() if s.scores}
+    if not standings:
+        return [f"No cell of {student} has finished yet."]
+    found = [_best(results, student, standings)]
+    others = {m: s for m, s in standings.items() if m != REFERENCE and s.gain.n}
+    for verdict, text in (
+        ("gain", f"Better than {REFERENCE}, by both 95 % intervals"),
+        ("loss", f"Worse than {REFERENCE}, by both 95 % intervals"),
+        ("undecided", f"Not told apart from {REFERENCE}"),
+    ):
+        if named := [_gain(m, s) for m, s in others.items() if s.verdict == verdict]:
+            found.append(f"{text}: {', '.join(named)}.")
+    found += _at_matched_compute(results, student, standings)
+    if HEADLINE in others:
+        means = sorted((results.mean(student, m) or 0.0 for m in standings), reverse=True)
+        place = means.index(results.mean(student, HEADLINE) or 0.0) + 1
+        found.append(
+            f"{PAPER} is number {place} of {len(means)} by mean score: {_gain(HEADLINE, others[HEADLINE])} "
+            f"against {REFERENCE} over seeds, {between(others[HEADLINE].over_images)} over test images."
+        )
+    n = min(len(s.scores) for s in standings.values())
+    return [*found, f"For {tables.power(n)}."]
+
+
+def _best(results: Results, student: str, standings: dict[str, Standing]) -> str:
+    best = next(m for m, s in standings.items() if s.place == "best")
+    near = [label(m) for m, s in standings.items() if s.place == "≈"]
+    scores = results.mean(student, best)
+    text = f"Best mean test mIoU of {student}: {label(best)}, {scores:.2f}"
+    return text + (f"; not told apart from it: {', '.join(near)}." if near else "; all others are behind it.")
+
+
+def _at_matched_compute(results: Results, student: str, standings: dict[str, Standing]) -> list[str]:
+    """Against the student alone with as much compute as the dearest method."""
+    compared = {m: s for m, s in standings.items() if s.over_matched.n}
+    if not compared:
+        return []
+    above = [m for m, s in compared.items() if _side(s.matched_over_seeds) > 0]
+    below = [m for m, s in compared.items() if _side(s.matched_over_seeds) < 0]
+    rest = [m for m in compared if m not in above + below]
+
+    def listed(methods: list[str]) -> str:
+        return ", ".join(
+            f"{label(m)} {compared[m].over_matched.mean:+.2f} {between(compared[m].matched_over_seeds)}"
+            for m in methods
+        )
+
+    own, plain = results.mean(student, MATCHED, COMPUTE), results.mean(student, REFERENCE, COMPUTE)
+    times = f" ({own / plain:.2f} times that of {REFERENCE})" if own and plain else ""
+    text = f"Against {MATCHED}, the student alone with the training compute of the dearest method{times}, "
+    parts = [
+        f"{word}: {listed(methods)}"
+        for word, methods in (("better", above), ("worse", below), ("not told apart over seeds", rest))
+        if methods
+    ]
+    return [text + "; ".join(parts) + "."]
+
+
+def _side(interval: Interval | None) -> int:
+    """1 above 0, -1 below, 0 where the interval holds 0 or there is none."""
+    if interval is None or not interval.excludes_zero:
+        return 0
+    return 1 if interval.low > 0 else -1
+
+
+def _gain(method: str, standing: Standing) -> str:
+    return f"{label(method)} {standing.gain.mean:+.2f} {between(standing.over_seeds)}"
+
+
+def _benchmark(results: Results) -> str:
+    folder = f"reports/{results.benchmark}"
+    lines = [f"### {results.benchmark}", ""]
+    lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in tables.warnings(results)]
+    columns = ["student", "method", "n", "test mIoU", "≈ best", f"Δ {REFERENCE}", "over seeds", "over images"]
+    columns += [f"Δ {MATCHED}", f"compute (× {REFERENCE})", "status"]
+    lines += ["| " + " | ".join(columns) + " |", "|---|---|--:|--:|---|--:|--:|--:|--:|--:|---|"]
+    for row in tables.comparison(results).data.to_dict("records"):
+        cells = [
+            row["student"],
+            row["method"],
+            str(row["n"]),
+            plus_minus(row["miou_mean"], row["miou_sd"]),
+            row["near_best"],
+            tables.number(row["diff_none_mean"], "+.2f"),
+            between(tables.interval(row, "over_seeds")),
+            between(tables.interval(row, "over_images")),
+            tables.number(row["diff_matched_mean"], "+.2f"),
+            tables.number(row["compute_ratio"], ".2f"),
+            row["status"],
+        ]
+        lines.append("| " + " | ".join(escape_markdown(cell) for cell in cells) + " |")
+    for student in results.students:
+        lines += ["", f"**{escape_markdown(student)}**", ""]
+        lines += [f"- {escape_markdown(text)}" for text in sentences(results, student)]
+    teacher = results.teacher(SCORE)
+    leads = {s: lead for s in results.students if (lead := results.lead(s)) is not None}
+    if teacher is not None and leads:
+        named = ", ".join(f"{student} {lead:+.2f}" for student, lead in leads.items())
+        text = (
+            f"The teacher scores {teacher:.2f}; its lead over the undistilled student on validation: {named}."
+        )
+        lines += ["", escape_markdown(text)]
+    links = ", ".join(f"[{name}]({folder}/{name}.md)" for name in TABLES)
+    lines += ["", f"All tables: {links}.", ""]
+    for name in figures.NAMES:
+        lines.append(f"![{results.benchmark}: {name.replace('_', ' ')}]({folder}/{name}.png)")
+    return "\n".join(lines)
