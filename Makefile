@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_OFFLINE := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: repro test lint tables ui tune bench smoke clean lock
+.PHONY: repro test lint tables verify ui tune bench smoke clean lock
 
 repro: $(READY)  ## run every experiment of params.yaml that is not up to date, then the report
 	dvc repro --keep-going || { status=$$?; python -m pipelines.report; exit $$status; }
@@ -19,6 +19,9 @@ test: $(READY)  ## the tests
 
 tables: $(READY)  ## regenerate tables and figures from the committed run records: no weights, no GPU
 	python -m pipelines.report
+
+verify: $(READY)  ## whether the run records support every number of the reports and the README
+	python -m pipelines.verify
 
 tune: $(READY)  ## the same trials of loss weights for every method, on the validation split
 	python -m pipelines.tune

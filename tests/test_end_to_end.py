@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, copy_repository, read_params, tiny, write_params
 
+from pipelines.results import figures, readme
+
 pytestmark = pytest.mark.smoke
 
 # the method that the README adds
@@ -54,10 +56,14 @@ def comparison(root: Path) -> dict[str, dict[str, str]]:
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = copy_repository(tmp_path_factory.mktemp("clone"))
-    for made in ("runs", "reports"):  # from nothing, without the committed records
-        shutil.rmtree(root / made, ignore_errors=True)
+    shutil.rmtree(root / "runs")  # from nothing, without the committed records
+    for made in (root / "reports").iterdir():
+        if made.is_dir():
+            shutil.rmtree(made)
+        elif made.name != "claims.yaml":
+            made.unlink()
     raw = tiny(read_params(root))
-    raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd", "skd", "cwd")}
+    raw["methods"] = {key: raw["methods"][key] for key in ("none", "none_matched", "kd", "skd", "cwd")}
     write_params(root, raw)
     dvc(root, "repro")
     return root
@@ -65,7 +71,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_one_command_makes_cells_tables_and_figures(clone: Path) -> None:
     rows = comparison(clone)
-    assert list(rows) == ["none", "kd", "skd", "cwd", "acfd"]
+    assert list(rows) == ["none", "none_matched", "kd", "skd", "cwd", "acfd"]
     for method, row in rows.items():
         assert row["n"] == "1", method
         folder = "acfd-full" if method == "acfd" else method
@@ -73,15 +79,39 @@ def test_one_command_makes_cells_tables_and_figures(clone: Path) -> None:
         measured = json.loads(record.read_text())["test"]["miou"]
         assert float(row["miou_mean"]) == pytest.approx(measured, abs=0.005)
     reports = clone / "reports" / "streets"
-    for table in ("comparison", "ablation", "per_class"):
+    for table in readme.TABLES:
         assert {p.suffix for p in reports.glob(f"{table}.*")} >= {".md", ".csv", ".tex"}
-    assert len(list(reports.glob("*.png"))) == 4
+    assert sorted(path.stem for path in reports.glob("*.png")) == sorted(figures.NAMES)
+    assert " published claims " in (clone / "README.md").read_text()
+
+
+def test_the_control_has_the_compute_of_the_dearest_method(clone: Path) -> None:
+    compute = {method: float(row["training_tflop"]) for method, row in comparison(clone).items()}
+    control, dearest = compute.pop("none_matched"), max(compute.values())
+    assert dearest > 1.2 * compute["none"]
+    assert control == pytest.approx(dearest, abs=0.51 * compute["none"] / 6)  # to the nearest step
+
+
+def test_the_records_of_a_run_are_verified(clone: Path) -> None:
+    def verify() -> tuple[int, str]:
+        command = [sys.executable, "-m", "pipelines.verify"]
+        done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr
+
+    code, text = verify()
+    assert code == 0 and "follow from the 7 run records" in text, text
+    table = clone / "reports" / "streets" / "comparison.md"
+    before = table.read_text()
+    table.write_text(before.replace("none |", "nome |", 1))
+    code, text = verify()
+    assert code == 1 and "reports/streets/comparison.md, line " in text and "1 problem: " in text
+    table.write_text(before)
 
 
 def test_mlflow_holds_each_cell_once(clone: Path) -> None:
     with sqlite3.connect(clone / "mlflow.db") as store:
         rows = store.execute("select status from runs where lifecycle_stage = 'active'").fetchall()
-    assert [status for (status,) in rows] == ["FINISHED"] * 6  # five cells and the teacher
+    assert [status for (status,) in rows] == ["FINISHED"] * 7  # six cells and the teacher
 
 
 def test_a_second_repro_runs_nothing(clone: Path) -> None:

@@ -1,0 +1,216 @@
+"""`make verify` on this repository's own records: every kind of unsupported number is found and named."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT
+
+from pipelines import config, report, verify
+from pipelines.results import budget, figures
+
+BENCHMARK = "streets"
+CELL = f"{BENCHMARK}/pspnet-resnet18/cwd/1"
+TABLE = f"reports/{BENCHMARK}/comparison"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default benchmark's records as they are in git, with fresh reports. Do not change it."""
+    root = tmp_path_factory.mktemp("checkout")
+    for name in ("params.yaml", "dvc.lock", "README.md", "reports/claims.yaml"):
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    shutil.copytree(
+        ROOT / "runs" / BENCHMARK, root / "runs" / BENCHMARK, ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    log = budget.path(config.load(methods=False), root).relative_to(root)
+    (root / log.parent).mkdir(parents=True)
+    shutil.copy(ROOT / log, root / log)
+    report.report(config.load(root / "params.yaml", methods=False), root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def before(checkout: Path) -> set[str]:
+    """What there is to say of the records in git: nothing, unless params.yaml is just being changed."""
+    found = problems(checkout)
+    assert not [text for text in found if "reports/" in text or "README" in text]
+    return found
+
+
+def problems(root: Path) -> set[str]:
+    return set(verify.problems(config.load(root / "params.yaml", methods=False), root))
+
+
+def change(root: Path, path: str, old: str, new: str) -> None:
+    text = (root / path).read_text(encoding="utf-8")
+    assert old in text
+    (root / path).write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def one_digit(root: Path, path: str, after: str = "") -> None:
+    """Raise the last digit of the first number with decimals that follows ``after``."""
+    text = (root / path).read_text(encoding="utf-8")
+    at = text.index(".", text.index(after) + len(after)) + 1
+    while not text[at - 2].isdigit() or not text[at].isdigit():
+        at = text.index(".", at) + 1
+    while text[at + 1].isdigit():
+        at += 1
+    (root / path).write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :], encoding="utf-8")
+
+
+def record(root: Path, name: str, edit: Callable[[dict], None]) -> None:  # type: ignore[type-arg]
+    path = root / "runs" / CELL / name
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def confusion(root: Path) -> None:
+    path = root / "runs" / CELL / "confusion.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["test"][0, 0, 0] += 1
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    path.write_bytes(content.getvalue())
+
+
+def made_up_and_reported(root: Path) -> None:
+    """A better score in the record, and the tables made anew from it."""
+    record(root, "metrics.json", lambda m: m["test"].update(miou=m["test"]["miou"] + 1))
+    report.report(config.load(root / "params.yaml", methods=False), root)
+
+
+def last_line_of_history(root: Path) -> None:
+    path = root / "runs" / CELL / "history.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-1], lines[-1].rpartition(",")[0] + ",77.7"]) + "\n")
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a digit in a table": (lambda r: one_digit(r, f"{TABLE}.csv"), f"{TABLE}.csv, line 2: has "),
+    "a digit in a Markdown table": (lambda r: one_digit(r, f"{TABLE}.md", "|---|"), f"{TABLE}.md, line "),
+    "a digit in a TeX table": (lambda r: one_digit(r, f"{TABLE}.tex", "midrule"), f"{TABLE}.tex, line "),
+    "a digit in the README": (lambda r: one_digit(r, "README.md", "results:begin"), "README.md, line "),
+    "a digit in the claims": (lambda r: one_digit(r, "reports/claims.csv"), "reports/claims.csv, line "),
+    "a table too many": (
+        lambda r: shutil.copy(r / f"{TABLE}.csv", r / "reports/best.csv"),
+        "reports/best.csv is no table of today's records",
+    ),
+    "a table too few": (lambda r: (r / f"{TABLE}.tex").unlink(), f"{TABLE}.tex is missing"),
+    "a digit in a score": (
+        lambda r: one_digit(r, f"runs/{CELL}/metrics.json", '"test"'),
+        f"{CELL}: metrics.json: test miou does not follow from confusion.npz.",
+    ),
+    "a digit in a score of validation": (
+        lambda r: one_digit(r, f"runs/{CELL}/metrics.json", '"best_val"'),
+        f"{CELL}: metrics.json: best_val is ",
+    ),
+    "a made-up score with its tables": (made_up_and_reported, f"{CELL}: metrics.json: test miou does not"),
+    "a changed record": (
+        lambda r: one_digit(r, f"runs/{CELL}/run.json", '"latency_ms"'),
+        f"runs/{CELL}/run.json is not the file that dvc.lock has.",
+    ),
+    "a count": (confusion, f"{CELL}: metrics.json: test miou"),
+    "the end of a training": (last_line_of_history, "history.csv ends with another validation mIoU"),
+    "a shorter training": (
+        lambda r: record(r, "run.json", lambda run: run.update(steps=run["steps"] - 1)),
+        f"{CELL}: history.csv does not end with a validation at step",
+    ),
+    "compute": (
+        lambda r: record(r, "run.json", lambda run: run["compute"].update(flops=run["compute"]["flops"] - 1)),
+        f"{CELL}: run.json: compute.flops is not step_flops × steps.",
+    ),
+    "another teacher": (
+        lambda r: record(r, "run.json", lambda run: run["teacher"].update(test_miou=99.0)),
+        f"{CELL}: its teacher is not the one of runs/{BENCHMARK}/teacher.",
+    ),
+    "other data": (
+        lambda r: record(r, "run.json", lambda run: run.update(data_sha256="0" * 64)),
+        f"{BENCHMARK}: the cells were trained on different versions of the data.",
+    ),
+    "another cell's record": (
+        lambda r: shutil.copy(r / f"runs/{BENCHMARK}/pspnet-resnet18/cwd/0/run.json", r / "runs" / CELL),
+        f"{CELL}: run.json belongs to another cell",
+    ),
+    "a digit of a setting": (
+        lambda r: change(r, "params.yaml", "lr: 0.02", "lr: 0.03"),
+        f"{CELL}: trained with other settings than params.yaml has now (training).",
+    ),
+    "a digit of a setting, against dvc.lock": (
+        lambda r: change(r, "params.yaml", "cwd: {weight: ", "cwd: {weight: 1"),
+        "distill@streets-pspnet-resnet18-cwd-1: was run with another methods.cwd than params.yaml has now.",
+    ),
+    "a digit of the data's settings": (
+        lambda r: change(r, "params.yaml", "train: 160", "train: 161"),
+        "fetch@streets: was run with another benchmarks.streets.data than params.yaml has now.",
+    ),
+    "the tuning log": (
+        lambda r: change(r, "reports/camvid-small/tuning.csv", ",yes,", ",,"),
+        "reports/camvid-small/tuning.csv: the chosen trial of ",
+    ),
+    "no lock": (lambda r: (r / "dvc.lock").unlink(), "dvc.lock is missing or empty"),
+    "a broken record": (
+        lambda r: (r / "runs" / CELL / "metrics.json").write_text('{"test": '),
+        "A run record cannot be read",
+    ),
+    "broken counts": (
+        lambda r: (r / "runs" / CELL / "confusion.npz").write_bytes(b"PK"),
+        f"{CELL}: confusion.npz, val (",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_and_named(fault: str, checkout: Path, before: set[str], tmp_path: Path) -> None:
+    shutil.copytree(checkout, tmp_path, dirs_exist_ok=True)
+    damage, wanted = FAULTS[fault]
+    damage(tmp_path)
+    new = problems(tmp_path) - before
+    assert [text for text in new if text.startswith(wanted) or wanted in text], new
+
+
+def test_the_data_of_the_lock_has_to_be_that_of_the_cells(
+    checkout: Path, before: set[str], tmp_path: Path
+) -> None:
+    shutil.copytree(checkout, tmp_path, dirs_exist_ok=True)
+    lock = yaml.safe_load((tmp_path / "dvc.lock").read_text())
+    lock["stages"][f"fetch@{BENCHMARK}"]["outs"][0]["md5"] = "0" * 32 + ".dir"
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump(lock))
+    name = f"distill@{BENCHMARK}-pspnet-resnet18-cwd-1"
+    wanted = f"{name}: was run with another data/{BENCHMARK} than dvc.lock has now."
+    assert wanted in problems(tmp_path) - before
+
+
+def test_a_figure_of_other_records_is_found(checkout: Path, before: set[str], tmp_path: Path) -> None:
+    shutil.copytree(checkout, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / f"runs/{BENCHMARK}/pspnet-resnet18/kd")
+    new = problems(tmp_path) - before
+    for name in figures.NAMES:
+        assert f"reports/{BENCHMARK}/{name}.png was drawn from other records: run `make tables`." in new
+    (tmp_path / f"reports/{BENCHMARK}/scores.png").write_bytes(b"\x89PNG")
+    assert f"reports/{BENCHMARK}/scores.png was drawn from other records: run `make tables`." in problems(
+        tmp_path
+    )
+
+
+def test_weights_and_data_that_are_there_are_checked(
+    checkout: Path, before: set[str], tmp_path: Path
+) -> None:
+    shutil.copytree(checkout, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "runs" / CELL / "weights.safetensors").write_bytes(b"other")
+    (tmp_path / "data" / BENCHMARK).mkdir(parents=True)
+    (tmp_path / "data" / BENCHMARK / "dataset.json").write_text("{}")
+    assert problems(tmp_path) - before == {
+        f"{CELL}: weights.safetensors is not the file of the record.",
+        f"{BENCHMARK}: data/{BENCHMARK} is not the data of the records.",
+    }
