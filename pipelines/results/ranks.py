@@ -122,6 +122,8 @@ def warnings(found: Ranks) -> list[str]:
         texts.append(f"only {n} blocks for {len(found.ranks)} methods: the ranks say little, by themselves.")
     if len({student for _, student in found.blocks}) < n or len({name for name, _ in found.blocks}) < n:
         texts.append("blocks that share a benchmark or a student are not independent of each other.")
+    if min(found.seeds.values()) < statistics.SEEDS_FOR_SIGNIFICANCE:
+        texts.append("with so few seeds the intervals of the probability of improvement are too narrow.")
     return texts
 
 
