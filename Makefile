@@ -11,8 +11,8 @@ export PYTHONPATH := $(CURDIR)
 
 .PHONY: repro test lint tables verify ui tune bench smoke clean lock
 
-repro: $(READY)  ## run every experiment of params.yaml that is not up to date, then the report
-	dvc repro --keep-going || { status=$$?; python -m pipelines.report; exit $$status; }
+repro: $(READY)  ## run every experiment of params.yaml that is not up to date, JOBS at a time, then the report
+	python -m pipelines.launch $(if $(JOBS),--jobs $(JOBS))
 
 test: $(READY)  ## the tests
 	python -m pytest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -12,6 +13,8 @@ from pipelines.config import ConfigError
 
 # Nothing phones home and nothing is looked up on a hub: everything works offline.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -25,6 +28,14 @@ def run(main: Callable[[], None]) -> NoReturn:
         main()
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        sys.exit(
+            f"error: a file could not be written{place}: {error.strerror}. Make room or allow writing there, "
+            "then run the same command again; nothing was left half written."
+        )
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)

@@ -121,6 +121,8 @@ class Suite(Model):
     students: list[Key] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     variants: list[Key]
+    threads: Positive  # of a cell, on the CPU
+    strict: bool  # deterministic kernels on a GPU too, where torch has them
 
 
 class Tuning(Model):

@@ -19,14 +19,16 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli, config
 from pipelines.config import PAPER, ROOT, ConfigError, Params
-from pipelines.results import budget
-from pipelines.results.records import Cell, read_json, teacher_cell, write_bytes
+from pipelines.engine import lock
+from pipelines.results import budget, records
+from pipelines.results.records import Cell, teacher_cell, write_bytes
 
 if TYPE_CHECKING:
     import optuna
@@ -98,8 +100,8 @@ def _task(params: Params, method: str, root: Path) -> Task:
             f"{method} has no weight to search: mark one in its Config by `Search(low, high)`, or take "
             f"{method} out of tuning.methods in params.yaml."
         )
-    teacher = teacher_cell(params, tuning.benchmark).folder(root)
-    if not (teacher / "run.json").is_file():
+    teacher = records.read(teacher_cell(params, tuning.benchmark), root)
+    if teacher is None:
         raise ConfigError(
             f"{tuning.benchmark} has no teacher: put it into suite.benchmarks and run `make repro` first."
         )
@@ -111,7 +113,7 @@ def _task(params: Params, method: str, root: Path) -> Task:
             {name: [mark.low, mark.high] for name, mark in ranges.items()},
             [tuning.student, method, tuning.seed],
             describe(root / "data" / tuning.benchmark).sha256,
-            read_json(teacher / "run.json")["weights_sha256"],
+            teacher.run["weights_sha256"],
         ]
     )
     return Task(method, planned, ranges, context)
@@ -278,8 +280,13 @@ def _hash(content: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", help="search this method alone, for searches that run side by side")
-    if path := tune(config.load(), only=parser.parse_args().method):
-        log.info("all trials are in %s.", path.relative_to(ROOT))
+    params, only = config.load(), parser.parse_args().method
+    with ExitStack() as stack:
+        for method in params.tuning.methods if only is None else [only]:
+            path = ROOT / ".scratch" / "locks" / f"tune--{method}.lock"
+            stack.enter_context(lock.hold(path, f"The search for {method}"))
+        if written := tune(params, only=only):
+            log.info("all trials are in %s.", written.relative_to(ROOT))
 
 
 if __name__ == "__main__":

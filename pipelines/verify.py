@@ -37,8 +37,8 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
     """Everything that does not agree, one sentence each; [] when all numbers are supported."""
     try:
         found = report.finished(params, root)
-    except (OSError, ValueError, KeyError) as error:
-        return [f"A run record cannot be read ({error}): restore it with git, or rerun its cell."]
+    except ConfigError as error:  # a damaged record
+        return [str(error)]
     everything = [record for own in found.values() for record in own]
     try:
         listed = [f"{r.cell.path}: {text}" for r in everything for text in _record(r)]

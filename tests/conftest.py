@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from pipelines import config
+from pipelines.results import records
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads would only wait for each other
@@ -40,6 +42,14 @@ def read_params(root: Path = ROOT) -> dict[str, Any]:
 
 def write_params(root: Path, raw: dict[str, Any]) -> None:
     (root / "params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+
+
+def rewrite(folder: Path, run: dict[str, Any] | None = None, **files: bytes) -> None:
+    """Change parts of a record and give it right sums again: ``run`` updates run.json, ``metrics=…`` etc. are
+    the new contents of the other files."""
+    names = {"metrics": "metrics.json", "history": "history.csv", "confusion": "confusion.npz"}
+    contents = {name: files.get(key, (folder / name).read_bytes()) for key, name in names.items()}
+    records.write(folder, json.loads((folder / "run.json").read_text()) | (run or {}), contents)
 
 
 def copy_repository(target: Path) -> Path:

@@ -7,11 +7,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, rewrite
 
 from pipelines import config, report, verify
 from pipelines.results import budget, figures
@@ -67,33 +68,46 @@ def one_digit(root: Path, path: str, after: str = "") -> None:
     (root / path).write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :], encoding="utf-8")
 
 
-def record(root: Path, name: str, edit: Callable[[dict], None]) -> None:  # type: ignore[type-arg]
-    path = root / "runs" / CELL / name
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+def edit(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change run.json as someone would who knows its sums."""
+    run = json.loads((root / "runs" / CELL / "run.json").read_text())
+    change(run)
+    rewrite(root / "runs" / CELL, run)
+
+
+def resealed(root: Path, name: str, after: str) -> None:
+    """A digit of a record's file, with right sums."""
+    one_digit(root, f"runs/{CELL}/{name}", after)
+    rewrite(root / "runs" / CELL)
 
 
 def confusion(root: Path) -> None:
-    path = root / "runs" / CELL / "confusion.npz"
-    with np.load(path) as file:
+    with np.load(root / "runs" / CELL / "confusion.npz") as file:
         arrays = dict(file)
     arrays["test"][0, 0, 0] += 1
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
-    path.write_bytes(content.getvalue())
+    rewrite(root / "runs" / CELL, confusion=content.getvalue())
 
 
 def made_up_and_reported(root: Path) -> None:
     """A better score in the record, and the tables made anew from it."""
-    record(root, "metrics.json", lambda m: m["test"].update(miou=m["test"]["miou"] + 1))
+    metrics = json.loads((root / "runs" / CELL / "metrics.json").read_text())
+    metrics["test"]["miou"] += 1
+    rewrite(root / "runs" / CELL, metrics=json.dumps(metrics).encode())
     report.report(config.load(root / "params.yaml", methods=False), root)
 
 
+def better_on_validation(root: Path) -> None:
+    metrics = json.loads((root / "runs" / CELL / "metrics.json").read_text())
+    metrics["best_val"]["miou"] += 0.01
+    rewrite(root / "runs" / CELL, metrics=json.dumps(metrics).encode())
+
+
 def last_line_of_history(root: Path) -> None:
-    path = root / "runs" / CELL / "history.csv"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:-1], lines[-1].rpartition(",")[0] + ",77.7"]) + "\n")
+    lines = (root / "runs" / CELL / "history.csv").read_text().splitlines()
+    text = "\n".join([*lines[:-1], lines[-1].rpartition(",")[0] + ",77.7"]) + "\n"
+    rewrite(root / "runs" / CELL, history=text.encode())
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -107,39 +121,43 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "reports/best.csv is no table of today's records",
     ),
     "a table too few": (lambda r: (r / f"{TABLE}.tex").unlink(), f"{TABLE}.tex is missing"),
-    "a digit in a score": (
+    "a digit in a record": (
         lambda r: one_digit(r, f"runs/{CELL}/metrics.json", '"test"'),
+        f"runs/{CELL}/metrics.json is damaged or was changed by hand",
+    ),
+    "a digit in a score": (
+        lambda r: resealed(r, "metrics.json", '"test"'),
         f"{CELL}: metrics.json: test miou does not follow from confusion.npz.",
     ),
     "a digit in a score of validation": (
-        lambda r: one_digit(r, f"runs/{CELL}/metrics.json", '"best_val"'),
+        better_on_validation,
         f"{CELL}: metrics.json: best_val is ",
     ),
     "a made-up score with its tables": (made_up_and_reported, f"{CELL}: metrics.json: test miou does not"),
     "a changed record": (
-        lambda r: one_digit(r, f"runs/{CELL}/run.json", '"latency_ms"'),
+        lambda r: resealed(r, "run.json", '"latency_ms"'),
         f"runs/{CELL}/run.json is not the file that dvc.lock has.",
     ),
     "a count": (confusion, f"{CELL}: metrics.json: test miou"),
     "the end of a training": (last_line_of_history, "history.csv ends with another validation mIoU"),
     "a shorter training": (
-        lambda r: record(r, "run.json", lambda run: run.update(steps=run["steps"] - 1)),
+        lambda r: edit(r, lambda run: run.update(steps=run["steps"] - 1)),
         f"{CELL}: history.csv does not end with a validation at step",
     ),
     "compute": (
-        lambda r: record(r, "run.json", lambda run: run["compute"].update(flops=run["compute"]["flops"] - 1)),
+        lambda r: edit(r, lambda run: run["compute"].update(flops=run["compute"]["flops"] - 1)),
         f"{CELL}: run.json: compute.flops is not step_flops × steps.",
     ),
     "another teacher": (
-        lambda r: record(r, "run.json", lambda run: run["teacher"].update(test_miou=99.0)),
+        lambda r: edit(r, lambda run: run["teacher"].update(test_miou=99.0)),
         f"{CELL}: its teacher is not the one of runs/{BENCHMARK}/teacher.",
     ),
     "other data": (
-        lambda r: record(r, "run.json", lambda run: run.update(data_sha256="0" * 64)),
+        lambda r: edit(r, lambda run: run.update(data_sha256="0" * 64)),
         f"{BENCHMARK}: the cells were trained on different versions of the data.",
     ),
     "another cell's record": (
-        lambda r: shutil.copy(r / f"runs/{BENCHMARK}/pspnet-resnet18/cwd/0/run.json", r / "runs" / CELL),
+        lambda r: shutil.copytree(r / f"runs/{CELL[:-1]}0", r / "runs" / CELL, dirs_exist_ok=True),
         f"{CELL}: run.json belongs to another cell",
     ),
     "a digit of a setting": (
@@ -161,10 +179,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no lock": (lambda r: (r / "dvc.lock").unlink(), "dvc.lock is missing or empty"),
     "a broken record": (
         lambda r: (r / "runs" / CELL / "metrics.json").write_text('{"test": '),
-        "A run record cannot be read",
+        f"runs/{CELL}/metrics.json is damaged or was changed by hand",
     ),
     "broken counts": (
-        lambda r: (r / "runs" / CELL / "confusion.npz").write_bytes(b"PK"),
+        lambda r: rewrite(r / "runs" / CELL, confusion=b"PK"),
         f"{CELL}: confusion.npz, val (",
     ),
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import datetime
 import inspect
 import io
+import logging
 import os
 import platform
 import resource
@@ -21,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.config import PAPER, ROOT, ConfigError, Network, Params, Training
+from pipelines.config import PAPER, ROOT, ConfigError, Network, Params, Suite, Training
 from pipelines.datasets import folder as data_folder
-from pipelines.engine import checkpoint, eager
+from pipelines.engine import checkpoint, eager, lock
 from pipelines.engine.cost import step_flops
 from pipelines.engine.evaluate import evaluate, latency
 from pipelines.engine.fit import History, fit
@@ -31,8 +33,11 @@ from pipelines.engine.seeds import derive
 from pipelines.engine.teacher import load_teacher
 from pipelines.method import TAPS, Distiller, MethodConfig, Shapes, method_class
 from pipelines.networks import SegmentationNetwork, file_sha256, flops, tap_shapes
+from pipelines.results import records
 from pipelines.results.confusion import summary
-from pipelines.results.records import Cell, teacher_cell, write_bytes, write_json
+from pipelines.results.records import Cell, teacher_cell, write_bytes
+
+log = logging.getLogger(__name__)
 
 # What a training's outcome depends on beside its method's own file; dvc.yaml lists the same files.
 CODE = (
@@ -92,6 +97,23 @@ def plan(params: Params, cell: Cell) -> Plan:
 
 
 @dataclass
+class Prepared:
+    """A training that can begin, with the fingerprint of everything that its outcome depends on."""
+
+    plan: Plan
+    training: Training  # the plan's, lengthened where a method has to match the compute of others
+    compute: dict[str, Any]
+    network: SegmentationNetwork
+    teacher: SegmentationNetwork | None
+    teacher_scores: dict[str, Any] | None
+    method: Distiller
+    description: data_folder.Description
+    val: data_folder.Split
+    fingerprint: str
+    seconds: float
+
+
+@dataclass
 class Trained:
     """A trained network with what was counted on the way."""
 
@@ -99,7 +121,7 @@ class Trained:
     history: History
     val: np.ndarray
     method_parameters: int
-    teacher_sha256: str | None
+    teacher: dict[str, Any] | None
     fingerprint: str
     seconds: dict[str, float]
     steps: int
@@ -109,7 +131,14 @@ class Trained:
 def train(plan: Plan, params: Params, root: Path = ROOT) -> tuple[Trained, data_folder.Description]:
     """Train as planned, resuming where an interrupted run of exactly this plan stopped; no test image is read
     here."""
+    prepared = prepare(plan, params, root)
+    return _train(prepared, root), prepared.description
+
+
+def prepare(plan: Plan, params: Params, root: Path = ROOT) -> Prepared:
+    """Build the networks, check the teacher, count what a step costs."""
     eager.install()
+    set_up(params.suite)
     cell, clock = plan.cell, time.perf_counter()
     data = root / "data" / cell.benchmark
     description = data_folder.describe(data)
@@ -133,15 +162,16 @@ def train(plan: Plan, params: Params, root: Path = ROOT) -> tuple[Trained, data_
     training, compute = _budget(
         plan, params, network, teacher, method, (shapes, teacher_shapes), len(classes), ignore_index
     )
-    teacher_sha256 = None
+    scores = None
     if not method.teacher_taps:
         teacher = None
     elif teacher is None:
         raise ConfigError(f"The method of {cell.path} asks for a teacher that this cell does not have.")
     else:
-        place = teacher_cell(params, cell.benchmark).folder(root)
-        load_teacher(teacher, place, classes, ignore_index, val, plan.precision_of_teacher)
-        teacher_sha256 = file_sha256(place / "weights.safetensors")
+        owner = teacher_cell(params, cell.benchmark)
+        record = load_teacher(teacher, owner, root, classes, ignore_index, val, plan.precision_of_teacher)
+        scores = {"sha256": record.run["weights_sha256"]}
+        scores |= {f"{split}_miou": record.metrics[split]["miou"] for split in ("val", "test")}
 
     file = Path(inspect.getfile(plan.method))
     own_code = sorted(file.parent.glob("*.py")) if file.parent.name == PAPER else [file]
@@ -149,24 +179,52 @@ def train(plan: Plan, params: Params, root: Path = ROOT) -> tuple[Trained, data_
         "cell": cell.path,
         "seed": cell.seed,
         "data": description.sha256,
-        "teacher": teacher_sha256,
+        "teacher": scores["sha256"] if scores else None,
         "steps": training.steps,
+        "threads": params.suite.threads,
+        "strict": params.suite.strict,
         **plan.values(),
     }
     mark = checkpoint.fingerprint(inputs, [*(ROOT / name for name in CODE), *own_code])
-    before = file_sha256_of(teacher) if teacher else None
-    prepared = time.perf_counter()
+    return Prepared(
+        plan=plan,
+        training=training,
+        compute=compute,
+        network=network,
+        teacher=teacher,
+        teacher_scores=scores,
+        method=method,
+        description=description,
+        val=val,
+        fingerprint=mark,
+        seconds=time.perf_counter() - clock,
+    )
 
+
+def set_up(suite: Suite) -> None:
+    """The settings of torch that move the last digits of a score."""
+    torch.set_num_threads(suite.threads)
+    torch.use_deterministic_algorithms(suite.strict, warn_only=True)
+    if suite.strict:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first use of the GPU
+
+
+def _train(prepared: Prepared, root: Path) -> Trained:
+    plan, network, teacher, method = prepared.plan, prepared.network, prepared.teacher, prepared.method
+    cell, description = plan.cell, prepared.description
+    classes, ignore_index = list(description.classes), description.ignore_index
+    before = file_sha256_of(teacher) if teacher else None
     evaluating = 0.0
 
     def validate() -> np.ndarray:
         nonlocal evaluating
         start = time.perf_counter()
-        counts = evaluate(network, val, len(classes), ignore_index, plan.training.precision)
+        counts = evaluate(network, prepared.val, len(classes), ignore_index, plan.training.precision)
         evaluating += time.perf_counter() - start
         return counts
 
-    loaded = data_folder.load(data, "train")
+    loaded = data_folder.load(root / "data" / cell.benchmark, "train")
+    device = next(network.parameters()).device
     # on the device, so that the augmentation runs there too
     train_split = dataclasses.replace(
         loaded, images=loaded.images.to(device), labels=loaded.labels.to(device)
@@ -178,11 +236,11 @@ def train(plan: Plan, params: Params, root: Path = ROOT) -> tuple[Trained, data_
         train_split,
         len(classes),
         ignore_index,
-        training,
+        prepared.training,
         cell.seed,
         lambda: summary(validate(), classes)["miou"],
         cell.scratch(root) / "state.pt",
-        mark,
+        prepared.fingerprint,
         cell.path,
     )
     if teacher and file_sha256_of(teacher) != before:
@@ -192,16 +250,22 @@ def train(plan: Plan, params: Params, root: Path = ROOT) -> tuple[Trained, data_
     counts = validate()
     history.rows[-1]["val_miou"] = summary(counts, classes)["miou"]
     seconds = {
-        "preparation": prepared - clock,
+        "preparation": prepared.seconds,
         "training": sum(history.seconds),
         "step_median": float(np.median(history.seconds)),
         "validation": evaluating,
     }
-    parameters = sum(p.numel() for p in method.parameters())
-    trained = Trained(
-        network, history, counts, parameters, teacher_sha256, mark, seconds, training.steps, compute
+    return Trained(
+        network=network,
+        history=history,
+        val=counts,
+        method_parameters=sum(p.numel() for p in method.parameters()),
+        teacher=prepared.teacher_scores,
+        fingerprint=prepared.fingerprint,
+        seconds=seconds,
+        steps=prepared.training.steps,
+        compute=prepared.compute,
     )
-    return trained, description
 
 
 def _budget(
@@ -233,29 +297,59 @@ def _budget(
 
 def run_cell(cell: Cell, params: Params, root: Path = ROOT) -> None:
     """Train a cell and leave its record in ``runs/``. On an error the reason stays in ``.scratch/`` for the
-    report."""
+    report.
+
+    While another process trains the same cell, this one waits. A whole record of exactly these inputs, which
+    that process may have left, is kept and not trained again.
+    """
     planned = plan(params, cell)
-    note = cell.scratch(root) / "failure.txt"
-    note.unlink(missing_ok=True)
-    started, code = datetime.datetime.now(datetime.UTC), git_state()
+    with lock.hold(cell.lock(root), cell.path):
+        note = cell.scratch(root) / "failure.txt"
+        note.unlink(missing_ok=True)
+        started, code = datetime.datetime.now(datetime.UTC), git_state()
+        try:
+            prepared = prepare(planned, params, root)
+            if _finished(cell, prepared.fingerprint, root):
+                log.info("%s has finished before, with exactly these inputs: its record is kept.", cell.path)
+            else:
+                _run(prepared, started, code, root)
+        except Exception as error:  # whatever stopped it, the tables say so
+            reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            with contextlib.suppress(OSError):  # of a full disk, say: the error itself is the message then
+                write_bytes(note, f"{' '.join(reason.split())[:500]}\n".encode())
+            raise
+        shutil.rmtree(cell.scratch(root), ignore_errors=True)
+
+
+def _finished(cell: Cell, fingerprint: str, root: Path) -> bool:
+    """Whether there is a whole record of this fingerprint, with its weights."""
     try:
-        trained, description = train(planned, params, root)
-        test = data_folder.load(root / "data" / cell.benchmark, "test")
-        start = time.perf_counter()
-        counts = evaluate(
-            trained.network,
-            test,
-            len(description.classes),
-            description.ignore_index,
-            planned.training.precision,
-        )
-        trained.seconds["test"] = time.perf_counter() - start
-        _write(planned, trained, description, counts, test.names, started, code, root)
-    except Exception as error:  # whatever stopped it, the tables say so
-        reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-        write_bytes(note, f"{' '.join(reason.split())[:500]}\n".encode())
-        raise
-    shutil.rmtree(cell.scratch(root), ignore_errors=True)
+        record = records.read(cell, root)
+    except ConfigError:  # damaged
+        return False
+    weights = cell.folder(root) / "weights.safetensors"
+    return (
+        record is not None
+        and record.run["fingerprint"] == fingerprint
+        and weights.is_file()
+        and file_sha256(weights) == record.run["weights_sha256"]
+    )
+
+
+def _run(prepared: Prepared, started: datetime.datetime, code: dict[str, Any], root: Path) -> None:
+    planned, description = prepared.plan, prepared.description
+    trained = _train(prepared, root)
+    test = data_folder.load(root / "data" / planned.cell.benchmark, "test")
+    start = time.perf_counter()
+    counts = evaluate(
+        trained.network,
+        test,
+        len(description.classes),
+        description.ignore_index,
+        planned.training.precision,
+    )
+    trained.seconds["test"] = time.perf_counter() - start
+    _write(planned, trained, description, counts, test.names, started, code, root)
 
 
 def _write(
@@ -273,6 +367,7 @@ def _write(
     cell, folder, classes = plan.cell, plan.cell.folder(root), list(description.classes)
     network, history = trained.network, trained.history
     weights = save({name: value.contiguous().cpu() for name, value in network.exported().items()})
+    (folder / "run.json").unlink(missing_ok=True)  # from here on an old record is none
     write_bytes(folder / "weights.safetensors", weights)
 
     validated = [(row["val_miou"], int(row["step"])) for row in history.rows if "val_miou" in row]
@@ -309,8 +404,8 @@ def _write(
         "config": plan.values(),
         "classes": classes,
         "data_sha256": description.sha256,
-        "teacher": _teacher_scores(root, cell, trained.teacher_sha256),
-        "weights_sha256": file_sha256(folder / "weights.safetensors"),
+        "teacher": trained.teacher,
+        "weights_sha256": records.sha256(weights),
         "fingerprint": trained.fingerprint,
         "steps": trained.steps,
         "images_seen": trained.steps * plan.training.batch_size,
@@ -329,19 +424,12 @@ def _write(
         "versions": versions(),
         "git": code,
     }
-    write_bytes(folder / "history.csv", table.getvalue().encode())
-    write_bytes(folder / "confusion.npz", arrays.getvalue())
-    write_json(folder / "run.json", run)
-    write_json(folder / "metrics.json", metrics)
-
-
-def _teacher_scores(root: Path, cell: Cell, sha256: str | None) -> dict[str, Any] | None:
-    if sha256 is None:
-        return None
-    from pipelines.results.records import read_json
-
-    metrics = read_json(root / "runs" / cell.benchmark / "teacher" / "metrics.json")
-    return {"sha256": sha256, "val_miou": metrics["val"]["miou"], "test_miou": metrics["test"]["miou"]}
+    others = {
+        "history.csv": table.getvalue().encode(),
+        "confusion.npz": arrays.getvalue(),
+        "metrics.json": records.json_bytes(metrics),
+    }
+    records.write(folder, run, others)
 
 
 def file_sha256_of(network: torch.nn.Module) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pipelines.results.records import write_bytes
+
+SUM = 32  # bytes of a sha256
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +33,10 @@ def fingerprint(inputs: dict[str, Any], code: list[Path]) -> str:
 
 def save(path: Path, mark: str, state: dict[str, Any]) -> None:
     """Replace the resume file in one step, so that a kill at any moment leaves the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        torch.save({"fingerprint": mark, **state}, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    content = io.BytesIO()
+    torch.save({"fingerprint": mark, **state}, content)
+    # the sum goes first: torch does not notice every flipped bit
+    write_bytes(path, hashlib.sha256(content.getbuffer()).digest() + content.getvalue())
 
 
 def load(path: Path, mark: str) -> dict[str, Any] | None:
@@ -44,7 +45,10 @@ def load(path: Path, mark: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
+        if hashlib.sha256(content[SUM:]).digest() != content[:SUM]:
+            raise ValueError("wrong sum")
+        state: dict[str, Any] = torch.load(io.BytesIO(content[SUM:]), map_location="cpu", weights_only=True)
         found = state.pop("fingerprint")
     except Exception as error:  # a damaged file fails in many ways, and all mean the same: start again
         log.warning("the resume file %s is damaged (%s): starting from step 0.", path, type(error).__name__)

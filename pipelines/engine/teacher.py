@@ -11,31 +11,36 @@ from pipelines.config import ConfigError
 from pipelines.datasets.folder import Split
 from pipelines.engine.evaluate import evaluate
 from pipelines.networks import SegmentationNetwork, file_sha256, read_state
+from pipelines.results import records
 from pipelines.results.confusion import summary
-from pipelines.results.records import RECORD_FILES, read_json
+from pipelines.results.records import Cell, Record
 
 TOLERANCE = 0.5  # mIoU between the teacher's recorded and measured score: rounding differs between machines
 
 
 def load_teacher(
     teacher: SegmentationNetwork,
-    folder: Path,
+    cell: Cell,
+    root: Path,
     classes: list[str],
     ignore_index: int,
     val: Split,
     precision: str,
-) -> None:
-    """Make ``teacher`` the one of ``folder``, frozen and in eval mode; :class:`ConfigError` unless it is
-    exactly the recorded one."""
+) -> Record:
+    """Make ``teacher`` the one of ``cell``, frozen and in eval mode, and return its record.
+
+    :class:`ConfigError` unless it is exactly the recorded one.
+    """
+    folder, benchmark = cell.folder(root), cell.benchmark
     weights = folder / "weights.safetensors"
-    benchmark = folder.parent.name
     remedy = (
         f"Train it again: `dvc repro -s -f train_teacher@{benchmark}`, with {benchmark} in suite.benchmarks."
     )
-    absent = [name for name in (weights.name, *RECORD_FILES) if not (folder / name).is_file()]
-    if absent:
+    absent = [name for name in (weights.name, *records.RECORD_FILES) if not (folder / name).is_file()]
+    record = records.read(cell, root)
+    if absent or record is None:
         raise ConfigError(f"The teacher's {', '.join(absent)} is missing in {folder}. {remedy}")
-    run, metrics = read_json(folder / "run.json"), read_json(folder / "metrics.json")
+    run, metrics = record.run, record.metrics
     if run["classes"] != classes:
         raise ConfigError(
             f"The teacher in {folder} knows {len(run['classes'])} classes, the data set has "
@@ -57,6 +62,7 @@ def load_teacher(
             f"The teacher in {folder} scores {score:.2f} mIoU on validation, its record says "
             f"{recorded:.2f}. {remedy}"
         )
+    return record
 
 
 def load_exported(

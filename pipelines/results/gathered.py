@@ -77,10 +77,15 @@ class Results:
     untuned: list[str] = field(default_factory=list)  # methods whose weights are not those that tuning chose
     tracking: str | None = None  # why the numbers do not come from MLflow, if they do not
 
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str], pd.DataFrame]:
+        """The finished cells by student and method."""
+        groups = self.cells.sort_values("seed").groupby(["student", "method"])
+        return {(str(student), str(method)): rows for (student, method), rows in groups}
+
     def rows(self, student: str, method: str) -> pd.DataFrame:
         """The finished cells of a row, by seed."""
-        found = self.cells[(self.cells["student"] == student) & (self.cells["method"] == method)]
-        return found.sort_values("seed")
+        return self._rows.get((student, method), self.cells.iloc[:0])
 
     def by_seed(self, student: str, method: str, metric: str = SCORE) -> dict[int, float]:
         """A metric of a row, by seed; a seed that has no such value is left out."""

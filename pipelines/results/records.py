@@ -2,22 +2,24 @@
 
 A cell's folder ``runs/<benchmark>/<student>/<method>/<seed>/`` (a teacher's: ``runs/<benchmark>/teacher/``)
 holds ``metrics.json``, ``history.csv``, ``confusion.npz``, ``run.json`` (all in git) and
-``weights.safetensors`` (DVC cache).
+``weights.safetensors`` (DVC cache). ``run.json`` is written last and holds the sums of the other files and of
+itself, so a record is whole or none.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.config import PAPER, ROOT, TEACHER, Params
+from pipelines.config import PAPER, ROOT, TEACHER, ConfigError, Params
 
 RECORD_FILES = ("metrics.json", "history.csv", "confusion.npz", "run.json")
 
@@ -52,6 +54,10 @@ class Cell:
     def scratch(self, root: Path = ROOT) -> Path:
         """Where resume state and the note of a failure live, outside the outputs of DVC."""
         return root / ".scratch" / self.path
+
+    def lock(self, root: Path = ROOT) -> Path:
+        """The file that the process which trains the cell has locked."""
+        return root / ".scratch" / "locks" / f"{self.path.replace('/', '--')}.lock"
 
 
 @dataclass(frozen=True)
@@ -108,16 +114,57 @@ def is_variant(method: str) -> bool:
 
 
 def read(cell: Cell, root: Path = ROOT) -> Record | None:
-    """A cell's record, or None when it has not finished."""
+    """A cell's record, or None when it has not finished. ConfigError when a file of it is damaged."""
     folder = cell.folder(root)
     if not all((folder / name).is_file() for name in RECORD_FILES):
         return None
+    run = _json(folder / "run.json", root)
+    if run.get("seal") != _seal(run):
+        raise _damaged(folder / "run.json", root)
+    for name in RECORD_FILES:
+        if name != "run.json" and sha256((folder / name).read_bytes()) != run["files"].get(name):
+            raise _damaged(folder / name, root)
     with (folder / "history.csv").open(newline="", encoding="utf-8") as file:
         history = [
             {key: float(value) if value else None for key, value in row.items()}
             for row in csv.DictReader(file)
         ]
-    return Record(cell, read_json(folder / "metrics.json"), read_json(folder / "run.json"), history, folder)
+    return Record(cell, _json(folder / "metrics.json", root), run, history, folder)
+
+
+def write(folder: Path, run: dict[str, Any], others: Mapping[str, bytes]) -> None:
+    """Write a record: ``others`` are all files beside run.json, which gets their sums and goes last."""
+    if sorted([*others, "run.json"]) != sorted(RECORD_FILES):
+        raise ValueError(f"A record has the files {', '.join(RECORD_FILES)}, not {', '.join(others)}.")
+    (folder / "run.json").unlink(missing_ok=True)  # from here on the old record is none
+    for name, content in others.items():
+        write_bytes(folder / name, content)
+    run = {**run, "files": {name: sha256(content) for name, content in sorted(others.items())}}
+    write_bytes(folder / "run.json", json_bytes(run | {"seal": _seal(run)}))
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _seal(run: Mapping[str, Any]) -> str:
+    """The sum of run.json without this sum."""
+    return sha256(json.dumps({k: v for k, v in run.items() if k != "seal"}, sort_keys=True).encode())
+
+
+def _json(path: Path, root: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        raise _damaged(path, root) from None
+
+
+def _damaged(path: Path, root: Path) -> ConfigError:
+    folder = path.parent.relative_to(root).as_posix()
+    return ConfigError(
+        f"{folder}/{path.name} is damaged or was changed by hand: restore the record with `git checkout -- "
+        f"{folder}`, or delete {folder} and run `make repro`."
+    )
 
 
 def stale(record: Record, params: Params) -> list[str]:
@@ -145,12 +192,8 @@ def failure(cell: Cell, root: Path = ROOT) -> str | None:
     return note.read_text(encoding="utf-8").strip() if note.is_file() else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -158,7 +201,10 @@ def write_bytes(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(content)
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename, or a power cut could leave the new name empty
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -1,0 +1,163 @@
+"""`make repro`: everything that is not up to date, several cells at a time.
+
+DVC runs one stage after the other. This runs the stages of a matrix side by side, each by
+``dvc --wait-for-lock repro -s <stage>`` in a process group of its own: first the data, then the teachers,
+then all cells, then the report. A cell that fails does not stop the others; its reason is in the tables. The
+output of a stage is in ``.scratch/logs/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+from pipelines import cli, config
+from pipelines.config import ROOT, ConfigError
+
+WAVES = (("fetch",), ("train_teacher",), ("distill", "acfd"))  # the stages of a wave do not need each other
+DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
+
+log = logging.getLogger(__name__)
+
+
+class Launcher:
+    """A pool of slots; a slot has a GPU of its own where there are any."""
+
+    def __init__(self, jobs: int, gpus: Sequence[str], root: Path = ROOT) -> None:
+        self.jobs, self.root = jobs, root
+        self.slots: Queue[str | None] = Queue()
+        for slot in range(jobs):
+            self.slots.put(gpus[slot % len(gpus)] if gpus else None)
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.guard = threading.RLock()  # re-entrant: a signal may come while this thread has it
+        self.stopped = False
+
+    def run(self) -> list[str]:
+        """Run what is not up to date; the stages that failed."""
+        stages = self._ask("stage", "list", "--name-only").split()
+        failed: list[str] = []
+        for wave in WAVES:
+            own = [stage for stage in stages if stage.split("@")[0] in wave]
+            if self.stopped or not own:
+                continue
+            changed = json.loads(self._ask("status", "--json", *own))
+            failed += self._all([stage for stage in own if stage in changed])
+        if not self.stopped and not self._stage("report", 1):
+            failed.append("report")
+        return failed
+
+    def _all(self, stages: list[str]) -> list[str]:
+        """Run stages side by side; those that failed."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            done = list(pool.map(lambda stage: self._stage(stage, len(stages)), stages))
+        return [stage for stage, good in zip(stages, done, strict=True) if not good]
+
+    def stop(self) -> None:
+        """Start nothing more, and interrupt what runs: a cell resumes from its last state next time."""
+        with self.guard:
+            self.stopped = True
+            for process in self.running.values():
+                try:
+                    os.killpg(process.pid, signal.SIGINT)
+                except ProcessLookupError:
+                    continue
+
+    def _stage(self, stage: str, of: int) -> bool:
+        gpu = self.slots.get()
+        try:
+            environment = dict(os.environ)
+            if gpu is not None:
+                environment["CUDA_VISIBLE_DEVICES"] = gpu
+            place = self.root / ".scratch" / "logs" / f"{stage.replace('@', '--')}.log"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            began = time.monotonic()
+            with place.open("wb") as output:
+                with self.guard:
+                    if self.stopped:
+                        return False
+                    process = subprocess.Popen(
+                        [*DVC, "repro", "-s", stage],
+                        cwd=self.root,
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,  # so that stop() reaches dvc, its shell and the training
+                    )
+                    self.running[stage] = process
+                status = process.wait()
+            with self.guard:
+                del self.running[stage]
+            if status and not self.stopped:
+                log.error("%s failed: %s", stage, reason(place))
+            elif not status:
+                log.info("%s: done in %.0f s (one of %d).", stage, time.monotonic() - began, of)
+            return status == 0
+        finally:
+            self.slots.put(gpu)
+
+    def _ask(self, *command: str) -> str:
+        done = subprocess.run([*DVC, *command], cwd=self.root, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ConfigError(f"`dvc {' '.join(command[:2])}` failed: {done.stderr.strip()[-500:]}")
+        return done.stdout
+
+
+def reason(output: Path) -> str:
+    """The sentence that a failed stage ended with."""
+    lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line.split("error: ", 1)[1] for line in lines if line.startswith("error: ")]
+    return (
+        errors[-1] if errors else f"see {output.relative_to(ROOT) if output.is_relative_to(ROOT) else output}"
+    )
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that a process may use, without importing torch."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in chosen.split(",") if gpu.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return [str(number) for number, _ in enumerate(done.stdout.splitlines())] if done.returncode == 0 else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--jobs", type=int, help="cells at a time; else one a GPU, or as many as the CPU has room for"
+    )
+    params, gpus = config.load(), visible_gpus()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = parser.parse_args().jobs or len(gpus) or max(1, cores // params.suite.threads)
+    if jobs < 1:
+        raise ConfigError(f"JOBS = {jobs}: it must be 1 or more.")
+    launcher = Launcher(jobs, gpus)
+
+    def stop(number: int, _: object) -> None:
+        log.warning("stopping; the same command goes on from here.")
+        launcher.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    failed = launcher.run()
+    if launcher.stopped:
+        sys.exit(130)
+    if failed:
+        raise ConfigError(f"{len(failed)} of the stages failed: {', '.join(failed)}. The others are done.")
+
+
+if __name__ == "__main__":
+    cli.run(main)
