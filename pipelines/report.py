@@ -29,6 +29,7 @@ def finished(params: Params, root: Path) -> dict[str, list[Record]]:
 
 def report(params: Params, root: Path = config.ROOT) -> None:
     """Write everything that is made from the records: ``reports/`` and the results in README.md."""
+    records.clear_parts(root / "reports")
     found = finished(params, root)
     frames, problem = tracking.collect(root, found)
     every = gather_all(params, root, found, frames, problem)

@@ -24,13 +24,13 @@ def main() -> None:
         environment.pop("OMP_NUM_THREADS", None)  # the tests' one thread is not what a user has
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=root, env=environment, check=True)
+        subprocess.run([sys.executable, "-m", "pipelines.launch"], cwd=root, env=environment, check=True)
         total = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         runs = [json.loads(path.read_text()) for path in sorted(root.glob("runs/streets/**/run.json"))]
     parts = ("training", "validation", "test")
     working = sum(run["seconds"][part] for run in runs for part in parts)
-    print(f"\ndvc repro from nothing: {total:.0f} s for {len(runs)} trainings on {os.cpu_count()} cores")
+    print(f"\nmake repro from nothing: {total:.0f} s for {len(runs)} trainings on {os.cpu_count()} cores")
     print(f"  training and inference: {working:.0f} s")
     print(f"  everything else:        {total - working:.0f} s ({100 * (total - working) / total:.0f} %)")
     print(f"  peak memory of a stage: {peak:.0f} MB")

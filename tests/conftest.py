@@ -21,6 +21,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads would only wait for
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+TALLY: list[str] = []  # one line a case of reliability: what was tried how often, and what came of it
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """`make torture` prints the cases."""
+    if os.environ.get("ACFD_TORTURE"):
+        for line in TALLY:
+            terminalreporter.write_line(line)
+
+
 TINY_DATA = {"dataset": "streets", "size": [32, 48], "train": 8, "val": 4, "test": 4, "seed": 0}
 TINY_TRAINING = {"steps": 6, "batch_size": 2, "crop": [32, 32], "warmup_steps": 2, "validate_every": 3}
 

@@ -304,6 +304,8 @@ def run_cell(cell: Cell, params: Params, root: Path = ROOT) -> None:
     """
     planned = plan(params, cell)
     with lock.hold(cell.lock(root), cell.path):
+        for folder in (cell.folder(root), cell.scratch(root)):
+            records.clear_parts(folder)
         note = cell.scratch(root) / "failure.txt"
         note.unlink(missing_ok=True)
         started, code = datetime.datetime.now(datetime.UTC), git_state()

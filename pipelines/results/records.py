@@ -206,5 +206,14 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a power cut could leave the new name empty
         part.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not say where
+        raise
     finally:
+        part.unlink(missing_ok=True)
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove what killed writers have left below a folder that nobody else writes to now."""
+    for part in folder.rglob(".*.part"):
         part.unlink(missing_ok=True)

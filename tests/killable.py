@@ -1,0 +1,149 @@
+"""Run a part of the pipeline again and again in children that kill themselves, and print what comes out.
+
+``python killable.py cell|fetch|report ROOT KILLS SEED``, ROOT being a folder with params.yaml and what the
+part needs. Events are the moments at which a kill could hurt: before a file is synced, before and after it
+takes its name, before a step, before an evaluation, around a run in MLflow. A child is forked from this
+process, in which everything is imported but nothing has run, and sends SIGKILL to itself at a random event.
+Whenever one gets through, the outcome is noted and the part starts from nothing, until there were KILLS
+kills. The last line is the sum of the outcome.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import random
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pipelines import config, fetch, report
+from pipelines.engine import cell as cell_module
+from pipelines.engine import eager, fit
+from pipelines.results import tracking
+from pipelines.results.records import Cell, teacher_cell
+
+CELL = Cell("streets", "pspnet-resnet18", "skd", 0)
+
+
+def part(name: str, root: Path) -> None:
+    params = config.load(root / "params.yaml", methods=name == "cell")
+    if name == "fetch":
+        fetch.fetch(root / "data", "streets", params.benchmark("streets"))
+    elif name == "report":
+        report.report(params, root)
+    else:
+        cell_module.run_cell(teacher_cell(params, "streets"), params, root)
+        cell_module.run_cell(CELL, params, root)
+
+
+def watch(event: Callable[[str], None]) -> None:
+    """Call ``event`` with its name at every moment that matters."""
+
+    def before(owner: Any, name: str, label: str, after: bool = False) -> None:
+        real = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            event(label)
+            result = real(*args, **kwargs)
+            if after:
+                event(f"after {label}")
+            return result
+
+        setattr(owner, name, watched)
+
+    before(os, "fsync", "sync")
+    before(Path, "replace", "replace", after=True)
+    before(Path, "rename", "rename", after=True)
+    before(Path, "write_bytes", "write")
+    before(fit, "training_batch", "step")
+    before(cell_module, "evaluate", "evaluation")
+    before(cell_module, "load_teacher", "teacher")
+    before(Image.Image, "save", "image")
+    before(tracking, "_write", "MLflow run", after=True)
+    fit.SAVE_EVERY, fit.LOG_EVERY = 0.0, 1
+
+
+def child(name: str, root: Path, at: int | None, note: Path) -> int:
+    """Fork; the child runs the part and dies at event ``at``. Its wait status."""
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    seen = 0
+
+    def event(label: str) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == at:
+            note.write_text(label)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    status = 1
+    try:
+        watch(event)
+        part(name, root)
+        note.write_text(str(seen))
+        status = 0
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def outcome(name: str, root: Path) -> str:
+    """A sum over all that must not depend on kills, which is everything but times."""
+    kinds = {
+        "fetch": ("data", ("*.json", "*.png", "*.txt")),
+        "cell": ("runs", ("*.safetensors", "metrics.json", "confusion.npz", "history.csv")),
+        "report": ("reports", ("*.csv", "*.md", "*.tex", "*.png")),
+    }
+    folder, patterns = kinds[name]
+    total = hashlib.sha256()
+    for path in sorted(path for pattern in patterns for path in (root / folder).rglob(pattern)):
+        total.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    if left := [str(path) for path in (root / folder).rglob("*.part*")]:
+        sys.exit(f"kills have left {left}")
+    return total.hexdigest()
+
+
+def clear(name: str, root: Path) -> None:
+    for folder in {"fetch": ["data"], "cell": ["runs", ".scratch"], "report": ["reports"]}[name]:
+        shutil.rmtree(root / folder, ignore_errors=True)
+
+
+def main() -> None:
+    name, root, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    eager.install()
+    if name == "report":
+        importlib.import_module("mlflow")
+    note, draw, places = root / ".event", random.Random(seed), Counter[str]()
+    outcomes: set[str] = set()
+    reach = 10  # events ahead that a kill may be: grows, so that every part gets through in the end
+    while sum(places.values()) < kills or not outcomes:
+        at = draw.randint(1, reach) if sum(places.values()) < kills else None
+        status = child(name, root, at, note)
+        if os.WIFSIGNALED(status):
+            places[note.read_text()] += 1
+            reach += 2
+        elif os.WEXITSTATUS(status):
+            sys.exit(f"the part failed after {dict(places)}")
+        else:
+            outcomes.add(outcome(name, root))
+            if sum(places.values()) < kills:
+                clear(name, root)
+            reach = 10
+    note.unlink(missing_ok=True)
+    if len(outcomes) > 1:
+        sys.exit(f"{len(outcomes)} different outcomes after {dict(places)}")
+    listed = ", ".join(f"{n} at {place}" for place, n in sorted(places.items()))
+    sys.stdout.write(f"{sum(places.values())} kills ({listed})\n{outcomes.pop()}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""Kills at any moment, orphans, parallel cells, full disks: nothing is lost, mixed up or silently wrong.
+
+A short version runs with the other tests; ``make torture`` sets ACFD_TORTURE and runs each case many times.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TALLY, copy_repository, read_params, tiny, write_params
+
+from pipelines import config
+from pipelines.engine.cell import run_cell
+from pipelines.results import records
+from pipelines.results.records import Cell, teacher_cell
+
+TORTURE = bool(os.environ.get("ACFD_TORTURE"))
+KILLS = 20 if TORTURE else 4
+CELL = Cell("streets", "pspnet-resnet18", "skd", 0)
+
+# the commands of a clone, with its own modules
+RUN_CELL = (
+    "import sys; from pathlib import Path; from pipelines import cli, config\n"
+    "from pipelines.engine.cell import run_cell; from pipelines.results.records import Cell\n"
+    "root = Path(sys.argv[1]); params = config.load(root / 'params.yaml')\n"
+    "cli.run(lambda: run_cell(Cell('streets', 'pspnet-resnet18', sys.argv[2], 0), params, root))\n"
+)
+
+
+def environment(root: Path = ROOT, **more: str) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PYTHONPATH": str(root), "PATH": path, "DVC_NO_ANALYTICS": "1", **more}
+
+
+def killable(part: str, root: Path, kills: int, **more: str) -> tuple[str, str]:
+    """The kills and the outcome of tests/killable.py."""
+    command = [sys.executable, str(ROOT / "tests" / "killable.py"), part, str(root), str(kills), "1"]
+    done = subprocess.run(command, env=environment(**more), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kills_line, outcome = done.stdout.splitlines()[-2:]
+    return kills_line, outcome
+
+
+def weights(root: Path) -> dict[str, bytes]:
+    """The weights and what was counted on the way, by path."""
+    kinds = ("weights.safetensors", "metrics.json", "confusion.npz", "history.csv")
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for kind in kinds
+        for path in (root / "runs").rglob(kind)
+    }
+
+
+def tables(root: Path) -> dict[str, bytes]:
+    """The tables that hold no times."""
+    return {
+        path.name: path.read_bytes()
+        for name in ("comparison", "ablation", "per_class")
+        for path in (root / "reports" / "streets").glob(f"{name}.*")
+    }
+
+
+def mlflow_runs(root: Path) -> list[str]:
+    with sqlite3.connect(root / "mlflow.db") as store:
+        rows = store.execute("select status from runs where lifecycle_stage = 'active'").fetchall()
+    return [status for (status,) in rows]
+
+
+# ---- kills
+
+
+@pytest.mark.parametrize("part", ["fetch", "cell"])
+def test_a_kill_at_any_moment_changes_nothing(part: str, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for root in (whole, killed):
+        root.mkdir()
+        write_params(root, tiny(read_params()))
+        if part == "cell":
+            shutil.copytree(whole / "data", root / "data") if root == killed else killable("fetch", root, 0)
+    _, wanted = killable(part, whole, 0, OMP_NUM_THREADS="3")  # params.yaml says how many threads, not this
+    kills, outcome = killable(part, killed, KILLS)
+    assert outcome == wanted
+    TALLY.append(f"kill, {part}: {kills}: all survived, the outcome is the same bit for bit")
+
+
+def test_a_killed_report_is_made_whole_by_the_next(place: Path) -> None:
+    params = config.load(place / "params.yaml")
+    for method in ("none", "kd"):
+        run_cell(Cell("streets", "pspnet-resnet18", method, 0), params, place)
+    (place / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    _, wanted = killable("report", place, 0)
+    shutil.rmtree(place / "reports")
+    (place / "mlflow.db").unlink()
+    kills, outcome = killable("report", place, KILLS)
+    assert outcome == wanted
+    assert mlflow_runs(place) == ["FINISHED"] * 3
+    TALLY.append(f"kill, report: {kills}: all survived, no run of MLflow twice or RUNNING")
+
+
+# ---- a real suite, in a clone
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny suite of a teacher and three cells after `dvc repro`. Do not change it."""
+    root = new_suite(tmp_path_factory.mktemp("suite"))
+    subprocess.run(dvc("repro"), cwd=root, env=environment(root), check=True, capture_output=True)
+    return root
+
+
+def new_suite(folder: Path) -> Path:
+    root = copy_repository(folder)
+    shutil.rmtree(root / "runs", ignore_errors=True)
+    for made in (root / "reports").iterdir():
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
+    raw = tiny(read_params(root))
+    raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd")}
+    raw["tuning"]["methods"] = ["kd"]
+    write_params(root, raw)
+    return root
+
+
+def dvc(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "dvc", *arguments]
+
+
+def launch(root: Path, jobs: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipelines.launch", "--jobs", str(jobs)]
+    return subprocess.Popen(
+        command, cwd=root, env=environment(root), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def processes_in(root: Path) -> list[int]:
+    """Processes whose working directory is ``root``."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if (place / "cwd").readlink() == root and (place / "cmdline").read_bytes():
+                found.append(int(place.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize("whom", ["dvc alone", "everything"])
+def test_killed_dvc(whom: str, suite: Path, tmp_path: Path) -> None:
+    """Of dvc alone: its child trains on as an orphan, while the next `dvc repro` begins at once."""
+    root, draw = new_suite(tmp_path / "suite"), random.Random(whom)
+    orphans = through = 0
+    kills = 20 if TORTURE else 2
+    for _ in range(kills):
+        process = subprocess.Popen(
+            dvc("repro"),
+            cwd=root,
+            env=environment(root),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(draw.uniform(1, 14))
+        through += process.poll() is not None
+        if whom == "everything":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
+        orphans += bool(processes_in(root))
+    subprocess.run(dvc("repro"), cwd=root, env=environment(root), check=True, capture_output=True)
+    deadline = time.monotonic() + 60
+    while processes_in(root) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert weights(root) == weights(suite)
+    assert tables(root) == tables(suite)
+    assert mlflow_runs(root) == ["FINISHED"] * 4
+    assert not list((root / "runs").rglob(".*.part"))
+    assert subprocess.run(dvc("status", "-q"), cwd=root, env=environment(root), check=False).returncode == 0
+    note = f", {orphans} times with a child left running" if whom == "dvc alone" else ""
+    TALLY.append(f"kill, dvc repro, {whom}: {kills} kills{note}: the outcome is the same bit for bit")
+
+
+def test_a_second_process_waits_and_keeps_the_record(place: Path) -> None:
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", RUN_CELL, str(place), "kd"]
+        return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+
+    first = start()
+    lock = Cell("streets", "pspnet-resnet18", "kd", 0).lock(place)
+    while not (lock.is_file() and lock.read_text().strip()):
+        time.sleep(0.05)
+    second = start()
+    (_, one), (_, two) = first.communicate(timeout=120), second.communicate(timeout=120)
+    assert first.returncode == second.returncode == 0, one + two
+    assert f"is being run by process {first.pid}: waiting" in two and f"`kill {first.pid}`" in two
+    assert "has finished before, with exactly these inputs" in two
+    assert "waiting" not in one
+
+
+def test_a_changed_setting_is_never_answered_by_an_old_record(place: Path) -> None:
+    cell = Cell("streets", "pspnet-resnet18", "kd", 0)
+    run_cell(cell, config.load(place / "params.yaml"), place)
+    before = weights(place)
+    raw = read_params(place)
+    raw["methods"]["kd"]["weight"] += 1
+    write_params(place, raw)
+    run_cell(cell, config.load(place / "params.yaml"), place)
+    assert weights(place) != before
+    record = records.read(cell, place)
+    assert record is not None and record.run["config"]["method"]["weight"] == raw["methods"]["kd"]["weight"]
+
+
+# ---- parallel cells
+
+
+def test_parallel_cells_give_the_tables_of_a_serial_run(suite: Path, tmp_path: Path) -> None:
+    root = new_suite(tmp_path / "suite")
+    process = launch(root, 4)
+    _, text = process.communicate(timeout=600)
+    assert process.returncode == 0, text
+    assert weights(root) == weights(suite)
+    assert tables(root) == tables(suite)
+    assert mlflow_runs(root) == ["FINISHED"] * 4
+    assert subprocess.run(dvc("status", "-q"), cwd=root, env=environment(root), check=False).returncode == 0
+    TALLY.append("parallel, JOBS=4: tables and weights are those of the serial run")
+
+
+def test_a_failing_cell_stops_no_other(suite: Path, tmp_path: Path) -> None:
+    root = tmp_path / "suite"
+    shutil.copytree(suite, root, symlinks=True)
+    (root / "baselines" / "bad.py").write_text(
+        '"""Fails."""\n\nfrom pipelines.method import Distiller, MethodConfig\n\n\n'
+        "class Method(Distiller):\n    Config = MethodConfig\n\n"
+        "    def losses(self, student, teacher, batch):\n"
+        '        raise RuntimeError("the paper left this out")\n'
+    )
+    raw = read_params(root)
+    raw["methods"] |= {"bad": {}, "cwd": {"weight": 1.0, "tau": 4.0, "tap": "logits"}}
+    write_params(root, raw)
+    process = launch(root, 2)
+    _, text = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert "1 of the stages failed: distill@streets-pspnet-resnet18-bad-0. The others are done." in text
+    with (root / "reports/streets/comparison.csv").open(newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert rows["cwd"]["status"] == "complete"
+    assert "failed: RuntimeError: the paper left this out" in rows["bad"]["status"]
+    TALLY.append("parallel, one cell fails: the others are done, the table says why")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_ctrl_c_stops_everything_and_loses_nothing(suite: Path, tmp_path: Path) -> None:
+    root = new_suite(tmp_path / "suite")
+    draw = random.Random(3)
+    stops = 6 if TORTURE else 1
+    for _ in range(stops):
+        process = launch(root, 2)
+        time.sleep(draw.uniform(6, 20))
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode in (0, 130)
+        assert processes_in(root) == []
+    process = launch(root, 2)
+    _, text = process.communicate(timeout=600)
+    assert process.returncode == 0, text
+    assert weights(root) == weights(suite)
+    TALLY.append(f"parallel, Ctrl-C: {stops} stops: nothing goes on running, the next run finishes")
+
+
+# ---- no room
+
+
+@pytest.fixture
+def limited(place: Path) -> Iterator[Any]:
+    """Run the cell in a process that may write files of so many bytes at most."""
+
+    def run(limit: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", RUN_CELL, str(place), "none"],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+
+    yield run
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half(place: Path, limited: Any) -> None:
+    cell = Cell("streets", "pspnet-resnet18", "none", 0)
+    limits = [0, 300, 4_000, 1_000_000, 20_000_000] if TORTURE else [0, 4_000]
+    for limit in limits:
+        done = limited(limit)
+        assert done.returncode == 1, (limit, done.stderr)
+        assert "error: a file could not be written" in done.stderr and "File too large" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert records.read(cell, place) is None
+        assert not list(place.rglob("*.part"))
+    assert limited(resource.RLIM_INFINITY).returncode == 0
+    assert records.read(cell, place) is not None
+    TALLY.append(f"full disk: {len(limits)} limits: a clear error each, nothing half written")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 and not os.access("/", os.X_OK), reason="needs a folder it may lock")
+@pytest.mark.skipif(os.geteuid() == 0, reason="no permission stops root")
+def test_a_read_only_folder_is_one_sentence(place: Path) -> None:
+    for folder in (place, *(path for path in place.rglob("*") if path.is_dir())):
+        folder.chmod(0o555)
+    command = [sys.executable, "-c", RUN_CELL, str(place), "none"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    for folder in (place, *(path for path in place.rglob("*") if path.is_dir())):
+        folder.chmod(0o755)
+    assert done.returncode == 1
+    assert "error: a file could not be written (" in done.stderr and "Permission denied" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_teacher_is_a_cell_like_any_other(place: Path) -> None:
+    """A second training of a finished teacher is no training."""
+    params = config.load(place / "params.yaml")
+    before = weights(place)
+    stamp = (teacher_cell(params, "streets").folder(place) / "run.json").stat().st_mtime_ns
+    run_cell(teacher_cell(params, "streets"), params, place)
+    assert weights(place) == before
+    assert (teacher_cell(params, "streets").folder(place) / "run.json").stat().st_mtime_ns == stamp
