@@ -11,6 +11,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import struct
+import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 DESCRIPTION = "dataset.json"
+# What Pillow raises for broken files beside OSError; a claimed size that is absurd is a warning or an error.
+BROKEN = (Image.DecompressionBombError, Image.DecompressionBombWarning, struct.error, zlib.error, IndexError)
 PNG_END = b"IEND\xaeB`\x82"  # the last bytes of every whole PNG file
 
 
@@ -147,7 +152,10 @@ def read_list(root: Path, split: str) -> list[tuple[str, str]]:
 def decode(content: bytes, path: str, mode: str) -> np.ndarray:
     """The pixels of a PNG whose mode must be ``mode``: (H, W, 3) uint8 for "RGB", (H, W) uint8 for "L"."""
     try:
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=["PNG"])
+        with image:
             image.load()
             # Pillow opens 16-bit colour as 8-bit RGB and 4-bit gray as L, both rescaled: ask the header.
             depth = content[24]
@@ -155,7 +163,7 @@ def decode(content: bytes, path: str, mode: str) -> np.ndarray:
                 need = "8-bit RGB" if mode == "RGB" else "8-bit with one channel (L)"
                 raise ConfigError(f"{path} has the mode {image.mode} with {depth} bits; it must be {need}.")
             return np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (*BROKEN, OSError, SyntaxError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path} is not a whole PNG file: {error}.") from None

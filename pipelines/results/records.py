@@ -119,7 +119,10 @@ def read(cell: Cell, root: Path = ROOT) -> Record | None:
     if not all((folder / name).is_file() for name in RECORD_FILES):
         return None
     run = _json(folder / "run.json", root)
-    if run.get("seal") != _seal(run):
+    if "seal" not in run:
+        place = folder.relative_to(root).as_posix()
+        raise ConfigError(f"{place} is the record of an older version: delete it and run `make repro`.")
+    if run["seal"] != _seal(run):
         raise _damaged(folder / "run.json", root)
     for name in RECORD_FILES:
         if name != "run.json" and sha256((folder / name).read_bytes()) != run["files"].get(name):
