@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_OFFLINE := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: repro test lint tables verify ui tune bench smoke clean lock
+.PHONY: repro test lint tables verify ui tune bench smoke torture clean lock
 
 repro: $(READY)  ## run every experiment of params.yaml that is not up to date, JOBS at a time, then the report
 	python -m pipelines.launch $(if $(JOBS),--jobs $(JOBS))
@@ -31,6 +31,9 @@ bench: $(READY)  ## time and memory of the default benchmark from nothing, in a 
 
 smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
 	python -m pytest -m smoke
+
+torture: $(READY)  ## kills, parallel runs and full disks, many times each
+	ACFD_TORTURE=1 python -m pytest tests/test_reliability.py
 
 ui: $(READY)  ## MLflow's web page
 	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db

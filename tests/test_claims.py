@@ -451,6 +451,9 @@ def test_sentences_count_the_verdicts_and_name_what_is_seen(tmp_path: Path) -> N
     assert claims.sentences(found, every, params) == [
         "Of 6 published claims about the methods of this suite, 2 reproduced, 2 not reproduced, "
         "2 not comparable and 0 not run.",
+        "acfd's +5.79 (unit not stated): not comparable (data set not stated; unit of the gain not stated).",
+        "acfd's unchanged inference cost: reproduced (equal on roads, small: 12,000,000 parameters, "
+        "3,000,000,000 FLOPs).",
         "A gain over none, as published, is seen here for kd on roads, small: +2.10 (+1.58 to +2.62, n = 4).",
         "No gain over none is shown here for skd on roads, small: +2.00 (-2.68 to +6.68, n = 4), undecided; "
         "acfd-full on roads, small: +1.00 (n = 1), undecided.",
@@ -458,6 +461,8 @@ def test_sentences_count_the_verdicts_and_name_what_is_seen(tmp_path: Path) -> N
     assert claims.sentences(found, [], params) == [
         "Of 6 published claims about the methods of this suite, 0 reproduced, 0 not reproduced, "
         "2 not comparable and 4 not run.",
+        "acfd's +5.79 (unit not stated): not comparable (data set not stated; unit of the gain not stated).",
+        "acfd's unchanged inference cost: not run (no finished cells of both acfd-full and none).",
         "None of these methods has been measured here yet.",
     ]
 

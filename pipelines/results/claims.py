@@ -16,7 +16,7 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError
 
 from pipelines import config
-from pipelines.config import ROOT, ConfigError, Key, Model, Network, Params, Positive, Size
+from pipelines.config import PAPER, ROOT, ConfigError, Key, Model, Network, Params, Positive, Size
 from pipelines.results import records, statistics
 from pipelines.results.gathered import HEADLINE, REFERENCE, SCORE, Results
 from pipelines.results.tables import Table, escape_markdown
@@ -387,13 +387,19 @@ def directions(claims: Claims, every: Sequence[Results]) -> Table:
 
 
 def sentences(claims: Claims, every: Sequence[Results], params: Params) -> list[str]:
-    """The outcome in two or three plain sentences, without Markdown."""
-    words = [judge(claim, claims, every, params).word for claim in claims.claims]
+    """The outcome in a few plain sentences, without Markdown; the claims of the paper itself one by one."""
+    verdicts = {claim.id: judge(claim, claims, every, params) for claim in claims.claims}
+    words = [verdict.word for verdict in verdicts.values()]
     counts = [f"{words.count(word)} {word}" for word in VERDICTS]
     found = [
         f"Of {len(words)} published claims about the methods of this suite, {', '.join(counts[:-1])} and "
         f"{counts[-1]}."
     ]
+    for claim in claims.claims:
+        if claim.method == HEADLINE:
+            verdict = verdicts[claim.id]
+            reasons = "; ".join(verdict.reasons)
+            found.append(f"{PAPER}'s {_claimed_text(claim)}: {verdict.word} ({reasons}).")
     measured = [item for item in _directions(claims, every) if item.measured is not None]
     seen = [item for item in measured if item.word == GAIN]
     unseen = [item for item in measured if item.word != GAIN]
