@@ -69,7 +69,7 @@ def tables(root: Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes()
         for name in ("comparison", "ablation", "per_class")
-        for path in (root / "reports" / "streets").glob(f"{name}.*")
+        for path in (root / "reports" / "streets").glob(f"{name}.[cmt]*")  # a figure names its records
     }
 
 
