@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 if TYPE_CHECKING:
     from pipelines.method import MethodConfig
@@ -44,6 +44,10 @@ Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def written(self) -> dict[str, Any]:
+        """The settings as they stand in params.yaml: an optional one that is absent stays absent."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
 
 class Weights(Model):
     """A file of encoder weights (safetensors, or torch with ``weights_only``) and its sha256."""
@@ -52,14 +56,23 @@ class Weights(Model):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class Recipe(Model):
+    """The optimiser of a network that SGD does not suit (transformers), in place of the protocol's."""
+
+    optimizer: Literal["adamw"]
+    lr: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+
+
 class Network(Model):
     """A segmentation network of segmentation_models_pytorch: architecture, encoder, output stride, encoder
-    weights."""
+    weights; ``recipe`` where the protocol's optimiser does not suit it."""
 
     architecture: Literal["PSPNet", "DeepLabV3", "Segformer"]
     encoder: str
     output_stride: Literal[8, 16, 32]
     weights: Weights | None
+    recipe: Recipe | None = None
 
 
 class Augmentation(Model):
@@ -81,8 +94,24 @@ class Augmentation(Model):
         return scale
 
 
+class Sliding(Model):
+    """Evaluation by a window (height, width) that moves by a stride; overlapping windows are averaged."""
+
+    window: Size
+    stride: Size
+
+    @model_validator(mode="after")
+    def _covers(self) -> Sliding:
+        if self.stride[0] > self.window[0] or self.stride[1] > self.window[1]:
+            raise ValueError("a stride larger than the window leaves pixels out")
+        return self
+
+
 class Training(Model):
-    """One schedule: SGD with momentum, linear warm-up, then poly decay of the learning rate to zero."""
+    """One schedule: SGD with momentum, linear warm-up, then poly decay of the learning rate to zero.
+
+    Evaluation sees whole images, or where ``sliding`` is given, windows of them.
+    """
 
     steps: Positive
     batch_size: Annotated[int, Field(ge=2)]
@@ -96,6 +125,7 @@ class Training(Model):
     precision: Literal["fp32", "bf16"]
     validate_every: Positive
     augmentation: Augmentation
+    sliding: Sliding | None = None
 
 
 class Teacher(Model):
@@ -122,6 +152,7 @@ class Suite(Model):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     variants: list[Key]
     threads: Positive  # of a cell, on the CPU
+    workers: Annotated[int, Field(ge=0)]  # processes that read a large data set for a cell
     strict: bool  # deterministic kernels on a GPU too, where torch has them
 
 

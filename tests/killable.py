@@ -25,6 +25,7 @@ from typing import Any
 from PIL import Image
 
 from pipelines import config, fetch, report
+from pipelines.datasets import transforms
 from pipelines.engine import cell as cell_module
 from pipelines.engine import eager, fit
 from pipelines.results import tracking
@@ -63,7 +64,7 @@ def watch(event: Callable[[str], None]) -> None:
     before(Path, "replace", "replace", after=True)
     before(Path, "rename", "rename", after=True)
     before(Path, "write_bytes", "write")
-    before(fit, "training_batch", "step")
+    before(transforms, "training_batch", "step")
     before(cell_module, "evaluate", "evaluation")
     before(cell_module, "load_teacher", "teacher")
     before(Image.Image, "save", "image")

@@ -18,6 +18,7 @@ from torch import nn
 
 from pipelines import config
 from pipelines.config import ConfigError, Network
+from pipelines.datasets import transforms
 from pipelines.engine import cell as cell_module
 from pipelines.engine import checkpoint
 from pipelines.engine import fit as fit_module
@@ -165,7 +166,7 @@ def test_every_parameter_is_in_exactly_one_optimiser(tiny_root: Path) -> None:
         method = planned.method(planned.config, shapes, shapes)
         held = [
             id(p)
-            for optimizer in optimizers(student, method, planned.training).values()
+            for optimizer in optimizers(student, method, planned.training, None).values()
             for group in optimizer.param_groups
             for p in group["params"]
         ]
@@ -233,14 +234,14 @@ def test_resume_equals_uninterrupted_bit_for_bit(
     whole, _ = train(planned, params, place)
     shutil.rmtree(cell.scratch(place))
 
-    batches = fit_module.training_batch
+    batches = transforms.training_batch
 
     def killed(data: Any, training: Any, ignore: int, seed: int, step: int) -> Any:
         if step == 5:
             raise KeyboardInterrupt
         return batches(data, training, ignore, seed, step)
 
-    monkeypatch.setattr(fit_module, "training_batch", killed)
+    monkeypatch.setattr(transforms, "training_batch", killed)
     with pytest.raises(KeyboardInterrupt):
         train(planned, params, place)
     steps: list[int] = []
@@ -249,7 +250,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(
         steps.append(step)
         return batches(data, training, ignore, seed, step)
 
-    monkeypatch.setattr(fit_module, "training_batch", counted)
+    monkeypatch.setattr(transforms, "training_batch", counted)
     resumed, _ = train(planned, params, place)
     assert steps == [4, 5]  # it resumed, and at the last row before the kill
     assert resumed.history.rows == whole.history.rows

@@ -7,22 +7,24 @@ torchvision: its import costs each process seconds. The photometric functions ar
 
 Resizing, cropping, padding and flipping are one linear map along each axis. Images: ``rows @ image @
 columns`` with the weights of bilinear interpolation with antialiasing; labels: the same grid, nearest
-neighbour, as an index.
+neighbour, as an index. Samples that are read from disk are augmented one by one by the processes that read
+them; as large images have long rows, each output pixel then sums its few non-zero weights alone.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pipelines.datasets.folder import Split, Stream
 from pipelines.engine.seeds import generator
 
 if TYPE_CHECKING:
     from pipelines.config import Augmentation, Training
-    from pipelines.datasets.folder import Split
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
@@ -35,7 +37,19 @@ def normalise(images: Tensor) -> Tensor:
     return _standardised(images.float() / 255)
 
 
-@torch.no_grad()
+def training_batches(
+    split: Split | Stream, training: Training, ignore_index: int, seed: int, start: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batch of every step from ``start`` to the last, see :func:`training_batch`."""
+    if isinstance(split, Split):
+        for step in range(start, training.steps):
+            yield training_batch(split, training, ignore_index, seed, step)
+    else:
+        size = training.batch_size
+        read = partial(_training_sample, split, training, ignore_index, seed)
+        yield from split.load(read, range(start * size, training.steps * size), size)
+
+
 def training_batch(
     split: Split, training: Training, ignore_index: int, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
@@ -47,27 +61,54 @@ def training_batch(
     its brightness, contrast, saturation (factors uniform in 1 ± x) and hue (shift uniform in ± x of a turn)
     jittered in that order. The result depends on nothing else, and lies on the device of ``split``.
     """
-    count, height, width = split.labels.shape
-    device = split.images.device
     first = step * training.batch_size
     positions = range(first, first + training.batch_size)
-    chosen = torch.tensor([_order(seed, p // count, count)[p % count] for p in positions], device=device)
-    draws = torch.stack(
-        [torch.rand(DRAWS, generator=generator(seed, "augment", p), dtype=torch.float64) for p in positions]
-    )
+    chosen = [_chosen(seed, position, len(split.names)) for position in positions]
+    draws = torch.stack([_draws(seed, position) for position in positions])
+    return _augmented(split.images[chosen], split.labels[chosen], training, ignore_index, draws, _dense)
 
-    augmentation = training.augmentation
+
+def _training_sample(
+    split: Stream, training: Training, ignore_index: int, seed: int, position: int
+) -> tuple[Tensor, Tensor]:
+    """The sample at a position of the training, without the dimension of the batch."""
+    image, label = split.read(_chosen(seed, position, len(split.names)))
+    images, labels = _augmented(
+        image[None], label[None], training, ignore_index, _draws(seed, position)[None], _sparse
+    )
+    return images[0], labels[0]
+
+
+def _chosen(seed: int, position: int, count: int) -> int:
+    """The index in the split of the sample at a position of the training."""
+    return _order(seed, position // count, count)[position % count]
+
+
+def _draws(seed: int, position: int) -> Tensor:
+    return torch.rand(DRAWS, generator=generator(seed, "augment", position), dtype=torch.float64)
+
+
+@torch.no_grad()
+def _augmented(
+    images: Tensor,
+    labels: Tensor,
+    training: Training,
+    ignore_index: int,
+    draws: Tensor,
+    resample: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) uint8 and labels (B, H, W) uint8 as a training step sees them, by the random
+    numbers ``draws`` (B, DRAWS)."""
+    height, width = labels.shape[-2:]
+    device, augmentation = images.device, training.augmentation
     scale = _between(draws[:, 0], *augmentation.scale)
     flip = draws[:, 3] < augmentation.flip
     rows = _grid(height, training.crop[0], scale, draws[:, 1], torch.zeros_like(flip))
     columns = _grid(width, training.crop[1], scale, draws[:, 2], flip)
 
     with torch.autocast(device.type, enabled=False):
-        images = split.images[chosen].float() / 255
-        images = (
-            _weights(height, *rows).to(device)[:, None]
-            @ images
-            @ _weights(width, *columns).to(device).mT[:, None]
+        images = resample(
+            images.float() / 255, _weights(height, *rows).to(device), _weights(width, *columns).to(device)
         )
         inside = ((rows[0] >= 0)[:, :, None] & (columns[0] >= 0)[:, None, :]).to(device)
         # Outside of the sample the mean: 0 after normalisation, and close to neutral for the contrast.
@@ -77,8 +118,26 @@ def training_batch(
         images = _standardised(images).masked_fill(outside, 0.0)
 
     row, column = _nearest(height, *rows).to(device), _nearest(width, *columns).to(device)
-    labels = split.labels[chosen[:, None, None], row[:, :, None], column[:, None, :]].long()
+    which = torch.arange(len(labels), device=device)
+    labels = labels[which[:, None, None], row[:, :, None], column[:, None, :]].long()
     return images, labels.masked_fill(~inside, ignore_index)
+
+
+def _dense(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """``rows`` (B, h, H) times images (B, 3, H, W) times ``columns`` (B, w, W) transposed."""
+    return rows[:, None] @ images @ columns.mT[:, None]
+
+
+def _sparse(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The same for one sample (B = 1), by the non-zero weights alone."""
+    for dim, weights in ((-2, rows[0]), (-1, columns[0])):
+        count = max(1, int((weights > 0).sum(1).max()))
+        weight, index = weights.topk(count, dim=1)
+        shape = (-1, 1) if dim == -2 else (-1,)
+        images = sum(  # type: ignore[assignment]
+            images.index_select(dim, index[:, k]) * weight[:, k].view(shape) for k in range(count)
+        )
+    return images
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:

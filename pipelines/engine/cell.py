@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import datetime
 import inspect
 import io
@@ -65,15 +64,15 @@ class Plan:
     method: type[Distiller]
     config: MethodConfig
     teacher: Network | None
-    precision_of_teacher: str
+    teacher_training: Training
 
     def values(self) -> dict[str, Any]:
         """The resolved configuration, as it goes into the record."""
         return {
-            "network": self.network.model_dump(mode="json"),
-            "training": self.training.model_dump(mode="json"),
+            "network": self.network.written(),
+            "training": self.training.written(),
             "method": self.config.model_dump(mode="json"),
-            "teacher": self.teacher.model_dump(mode="json") if self.teacher else None,
+            "teacher": self.teacher.written() if self.teacher else None,
         }
 
 
@@ -82,7 +81,7 @@ def plan(params: Params, cell: Cell) -> Plan:
     benchmark = params.benchmark(cell.benchmark)
     if cell.is_teacher:
         own = benchmark.teacher
-        return Plan(cell, own.network, own.training, Distiller, MethodConfig(), None, own.training.precision)
+        return Plan(cell, own.network, own.training, Distiller, MethodConfig(), None, own.training)
     student, config = params.student(cell.student), params.method(cell.method)
     teacher = benchmark.teacher
     return Plan(
@@ -92,7 +91,7 @@ def plan(params: Params, cell: Cell) -> Plan:
         method_class(cell.method),
         config,
         teacher.network,
-        teacher.training.precision,
+        teacher.training,
     )
 
 
@@ -108,7 +107,8 @@ class Prepared:
     teacher_scores: dict[str, Any] | None
     method: Distiller
     description: data_folder.Description
-    val: data_folder.Split
+    val: data_folder.Split | data_folder.Stream
+    workers: int  # that read a set from disk
     fingerprint: str
     seconds: float
 
@@ -143,7 +143,7 @@ def prepare(plan: Plan, params: Params, root: Path = ROOT) -> Prepared:
     data = root / "data" / cell.benchmark
     description = data_folder.describe(data)
     classes, ignore_index = list(description.classes), description.ignore_index
-    val = data_folder.load(data, "val")
+    val = data_folder.load(data, "val", params.suite.workers)
 
     torch.manual_seed(derive(cell.seed, "network", cell.student))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -169,7 +169,7 @@ def prepare(plan: Plan, params: Params, root: Path = ROOT) -> Prepared:
         raise ConfigError(f"The method of {cell.path} asks for a teacher that this cell does not have.")
     else:
         owner = teacher_cell(params, cell.benchmark)
-        record = load_teacher(teacher, owner, root, classes, ignore_index, val, plan.precision_of_teacher)
+        record = load_teacher(teacher, owner, root, classes, ignore_index, val, plan.teacher_training)
         scores = {"sha256": record.run["weights_sha256"]}
         scores |= {f"{split}_miou": record.metrics[split]["miou"] for split in ("val", "test")}
 
@@ -196,6 +196,7 @@ def prepare(plan: Plan, params: Params, root: Path = ROOT) -> Prepared:
         method=method,
         description=description,
         val=val,
+        workers=params.suite.workers,
         fingerprint=mark,
         seconds=time.perf_counter() - clock,
     )
@@ -219,24 +220,30 @@ def _train(prepared: Prepared, root: Path) -> Trained:
     def validate() -> np.ndarray:
         nonlocal evaluating
         start = time.perf_counter()
-        counts = evaluate(network, prepared.val, len(classes), ignore_index, plan.training.precision)
+        counts = evaluate(network, prepared.val, len(classes), ignore_index, plan.training)
         evaluating += time.perf_counter() - start
         return counts
 
-    loaded = data_folder.load(root / "data" / cell.benchmark, "train")
-    device = next(network.parameters()).device
-    # on the device, so that the augmentation runs there too
-    train_split = dataclasses.replace(
-        loaded, images=loaded.images.to(device), labels=loaded.labels.to(device)
-    )
+    data = data_folder.load(root / "data" / cell.benchmark, "train", prepared.workers)
+    if isinstance(data, data_folder.Stream):
+        crop, ahead = plan.training.crop, data_folder.AHEAD * prepared.workers + 1
+        log.info(
+            "%s: %d images stay on disk, %d processes read them, batches of %d MB at most are in memory.",
+            cell.path,
+            len(data.names),
+            prepared.workers,
+            ahead * plan.training.batch_size * crop[0] * crop[1] * (3 * 4 + 8) // 2**20,
+        )
+    data = data.to(next(network.parameters()).device)  # so that the augmentation runs there too
     history = fit(
         network,
         teacher,
         method,
-        train_split,
+        data,
         len(classes),
         ignore_index,
         prepared.training,
+        plan.network.recipe,
         cell.seed,
         lambda: summary(validate(), classes)["miou"],
         cell.scratch(root) / "state.pt",
@@ -283,7 +290,12 @@ def _budget(
 
     def count(other: Distiller) -> int:
         return step_flops(
-            network, teacher if other.teacher_taps else None, other, classes, ignore_index, training
+            network,
+            teacher if other.teacher_taps else None,
+            other,
+            classes,
+            ignore_index,
+            training,
         )
 
     own, dearest = count(method), None
@@ -341,14 +353,14 @@ def _finished(cell: Cell, fingerprint: str, root: Path) -> bool:
 def _run(prepared: Prepared, started: datetime.datetime, code: dict[str, Any], root: Path) -> None:
     planned, description = prepared.plan, prepared.description
     trained = _train(prepared, root)
-    test = data_folder.load(root / "data" / planned.cell.benchmark, "test")
+    test = data_folder.load(root / "data" / planned.cell.benchmark, "test", prepared.workers)
     start = time.perf_counter()
     counts = evaluate(
         trained.network,
         test,
         len(description.classes),
         description.ignore_index,
-        planned.training.precision,
+        planned.training,
     )
     trained.seconds["test"] = time.perf_counter() - start
     _write(planned, trained, description, counts, test.names, started, code, root)
@@ -394,7 +406,7 @@ def _write(
         arrays, test=test.astype(np.int64), val=trained.val.astype(np.int64), test_names=np.array(names)
     )
 
-    size = description.size
+    size = description.size or plan.training.crop  # of images that differ in size, the crop stands for all
     wall = (datetime.datetime.now(datetime.UTC) - started).total_seconds()
     run = {
         "cell": {

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from pipelines.config import Training
 from pipelines.engine import eager
-from pipelines.engine.fit import DistillationStep, optimizers
+from pipelines.engine.fit import DistillationStep
 from pipelines.method import Batch, Distiller
 from pipelines.networks import SegmentationNetwork
 
@@ -42,7 +42,7 @@ def step_flops(
         images = torch.randn(training.batch_size, 3, *training.crop, device=device)
         batch = Batch(images, torch.randint(0, classes, size, device=device), classes, ignore_index)
         step = DistillationStep(student, teacher, method, training.auxiliary_weight).train()
-        optimizers(student, method, training)  # a method may build its own networks' optimisers here
+        method.own_optimizers()  # a method may build its own networks here
         with _Counter() as counter:
             terms, student_taps, teacher_taps = step(batch)
             torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]

@@ -1,5 +1,5 @@
-"""Evaluation: single scale, whole image, at the resolution of the labels. Counts per image, so every metric
-follows."""
+"""Evaluation: single scale, whole image or sliding window, at the resolution of the labels. Counts per image,
+so every metric follows."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import time
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pipelines.datasets.folder import Split
+from pipelines.config import Sliding, Training
+from pipelines.datasets.folder import Split, Stream
 from pipelines.datasets.transforms import normalise
-from pipelines.networks import SegmentationNetwork
+from pipelines.networks import SegmentationNetwork, upsample
 from pipelines.results.confusion import confusion_matrix
 
 BATCH = 16  # images at a time; has no influence on the counts
@@ -18,24 +20,48 @@ BATCH = 16  # images at a time; has no influence on the counts
 
 @torch.no_grad()
 def evaluate(
-    network: SegmentationNetwork, split: Split, classes: int, ignore_index: int, precision: str
+    network: SegmentationNetwork, split: Split | Stream, classes: int, ignore_index: int, training: Training
 ) -> np.ndarray:
-    """Confusion counts (N, classes, classes) int64 of a split, rows = truth. The network is left in the mode
-    it was in."""
+    """Confusion counts (N, classes, classes) int64 of a split, rows = truth, with the precision and window of
+    ``training``. The network is left in the mode it was in."""
     was_training = network.training
     network.eval()
     device = next(network.parameters()).device
     counts = []
-    for first in range(0, len(split.images), BATCH):
-        images = normalise(split.images[first : first + BATCH].to(device)).contiguous(
-            memory_format=torch.channels_last
-        )
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            prediction = network.predict(images)
-        labels = split.labels[first : first + BATCH].to(device)
-        counts.append(confusion_matrix(prediction, labels, classes, ignore_index).cpu())
+    for pixels, labels in split.batches(BATCH):
+        images = normalise(pixels.to(device)).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+            prediction = (
+                slide(network, images, training.sliding) if training.sliding else network.predict(images)
+            )
+        counts.append(confusion_matrix(prediction, labels.to(device), classes, ignore_index).cpu())
     network.train(was_training)
     return torch.cat(counts).numpy()
+
+
+def slide(network: SegmentationNetwork, images: Tensor, sliding: Sliding) -> Tensor:
+    """Class of every pixel, (B, H, W) int64: argmax of the upsampled logits of all windows, averaged where
+    they overlap.
+
+    The last window in each direction ends at the border; one larger than the image is cut to it.
+    """
+    size = images.shape[-2:]
+    windows = [min(wanted, have) for wanted, have in zip(sliding.window, size, strict=True)]
+    starts = [
+        [*range(0, have - window, stride), have - window]
+        for have, window, stride in zip(size, windows, sliding.stride, strict=True)
+    ]
+    total, seen = None, images.new_zeros(size)
+    for top in starts[0]:
+        for left in starts[1]:
+            place = (..., slice(top, top + windows[0]), slice(left, left + windows[1]))
+            logits = upsample(network(images[place])["logits"].float(), (windows[0], windows[1]))
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], *size)
+            total[place] += logits
+            seen[place] += 1
+    assert total is not None  # there is a window
+    return (total / seen).argmax(1)
 
 
 @torch.no_grad()

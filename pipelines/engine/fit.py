@@ -14,12 +14,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from tqdm import tqdm
 
-from pipelines.config import ConfigError, Training
-from pipelines.datasets.folder import Split
-from pipelines.datasets.transforms import training_batch
+from pipelines.config import ConfigError, Recipe, Training
+from pipelines.datasets.folder import Split, Stream
+from pipelines.datasets.transforms import training_batches
 from pipelines.engine import checkpoint
 from pipelines.engine.seeds import derive
 from pipelines.method import Batch, Distiller, Taps
@@ -92,9 +92,11 @@ def schedule(training: Training, step: int) -> float:
     return float(warm * (1 - step / training.steps) ** training.power)
 
 
-def optimizers(student: nn.Module, method: Distiller, training: Training) -> dict[str, Optimizer]:
-    """``main`` for the student and every method parameter without an optimiser of its own; then the method's
-    own."""
+def optimizers(
+    student: nn.Module, method: Distiller, training: Training, recipe: Recipe | None
+) -> dict[str, Optimizer]:
+    """``main`` for the student and every method parameter without an optimiser of its own, by the student's
+    ``recipe`` or else by the protocol's SGD; then the method's own."""
     own = method.own_optimizers()
     theirs = {
         id(p) for optimizer in own.values() for group in optimizer.param_groups for p in group["params"]
@@ -105,7 +107,11 @@ def optimizers(student: nn.Module, method: Distiller, training: Training) -> dic
         for p in module.parameters()
         if p.requires_grad and id(p) not in theirs
     ]
-    main = SGD(parameters, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
+    main: Optimizer
+    if recipe is None:
+        main = SGD(parameters, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
+    else:
+        main = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
     found = {"main": main, **own}
     for optimizer in found.values():
         for group in optimizer.param_groups:
@@ -117,10 +123,11 @@ def fit(
     student: SegmentationNetwork,
     teacher: SegmentationNetwork | None,
     method: Distiller,
-    data: Split,
+    data: Split | Stream,
     classes: int,
     ignore_index: int,
     training: Training,
+    recipe: Recipe | None,
     seed: int,
     validate: Callable[[], float],
     state_file: Path,
@@ -153,7 +160,7 @@ def fit(
         )
     student.to(memory_format=torch.channels_last)
     step_module.train()
-    found = optimizers(student, method, training)
+    found = optimizers(student, method, training, recipe)
     history, sums, count, start = History(), dict[str, float](), 0, 0
 
     if state := checkpoint.load(state_file, mark):
@@ -174,6 +181,7 @@ def fit(
         mininterval=0.5 if interactive else 30,
         smoothing=0.1,
     ) as bar:
+        batches = training_batches(data, training, ignore_index, seed, start)
         for step in range(start, training.steps):
             began = time.perf_counter()
             torch.manual_seed(derive(seed, "layers", step))  # dropout, and the draws of a method
@@ -181,9 +189,11 @@ def fit(
             for optimizer in found.values():
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * factor
-            images, labels = training_batch(data, training, ignore_index, seed, step)
-            images = images.to(accelerator.device).contiguous(memory_format=torch.channels_last)
-            batch = Batch(images, labels.to(accelerator.device), classes, ignore_index)
+            images, labels = next(batches)
+            images = images.to(accelerator.device, non_blocking=True)
+            images = images.contiguous(memory_format=torch.channels_last)
+            labels = labels.to(accelerator.device, non_blocking=True)
+            batch = Batch(images, labels, classes, ignore_index)
 
             terms, student_taps, teacher_taps = step_module(batch)
             values = dict(zip(terms, torch.stack([t.detach() for t in terms.values()]).tolist(), strict=True))

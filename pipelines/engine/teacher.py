@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from pipelines.config import ConfigError
-from pipelines.datasets.folder import Split
+from pipelines.config import ConfigError, Training
+from pipelines.datasets.folder import Split, Stream
 from pipelines.engine.evaluate import evaluate
 from pipelines.networks import SegmentationNetwork, file_sha256, read_state
 from pipelines.results import records
@@ -24,10 +24,12 @@ def load_teacher(
     root: Path,
     classes: list[str],
     ignore_index: int,
-    val: Split,
-    precision: str,
+    val: Split | Stream,
+    training: Training,
 ) -> Record:
     """Make ``teacher`` the one of ``cell``, frozen and in eval mode, and return its record.
+
+    ``training`` is its own schedule.
 
     :class:`ConfigError` unless it is exactly the recorded one.
     """
@@ -55,7 +57,7 @@ def load_teacher(
     load_exported(teacher, state, f"The teacher {weights}", remedy)
     teacher.requires_grad_(False)
     teacher.eval().to("cuda" if torch.cuda.is_available() else "cpu").to(memory_format=torch.channels_last)
-    score = summary(evaluate(teacher, val, len(classes), ignore_index, precision), classes)["miou"]
+    score = summary(evaluate(teacher, val, len(classes), ignore_index, training), classes)["miou"]
     recorded = metrics["val"]["miou"]
     if abs(score - recorded) > TOLERANCE:
         raise ConfigError(

@@ -176,15 +176,15 @@ def stale(record: Record, params: Params) -> list[str]:
     if cell.is_teacher:
         own = benchmark.teacher
         wanted = {
-            "network": own.network.model_dump(mode="json"),
-            "training": own.training.model_dump(mode="json"),
+            "network": own.network.written(),
+            "training": own.training.written(),
         }
     else:
         wanted = {
-            "network": params.student(cell.student).model_dump(mode="json"),
-            "training": benchmark.training.model_dump(mode="json"),
+            "network": params.student(cell.student).written(),
+            "training": benchmark.training.written(),
             "method": params.method_values(cell.method),
-            "teacher": benchmark.teacher.network.model_dump(mode="json"),
+            "teacher": benchmark.teacher.network.written(),
         }
     return [part for part, value in wanted.items() if record.run["config"].get(part) != value]
 
