@@ -1,9 +1,8 @@
-"""Sets that are read from disk sample by sample: the same samples as from memory, by any number of workers."""
+"""Sets that are read from disk: the same samples as from memory, by any number of workers."""
 
 from __future__ import annotations
 
 import io
-import resource
 import shutil
 import subprocess
 import sys
@@ -86,6 +85,11 @@ def batches(
     return list(transforms.training_batches(split, training(**more), 255, seed, start))
 
 
+def equal(first: list[tuple[torch.Tensor, ...]], second: list[tuple[torch.Tensor, ...]]) -> bool:
+    pairs = zip(sum(first, ()), sum(second, ()), strict=True)
+    return all(torch.equal(one, two) for one, two in pairs)
+
+
 def test_sizes_decide_what_is_streamed(mixed: Path) -> None:
     description = folder.check(mixed)
     assert description.size is None and description.streamed
@@ -116,9 +120,9 @@ def test_workers_and_a_later_start_change_no_bit(mixed: Path) -> None:
     assert [labels.shape for _, labels in whole] == [(3, 32, 48)] * 4
     for workers in (1, 3):
         again = batches(folder.load(mixed, "train", workers))
-        assert all(torch.equal(x, y) for one, two in zip(whole, again, strict=True) for x, y in zip(one, two))
+        assert equal(whole, again)
     late = batches(folder.load(mixed, "train", 2), start=2)
-    assert all(torch.equal(x, y) for one, two in zip(whole[2:], late, strict=True) for x, y in zip(one, two))
+    assert equal(whole[2:], late)
     assert not torch.equal(whole[0][0], batches(folder.load(mixed, "train"), seed=4)[0][0])
 
 
@@ -160,7 +164,6 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
     count, grown = map(int, done.stdout.split())
     assert count == 90
     assert grown / (2**20 if sys.platform == "darwin" else 2**10) < 40  # MB; all pixels are 112
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the unit above is this one's
 
 
 # ---- evaluation
@@ -252,7 +255,15 @@ def test_a_cell_of_a_streamed_set(mixed: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(fit_module, "SAVE_EVERY", 0.0)
     raw = tiny(read_params())
     raw["students"]["pspnet-resnet18"]["recipe"] = {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.01}
-    cell, sums = Cell("streets", "pspnet-resnet18", "cwd", 0), []
+    cell, sums, steps = Cell("streets", "pspnet-resnet18", "cwd", 0), [], list[int]()
+    real = fit_module._check_finite
+
+    def killed(values: Any, step: int, label: str) -> None:
+        steps.append(step)
+        if steps == [0, 0, 1, 1, 2]:  # twice a step: the terms, and what after_step gives
+            raise KeyboardInterrupt
+        real(values, step, label)
+
     for workers in (0, 2):
         root = tmp_path / str(workers)
         shutil.copytree(mixed, root / "data" / "streets")
@@ -261,28 +272,18 @@ def test_a_cell_of_a_streamed_set(mixed: Path, tmp_path: Path, monkeypatch: pyte
         params = config.load(root / "params.yaml")
         run_cell(teacher_cell(params, "streets"), params, root)
         if workers:
-            real = fit_module._check_finite
-            calls: list[int] = []
-
-            def killed(values: Any, step: int, label: str, calls: list[int] = calls) -> None:
-                calls.append(step)
-                if step == 2 and calls.count(2) == 1:
-                    raise KeyboardInterrupt
-                real(values, step, label)
-
             monkeypatch.setattr(fit_module, "_check_finite", killed)
             with pytest.raises(KeyboardInterrupt):
                 run_cell(cell, params, root)
         run_cell(cell, params, root)
         record = records.read(cell, root)
-        assert record is not None and record.run["student"]["input"] == list(
-            params.benchmark("streets").training.crop
-        )
+        assert record is not None
+        assert record.run["student"]["input"] == list(params.benchmark("streets").training.crop)
         assert record.run["config"]["network"]["recipe"]["optimizer"] == "adamw"
         assert records.stale(record, params) == []
         sums.append((record.run["weights_sha256"], record.metrics))
     assert sums[0] == sums[1]
-    assert calls.count(2) > 1 and calls.count(0) == 2  # step 0 by the terms and by after_step, once
+    assert steps[5] == 2  # it went on from there
 
 
 def test_sixteen_bit_or_gray_jpegs_are_refused(tmp_path: Path) -> None:
