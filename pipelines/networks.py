@@ -24,6 +24,9 @@ CLASSIFIER = (
     "global_pool.",
 )  # of ImageNet weights, not wanted here
 
+# Width of SegFormer's decoder: 256, and this for the larger encoders (Xie et al., NeurIPS 2021, Table 6)
+WIDE, WIDTH = ("mit_b2", "mit_b3", "mit_b4", "mit_b5"), 768
+
 
 class SegmentationNetwork(nn.Module):
     """A network whose forward returns its taps: ``backbone.1`` … ``backbone.4``, ``fusion``, ``logits``
@@ -101,6 +104,14 @@ def _build(config: Network, classes: int) -> nn.Module:
         options["encoder_output_stride"] = config.output_stride
     elif config.output_stride != 32:
         options["output_stride"] = config.output_stride
+    if config.architecture == "Segformer" and config.encoder in WIDE:
+        options["decoder_segmentation_channels"] = WIDTH
+    if config.output_stride != 32 and not config.encoder.startswith("tu-"):
+        # smp dilates every convolution of its own encoders, also those that reduce the keys of an attention
+        raise ConfigError(
+            f"The encoder '{config.encoder}' cannot be built right at output stride {config.output_stride}: "
+            f"set `output_stride: 32` in params.yaml, or take an encoder of timm (`tu-…`)."
+        )
     try:
         with patch("segmentation_models_pytorch.encoders.timm_universal.timm", _OnCpu):
             model: nn.Module = getattr(smp, config.architecture)(config.encoder, **options)

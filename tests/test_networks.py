@@ -1,0 +1,81 @@
+"""The networks of the paper's scale: widths and strides of the taps, training and evaluation, bf16."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+
+from pipelines.config import ConfigError, Network
+from pipelines.networks import SegmentationNetwork, tap_shapes
+
+CLASSES, SIZE = 19, (64, 128)
+RESNET, BASIC = (256, 512, 1024, 2048), (64, 128, 256, 512)
+DILATED, PYRAMID = (4, 8, 8, 8), (4, 8, 16, 32)
+# architecture, encoder, output stride; widths and strides of the backbone's stages; width and stride of the
+# fusion map: He (2016), Sandler (2018), Zhao (2017), Chen (2017), Xie (2021)
+NETWORKS = {
+    "pspnet-resnet101": ("PSPNet", "tu-resnet101", 8, RESNET, DILATED, 512, 8),
+    "deeplabv3-resnet101": ("DeepLabV3", "tu-resnet101", 8, RESNET, DILATED, 256, 8),
+    "segformer-b2": ("Segformer", "mit_b2", 32, (64, 128, 320, 512), PYRAMID, 768, 4),
+    "segformer-b4": ("Segformer", "mit_b4", 32, (64, 128, 320, 512), PYRAMID, 768, 4),
+    "pspnet-resnet18": ("PSPNet", "tu-resnet18", 8, BASIC, DILATED, 512, 8),
+    "pspnet-mobilenetv2": ("PSPNet", "tu-mobilenetv2_100", 8, (24, 32, 96, 320), DILATED, 512, 8),
+    "deeplabv3-resnet18": ("DeepLabV3", "tu-resnet18", 8, BASIC, DILATED, 256, 8),
+    "segformer-b0": ("Segformer", "mit_b0", 32, (32, 64, 160, 256), PYRAMID, 256, 4),
+}
+
+every_network = pytest.mark.parametrize("name", NETWORKS)
+
+
+@lru_cache(maxsize=1)  # the tests go network by network
+def build(name: str) -> SegmentationNetwork:
+    torch.set_num_threads(1)
+    architecture, encoder, stride = NETWORKS[name][:3]
+    torch.manual_seed(0)
+    config = Network(architecture=architecture, encoder=encoder, output_stride=stride, weights=None)
+    return SegmentationNetwork(config, CLASSES)
+
+
+@pytest.mark.parametrize("part", ["taps", "modes"])
+@every_network
+def test_networks(name: str, part: str) -> None:
+    {"taps": taps, "modes": modes}[part](name)
+
+
+def taps(name: str) -> None:
+    widths, strides, fusion, stride = NETWORKS[name][3:]
+    expected = {
+        f"backbone.{i}": (width, SIZE[0] // step, SIZE[1] // step)
+        for i, (width, step) in enumerate(zip(widths, strides, strict=True), 1)
+    }
+    expected["fusion"] = (fusion, SIZE[0] // stride, SIZE[1] // stride)
+    expected["logits"] = (CLASSES, SIZE[0] // stride, SIZE[1] // stride)
+    assert tap_shapes(build(name), SIZE) == expected
+
+
+def modes(name: str) -> None:
+    """An auxiliary head on the third stage in training alone, finite bf16, the same answer twice in eval."""
+    network, images = build(name), torch.randn(2, 3, 32, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low = network.train()(images)
+    assert low["auxiliary"].shape == (2, CLASSES, *low["backbone.3"].shape[-2:])
+    assert low["logits"].dtype == torch.bfloat16
+    assert all(tap.isfinite().all() for tap in low.values())
+    with torch.no_grad():
+        first, second = network.eval()(images), network(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            near = network(images)["logits"].float()
+    assert "auxiliary" not in first
+    assert all(torch.equal(first[tap], second[tap]) for tap in first)
+    assert (near - first["logits"]).abs().max() < 0.1 * first["logits"].abs().max()
+    assert network.predict(torch.randn(1, 3, 50, 70)).shape == (1, 50, 70)
+
+
+@pytest.mark.parametrize("architecture", ["Segformer", "DeepLabV3"])
+def test_smps_own_encoders_are_not_dilated(architecture: str) -> None:
+    """Its dilation would also change the convolutions that reduce the keys of an attention."""
+    config = Network(architecture=architecture, encoder="mit_b0", output_stride=8, weights=None)
+    with pytest.raises(ConfigError, match=r"'mit_b0' cannot be built right at output stride 8: set .*32"):
+        SegmentationNetwork(config, 3)
