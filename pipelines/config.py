@@ -219,7 +219,7 @@ def dataset(data: dict[str, Any], benchmark: str) -> tuple[Any, Any]:
     have = sorted(
         p.stem
         for p in (ROOT / "pipelines" / "datasets").glob("[a-z]*.py")
-        if p.stem not in ("folder", "transforms")
+        if p.stem not in ("archives", "folder", "transforms", "writer")
     )
     if name not in have:
         raise ConfigError(

@@ -67,7 +67,11 @@ class Config(Model):
     mirror: Path | None
 
 
-def prepare(config: Config, target: Path, mirror: Path | None) -> Meta:
+def meta(config: Config) -> Meta:
+    return META
+
+
+def prepare(config: Config, target: Path, mirror: Path | None) -> None:
     """Write CamVid into ``target``; ``mirror`` (from the environment) goes before the configured one, Git
     comes last.
 
@@ -85,7 +89,6 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> Meta:
             _write(config, _clone(clone), target)
         finally:
             shutil.rmtree(clone, ignore_errors=True)
-    return META
 
 
 def _inside(mirror: Path) -> Path:
