@@ -52,12 +52,13 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key} stands there twice", node.start_mark
-                )
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"{key.value} stands there twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
         return node
 
 
@@ -270,8 +271,8 @@ def dataset(data: dict[str, Any], benchmark: str) -> tuple[Any, Any]:
     )
     if name not in have:
         raise ConfigError(
-            f"There is no data set {reprlib.repr(name)} (benchmarks.{benchmark}.data.dataset); those that exist: "
-            f"{', '.join(have)}."
+            f"There is no data set {reprlib.repr(name)} (benchmarks.{benchmark}.data.dataset); those that "
+            f"exist: {', '.join(have)}."
         )
     module = importlib.import_module(f"pipelines.datasets.{name}")
     try:
