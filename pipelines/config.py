@@ -97,10 +97,16 @@ class Model(BaseModel):
 
 
 class Weights(Model):
-    """A file of encoder weights (safetensors, or torch with ``weights_only``) and its sha256."""
+    """A file of encoder weights (safetensors, or torch with ``weights_only``), where it comes from and its
+    sum.
 
-    file: Path
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    ``sha256`` may be its first 8 digits, which torch.hub writes into file names, or null as long as it is not
+    known: then the file is refused, by a sentence that has the sum.
+    """
+
+    file: Path  # below the root of the project, or absolute
+    url: str | None
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{8,64}$")] | None
 
 
 class Recipe(Model):
@@ -113,12 +119,12 @@ class Recipe(Model):
 
 class Network(Model):
     """A segmentation network of segmentation_models_pytorch: architecture, encoder, output stride, encoder
-    weights; ``recipe`` where the protocol's optimiser does not suit it."""
+    weights (an entry of ``weights:``); ``recipe`` where the protocol's optimiser does not suit it."""
 
     architecture: Literal["PSPNet", "DeepLabV3", "Segformer"]
     encoder: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
     output_stride: Literal[8, 16, 32]
-    weights: Weights | None
+    weights: Key | None
     recipe: Recipe | None = None
 
 
@@ -200,6 +206,7 @@ class Suite(Model):
     variants: Keys
     threads: Positive  # of a cell, on the CPU
     workers: Annotated[int, Field(ge=0)]  # processes that read a large data set for a cell
+    weights: list[Key]  # that are fetched before anything is trained
     strict: bool  # deterministic kernels on a GPU too, where torch has them
 
 
@@ -223,6 +230,7 @@ class Params(Model):
     suite: Suite
     benchmarks: dict[Key, Benchmark]
     students: dict[Key, Network]
+    weights: dict[Key, Weights]
     methods: dict[Key, dict[str, Any]]
     acfd: dict[Key, dict[str, Any]]
     tuning: Tuning
@@ -249,6 +257,9 @@ class Params(Model):
 
     def student(self, key: str) -> Network:
         return self.students[known("student", key, self.students)]
+
+    def encoder_weights(self, key: str) -> Weights:
+        return self.weights[known("file of weights", key, self.weights)]
 
 
 def known(kind: str, key: str, have: Any) -> str:
@@ -290,6 +301,7 @@ def load(path: Path | None = None, methods: bool = True) -> Params:
     except ValidationError as error:
         raise ConfigError(explain("", error)) from None
     suite = params.suite
+    networks = [*params.students.values(), *(own.teacher.network for own in params.benchmarks.values())]
     for kind, wanted, have in (
         ("benchmark", suite.benchmarks, params.benchmarks),
         ("student", suite.students, params.students),
@@ -297,6 +309,8 @@ def load(path: Path | None = None, methods: bool = True) -> Params:
         ("benchmark", [params.tuning.benchmark], params.benchmarks),
         ("student", [params.tuning.student], params.students),
         ("method", params.tuning.methods, params.method_keys),
+        ("file of weights", suite.weights, params.weights),
+        ("file of weights", filter(None, (network.weights for network in networks)), params.weights),
     ):
         for key in wanted:
             known(kind, key, have)

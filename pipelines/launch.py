@@ -26,7 +26,11 @@ from queue import Queue
 from pipelines import cli, config
 from pipelines.config import ROOT, ConfigError
 
-WAVES = (("fetch",), ("train_teacher",), ("distill", "acfd"))  # the stages of a wave do not need each other
+WAVES = (
+    ("fetch", "fetch_weights"),
+    ("train_teacher",),
+    ("distill", "acfd"),
+)  # the stages of a wave do not need each other
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines.config import ConfigError, Network
+from pipelines.config import ConfigError, Network, Weights
 from pipelines.engine import eager
 
 CLASSIFIER = (
@@ -111,36 +111,60 @@ def _build(config: Network, classes: int) -> nn.Module:
             f"be built ({' '.join(str(error).split())[:200]}): correct `encoder` or `output_stride` in "
             f"params.yaml."
         ) from None
-    if config.weights is not None:
-        _load_encoder(model.encoder, config.weights.file, config.weights.sha256)
     return model
 
 
-def _load_encoder(encoder: Any, file: Path, sha256: str) -> None:
-    """Load ImageNet weights strictly: every tensor of the encoder must be in the file, and only a classifier
-    may be left over."""
+def check_weights(key: str, weights: Weights, root: Path) -> str:
+    """The full sha256 of the file of an entry of ``weights:``; :class:`ConfigError` when the file is absent
+    or has another sum than params.yaml says."""
+    file = root / weights.file
     if not file.is_file():
+        get = f"run `python -m pipelines.fetch_weights --weights {key}`, or " if weights.url else ""
         raise ConfigError(
-            f"The encoder weights {file} do not exist: put the file there (sha256 {sha256}) or set "
-            f"`weights: null`."
+            f"The encoder weights {weights.file} ({_sum(weights)}) are not there, and nothing is downloaded "
+            f"unasked: {get}put the file there, or set `weights: null` to start from random ones."
         )
-    if (found := file_sha256(file)) != sha256:
+    found = file_sha256(file)
+    if weights.sha256 is None:
         raise ConfigError(
-            f"The encoder weights {file} have sha256 {found}, params.yaml says {sha256}: fetch the file "
-            f"again or correct the sum."
+            f"The encoder weights {weights.file} have sha256 {found}: write it into params.yaml "
+            f"(weights.{key}.sha256) if that is the file you trust; without a sum they are not used."
         )
-    target = getattr(encoder, "model", encoder)
-    state = read_state(file)
-    wanted = set(target.state_dict())
-    left_over = [name for name in state if name not in wanted and not name.startswith(CLASSIFIER)]
-    missing = sorted(wanted - set(state))
-    if missing or left_over:
+    if not found.startswith(weights.sha256):
         raise ConfigError(
-            f"The encoder weights {file} are of another network: {len(missing)} tensors missing "
-            f"{missing[:3]}, "
-            f"{len(left_over)} unknown {left_over[:3]}."
+            f"The encoder weights {weights.file} have sha256 {found}, params.yaml says {weights.sha256} "
+            f"(weights.{key}): delete the file and get it again, or correct the sum."
         )
-    target.load_state_dict({name: state[name] for name in wanted}, strict=True)
+    return found
+
+
+def _sum(weights: Weights) -> str:
+    if weights.sha256 is None:
+        return "sha256 not known"
+    return f"sha256 {weights.sha256}{'…' * (len(weights.sha256) < 64)}"
+
+
+def load_encoder(network: SegmentationNetwork, key: str, weights: Weights, root: Path) -> str:
+    """Load an entry of ``weights:`` into the encoder and return the file's sha256.
+
+    Strictly: every tensor of the encoder must be in the file, and only a classifier may be left over. Counts
+    of batches, which files of torchvision lack, and which nothing here reads, stay 0.
+    """
+    found = check_weights(key, weights, root)
+    target: nn.Module = getattr(network.encoder, "model", network.encoder)
+    state, own = read_state(root / weights.file), target.state_dict()
+    left_over = [name for name in state if name not in own and not name.startswith(CLASSIFIER)]
+    missing = [name for name in own if name not in state and not name.endswith(".num_batches_tracked")]
+    other = [name for name in own if name in state and state[name].shape != own[name].shape]
+    if missing or left_over or other:
+        raise ConfigError(
+            f"The encoder weights {weights.file} are of another network: {len(missing)} tensors missing "
+            f"{missing[:3]}, {len(left_over)} unknown {left_over[:3]}, {len(other)} of another shape "
+            f"{other[:3]}; correct `weights` or `encoder` in params.yaml."
+        )
+    # not the encoder's own load_state_dict, which some encoders of smp replace
+    nn.Module.load_state_dict(target, {name: state.get(name, own[name]) for name in own}, strict=True)
+    return found
 
 
 def read_state(file: Path) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import yaml
 from conftest import ROOT
 
 from pipelines import config
-from pipelines.config import Benchmark, ConfigError, Network, Params, Weights
+from pipelines.config import Benchmark, ConfigError, Network, Params
 from pipelines.results import claims
 from pipelines.results.claims import Claims, Verdict
 from pipelines.results.gathered import Results
@@ -72,8 +72,7 @@ def parameters() -> Params:
 
 
 def network(encoder: str) -> Network:
-    weights = Weights(file=Path("encoder.safetensors"), sha256="0" * 64)
-    return Network(architecture="PSPNet", encoder=encoder, output_stride=8, weights=weights)
+    return Network(architecture="PSPNet", encoder=encoder, output_stride=8, weights="resnet18")
 
 
 def benchmark(dataset: str = "camvid", size: list[int] | None = None, **training: Any) -> Benchmark:

@@ -31,7 +31,7 @@ from pipelines.engine.fit import History, fit
 from pipelines.engine.seeds import derive
 from pipelines.engine.teacher import load_teacher
 from pipelines.method import TAPS, Distiller, MethodConfig, Shapes, method_class
-from pipelines.networks import SegmentationNetwork, file_sha256, flops, tap_shapes
+from pipelines.networks import SegmentationNetwork, file_sha256, flops, load_encoder, tap_shapes
 from pipelines.results import records
 from pipelines.results.confusion import summary
 from pipelines.results.records import Cell, teacher_cell, write_bytes
@@ -66,10 +66,14 @@ class Plan:
     teacher: Network | None
     teacher_training: Training
 
-    def values(self) -> dict[str, Any]:
-        """The resolved configuration, as it goes into the record."""
+    def values(self, encoder: str | None = None) -> dict[str, Any]:
+        """The resolved configuration, as it goes into the record; ``encoder`` is the sha256 of the weights
+        that the encoder starts from."""
+        network = self.network.written()
+        if encoder is not None:
+            network["weights"] = {"key": network["weights"], "sha256": encoder}
         return {
-            "network": self.network.written(),
+            "network": network,
             "training": self.training.written(),
             "method": self.config.model_dump(mode="json"),
             "teacher": self.teacher.written() if self.teacher else None,
@@ -100,6 +104,7 @@ class Prepared:
     """A training that can begin, with the fingerprint of everything that its outcome depends on."""
 
     plan: Plan
+    config: dict[str, Any]  # the plan's values, resolved
     training: Training  # the plan's, lengthened where a method has to match the compute of others
     compute: dict[str, Any]
     network: SegmentationNetwork
@@ -148,6 +153,10 @@ def prepare(plan: Plan, params: Params, root: Path = ROOT) -> Prepared:
     torch.manual_seed(derive(cell.seed, "network", cell.student))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = SegmentationNetwork(plan.network, len(classes)).to(device)
+    encoder = None
+    if (key := plan.network.weights) is not None:
+        encoder = load_encoder(network, key, params.encoder_weights(key), root)
+    values = plan.values(encoder)
     teacher = SegmentationNetwork(plan.teacher, len(classes)) if plan.teacher else None
     shapes = tap_shapes(network, plan.training.crop)
     teacher_shapes = tap_shapes(teacher, plan.training.crop) if teacher else shapes
@@ -183,11 +192,12 @@ def prepare(plan: Plan, params: Params, root: Path = ROOT) -> Prepared:
         "steps": training.steps,
         "threads": params.suite.threads,
         "strict": params.suite.strict,
-        **plan.values(),
+        **values,
     }
     mark = checkpoint.fingerprint(inputs, [*(ROOT / name for name in CODE), *own_code])
     return Prepared(
         plan=plan,
+        config=values,
         training=training,
         compute=compute,
         network=network,
@@ -363,13 +373,12 @@ def _run(prepared: Prepared, started: datetime.datetime, code: dict[str, Any], r
         planned.training,
     )
     trained.seconds["test"] = time.perf_counter() - start
-    _write(planned, trained, description, counts, test.names, started, code, root)
+    _write(prepared, trained, counts, test.names, started, code, root)
 
 
 def _write(
-    plan: Plan,
+    prepared: Prepared,
     trained: Trained,
-    description: data_folder.Description,
     test: np.ndarray,
     names: list[str],
     started: datetime.datetime,
@@ -378,6 +387,7 @@ def _write(
 ) -> None:
     from safetensors.torch import save
 
+    plan, description = prepared.plan, prepared.description
     cell, folder, classes = plan.cell, plan.cell.folder(root), list(description.classes)
     network, history = trained.network, trained.history
     weights = save({name: value.contiguous().cpu() for name, value in network.exported().items()})
@@ -415,7 +425,7 @@ def _write(
             "method": cell.method,
             "seed": cell.seed,
         },
-        "config": plan.values(),
+        "config": prepared.config,
         "classes": classes,
         "data_sha256": description.sha256,
         "teacher": trained.teacher,

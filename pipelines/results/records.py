@@ -186,7 +186,18 @@ def stale(record: Record, params: Params) -> list[str]:
             "method": params.method_values(cell.method),
             "teacher": benchmark.teacher.network.written(),
         }
-    return [part for part, value in wanted.items() if record.run["config"].get(part) != value]
+    recorded = {**record.run["config"], "network": _unresolved(record.run["config"]["network"], params)}
+    return [part for part, value in wanted.items() if recorded.get(part) != value]
+
+
+def _unresolved(network: dict[str, Any], params: Params) -> dict[str, Any]:
+    """A recorded network as params.yaml writes it: with the key of its encoder weights, if that still means
+    the file it was trained from."""
+    if not isinstance(found := network.get("weights"), dict):
+        return network
+    entry = params.weights.get(found["key"])
+    same = entry is not None and entry.sha256 is not None and found["sha256"].startswith(entry.sha256)
+    return {**network, "weights": found["key"]} if same else network
 
 
 def failure(cell: Cell, root: Path = ROOT) -> str | None:

@@ -1,0 +1,209 @@
+"""ImageNet weights of encoders: found, checked, loaded strictly, and named in the record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from conftest import read_params, write_params
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipelines import config
+from pipelines.config import ConfigError, Network, Params, Weights
+from pipelines.engine.cell import run_cell
+from pipelines.networks import SegmentationNetwork, check_weights, file_sha256, load_encoder
+from pipelines.results import records
+from pipelines.results.records import Cell, stale
+
+R18 = Network(architecture="PSPNet", encoder="tu-resnet18", output_stride=8, weights="mine")
+B0 = Network(architecture="Segformer", encoder="mit_b0", output_stride=32, weights="mine")
+
+
+def entry(file: Path, digits: int = 64, url: str | None = None) -> Weights:
+    return Weights(file=file, url=url, sha256=file_sha256(file)[:digits])
+
+
+def encoder(network: SegmentationNetwork) -> nn.Module:
+    found: nn.Module = getattr(network.encoder, "model", network.encoder)
+    return found
+
+
+@pytest.mark.parametrize("counts", [True, False], ids=["with counts", "without, as older files"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet101"])
+def test_torchvisions_resnets_fit(tmp_path: Path, name: str, counts: bool) -> None:
+    """The same images give the same features in torchvision's network and in the loaded encoder."""
+    torch.manual_seed(0)
+    source = getattr(torchvision.models, name)(weights=None).eval()
+    state = {k: v for k, v in source.state_dict().items() if counts or "num_batches" not in k}
+    torch.save(state, tmp_path / "w.pth")
+    network = SegmentationNetwork(R18.model_copy(update={"encoder": f"tu-{name}", "output_stride": 32}), 3)
+    load_encoder(network, "mine", entry(Path(tmp_path / "w.pth")), tmp_path)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        ours = network.eval()(images)
+        x = source.maxpool(source.relu(source.bn1(source.conv1(images))))
+        for stage in range(1, 5):
+            x = getattr(source, f"layer{stage}")(x)
+            torch.testing.assert_close(ours[f"backbone.{stage}"], x)
+
+
+def published(name: str) -> tuple[Network, dict[str, Tensor]]:
+    """A network, and its encoder's weights with the names and the classifier of the file on the hub."""
+    import timm
+    from segmentation_models_pytorch.encoders import get_encoder
+
+    torch.manual_seed(1)
+    if name == "mobilenetv2":
+        model = timm.create_model("mobilenetv2_100", pretrained=False)
+        return R18.model_copy(update={"encoder": "tu-mobilenetv2_100"}), model.state_dict()
+    head = {"head.weight": torch.zeros(1000, 256), "head.bias": torch.zeros(1000)}
+    return B0, get_encoder("mit_b0", weights=None).state_dict() | head
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2", "mit-b0"])
+def test_files_of_the_hubs_fit(tmp_path: Path, name: str) -> None:
+    network_config, state = published(name)
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "w.safetensors")
+    network = SegmentationNetwork(network_config, 3)
+    load_encoder(network, "mine", entry(tmp_path / "w.safetensors", 8), tmp_path)
+    loaded = encoder(network).state_dict()
+    assert len(loaded) > 100
+    assert all(torch.equal(state[k], v) for k, v in loaded.items())
+
+
+@pytest.fixture
+def r18(tmp_path: Path) -> tuple[SegmentationNetwork, dict[str, Tensor]]:
+    network = SegmentationNetwork(R18, 3)
+    return network, {k: v + 1 for k, v in encoder(network).state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda s: {k: v for k, v in s.items() if "layer4" not in k}, "another network: 25 tensors missing"),
+        (lambda s: s | {"layer5.weight": torch.zeros(1)}, r"1 unknown \['layer5.weight'\]"),
+        (lambda s: s | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, r"1 of another shape \['conv1.weight'\]"),
+    ],
+)
+def test_weights_of_another_network_change_nothing(
+    tmp_path: Path,
+    r18: tuple[SegmentationNetwork, dict[str, Tensor]],
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    sentence: str,
+) -> None:
+    network, state = r18
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    save_file(change(state), tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError, match=sentence):
+        load_encoder(network, "mine", entry(tmp_path / "w.safetensors"), tmp_path)
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+
+
+def test_a_torch_file_that_runs_code_is_not_run(
+    tmp_path: Path, r18: tuple[SegmentationNetwork, dict[str, Tensor]]
+) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"conv1.weight": Evil()}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_encoder(r18[0], "mine", entry(tmp_path / "w.pth"), tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_file_and_its_sum_are_checked(tmp_path: Path) -> None:
+    file = tmp_path / "w.pth"
+    absent = Weights(file=Path("w.pth"), url="https://example.org/w.pth", sha256="0123456789")
+    with pytest.raises(ConfigError) as error:
+        check_weights("mine", absent, tmp_path)
+    for part in (
+        "w.pth (sha256 0123456789…) are not there",
+        "`python -m pipelines.fetch_weights --weights mine`",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(ConfigError) as error:
+        check_weights("mine", absent.model_copy(update={"url": None}), tmp_path)
+    assert "fetch_weights" not in str(error.value) and "put the file there" in str(error.value)
+
+    file.write_bytes(b"weights")
+    full = file_sha256(file)
+    assert check_weights("mine", entry(file, 8), tmp_path) == full
+    with pytest.raises(ConfigError, match=f"sha256 {full}, params.yaml says 0123456789"):
+        check_weights("mine", absent, tmp_path)
+    with pytest.raises(
+        ConfigError, match=rf"sha256 {full}: write it into params.yaml \(weights.mine.sha256\)"
+    ):
+        check_weights("mine", absent.model_copy(update={"sha256": None}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda r: r["suite"].update(weights=["vgg"]), "no file of weights 'vgg'.*resnet18, resnet34"),
+        (lambda r: r["students"]["pspnet-resnet18"].update(weights="vgg"), "no file of weights 'vgg'"),
+        (
+            lambda r: r["benchmarks"]["camvid"]["teacher"]["network"].update(weights="vgg"),
+            "no file of weights 'vgg'",
+        ),
+        (lambda r: r["weights"]["resnet18"].update(sha256="f37072"), r"weights\.resnet18\.sha256 = 'f37072'"),
+        (lambda r: r["weights"]["resnet18"].update(sha256="F37072FD"), r"weights\.resnet18\.sha256"),
+    ],
+)
+def test_bad_entries_are_one_sentence(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], sentence: str
+) -> None:
+    raw = read_params()
+    change(raw)
+    write_params(tmp_path, raw)
+    with pytest.raises(ConfigError, match=sentence):
+        config.load(tmp_path / "params.yaml")
+
+
+def test_a_cell_starts_from_its_weights_and_says_which(
+    place: Path, edit: Callable[[Callable[[dict[str, Any]], None]], Params]
+) -> None:
+    """The sum is in the record and in the fingerprint; the record is stale when the file is another."""
+    cell = Cell("streets", "pspnet-resnet18", "none", 0)
+    file = place / "weights" / "w.safetensors"
+    file.parent.mkdir()
+
+    def write(seed: int) -> str:
+        torch.manual_seed(seed)
+        save_file(encoder(SegmentationNetwork(R18, 3)).state_dict(), file)
+        return file_sha256(file)
+
+    def choose(sum_: str) -> Callable[[dict[str, Any]], None]:
+        def change(raw: dict[str, Any]) -> None:
+            raw["weights"]["mine"] = {"file": "weights/w.safetensors", "url": None, "sha256": sum_}
+            raw["students"]["pspnet-resnet18"]["weights"] = "mine"
+
+        return change
+
+    with pytest.raises(ConfigError, match="are not there"):
+        run_cell(cell, edit(choose("0" * 8)), place)
+    assert "are not there" in str(records.failure(cell, place))
+
+    runs = []
+    for seed in (0, 1):
+        full = write(seed)
+        params = edit(choose(full[:8]))
+        run_cell(cell, params, place)
+        record = records.read(cell, place)
+        assert record is not None
+        assert record.run["config"]["network"]["weights"] == {"key": "mine", "sha256": full}
+        assert stale(record, params) == []
+        assert stale(record, edit(choose("0" * 64))) == ["network"]
+        runs.append(record.run)
+    assert runs[0]["fingerprint"] != runs[1]["fingerprint"]
+    assert runs[0]["weights_sha256"] != runs[1]["weights_sha256"]
+    before = json.dumps(runs[1])
+    run_cell(cell, params, place)
+    kept = records.read(cell, place)
+    assert kept is not None and json.dumps(kept.run) == before
