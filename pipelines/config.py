@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 if TYPE_CHECKING:
     from pipelines.method import MethodConfig
@@ -21,24 +30,62 @@ class ConfigError(ValueError):
     """A sentence for the user: what is wrong and what to change."""
 
 
-def explain(section: str, error: ValidationError) -> str:
-    """A pydantic error as sentences that name the place in params.yaml."""
-    lines = []
-    for item in error.errors():
-        place = ".".join([section, *(str(part) for part in item["loc"])]).strip(".")
+def explain(section: str, error: ValidationError, file: str = "params.yaml", shown: int = 3) -> str:
+    """A pydantic error as sentences that name the place in the file: the first few problems."""
+    lines, found = [], error.errors()
+    for item in found[:shown]:
+        value, problem = reprlib.repr(item["input"]), " ".join(item["msg"].split())[:200]
+        parts = [section, *(str(part) for part in item["loc"])]
+        place = ".".join(part if part.isprintable() else ascii(part) for part in parts).strip(".")[:200]
         if item["type"] == "extra_forbidden":
             lines.append(f"{place} is not a known setting: correct its spelling or remove it.")
         elif item["type"] == "missing":
             lines.append(f"{place} is missing: add it.")
         else:
-            lines.append(f"{place} = {item['input']!r} is not allowed: {item['msg']}.")
-    return "In params.yaml: " + " ".join(lines)
+            lines.append(f"{place} = {value} is not allowed: {problem}.")
+    more = f" … ({len(found)} problems in all)" if len(found) > shown else ""
+    return f"In {file}: {' '.join(lines)}{more}"
+
+
+class _Loader(yaml.SafeLoader):
+    """Without a setting that stands there twice, of which PyYAML would take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"{key.value} stands there twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return node
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file of this checkout. ConfigError when it cannot be read or is none."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"{path.name} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # impossible dates, depth, …
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{path.name} is not valid YAML: {reason}.") from None
+
+
+def _distinct(keys: list[Any]) -> list[Any]:
+    if len(set(keys)) < len(keys):
+        raise ValueError("an entry stands there twice")
+    return keys
 
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Size = tuple[Positive, Positive]  # height, width in pixels
-Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+Side = Annotated[int, Field(gt=0, le=2**13)]
+Size = tuple[Side, Side]  # height, width in pixels
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
+Keys = Annotated[list[Key], AfterValidator(_distinct)]
 
 
 class Model(BaseModel):
@@ -75,7 +122,7 @@ class Network(Model):
     weights (an entry of ``weights:``); ``recipe`` where the protocol's optimiser does not suit it."""
 
     architecture: Literal["PSPNet", "DeepLabV3", "Segformer"]
-    encoder: str
+    encoder: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
     output_stride: Literal[8, 16, 32]
     weights: Key | None
     recipe: Recipe | None = None
@@ -139,7 +186,7 @@ class Teacher(Model):
 
     network: Network
     training: Training
-    seed: int
+    seed: Seed
 
 
 class Benchmark(Model):
@@ -153,10 +200,10 @@ class Benchmark(Model):
 class Suite(Model):
     """What ``dvc repro`` runs."""
 
-    benchmarks: list[Key] = Field(min_length=1)
-    students: list[Key] = Field(min_length=1)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
-    variants: list[Key]
+    benchmarks: Keys = Field(min_length=1)
+    students: Keys = Field(min_length=1)
+    seeds: Annotated[list[Seed], AfterValidator(_distinct)] = Field(min_length=1)
+    variants: Keys
     threads: Positive  # of a cell, on the CPU
     workers: Annotated[int, Field(ge=0)]  # processes that read a large data set for a cell
     weights: list[Key]  # that are fetched before anything is trained
@@ -171,10 +218,10 @@ class Tuning(Model):
 
     benchmark: Key
     student: Key
-    methods: list[Key]
+    methods: Keys
     trials: Positive
     steps: Positive
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
 
 
 class Params(Model):
@@ -218,8 +265,9 @@ class Params(Model):
 def known(kind: str, key: str, have: Any) -> str:
     """``key`` if it is one of ``have``; else an error that lists what exists."""
     if key not in have:
+        names = [*have][:20] + ["…"] * (len(have) > 20)
         raise ConfigError(
-            f"There is no {kind} '{key}' in params.yaml; the ones that exist: {', '.join(have)}."
+            f"There is no {kind} '{key}' in params.yaml; the ones that exist: {', '.join(names)}."
         )
     return key
 
@@ -230,12 +278,12 @@ def dataset(data: dict[str, Any], benchmark: str) -> tuple[Any, Any]:
     have = sorted(
         p.stem
         for p in (ROOT / "pipelines" / "datasets").glob("[a-z]*.py")
-        if p.stem not in ("folder", "transforms")
+        if p.stem not in ("archives", "folder", "transforms", "writer")
     )
     if name not in have:
         raise ConfigError(
-            f"There is no data set '{name}' (benchmarks.{benchmark}.data.dataset); those that exist: "
-            f"{', '.join(have)}."
+            f"There is no data set {reprlib.repr(name)} (benchmarks.{benchmark}.data.dataset); those that "
+            f"exist: {', '.join(have)}."
         )
     module = importlib.import_module(f"pipelines.datasets.{name}")
     try:
@@ -249,13 +297,7 @@ def load(path: Path | None = None, methods: bool = True) -> Params:
     torch) method."""
     path = path or ROOT / "params.yaml"
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path.name} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}.") from None
-    try:
-        params = Params.model_validate(raw)
+        params = Params.model_validate(read_yaml(path))
     except ValidationError as error:
         raise ConfigError(explain("", error)) from None
     suite = params.suite

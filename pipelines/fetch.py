@@ -26,7 +26,8 @@ def fetch(data: Path, benchmark: str, settings: config.Benchmark) -> folder.Desc
     clear_leftovers(data, benchmark)
     try:
         part.mkdir(parents=True)
-        folder.write_description(part, module.prepare(checked, part, mirror))
+        module.prepare(checked, part, mirror)
+        folder.write_description(part, module.meta(checked))
         description = folder.check(part)
         if target.exists():
             target.rename(f"{part}-old")  # a rename cannot be interrupted half way, a removal can

@@ -167,7 +167,7 @@ def test_data_that_fail_the_check_are_not_left_behind(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"dataset": "steets"}, "There is no data set 'steets' .*camvid, streets"),
+        ({"dataset": "steets"}, "There is no data set 'steets' .*camvid, cityscapes, custom, streets, voc"),
         ({"sead": 1}, "benchmarks.small.data.sead is not a known setting"),
         ({"train": 0}, "benchmarks.small.data.train = 0"),
         ({"size": [32]}, "benchmarks.small.data.size"),

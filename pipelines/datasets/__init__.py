@@ -1,3 +1,3 @@
-"""Data sets: one file each (``Config`` and ``prepare``), one on-disk form (``folder``), one augmentation
-(``transforms``).
+"""Data sets: one file each (``Config``, ``meta``, ``prepare``), from ``archives`` by a ``writer`` into one
+on-disk form (``folder``); one augmentation (``transforms``).
 """

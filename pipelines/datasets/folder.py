@@ -14,16 +14,18 @@ import hashlib
 import io
 import json
 import os
-import struct
+import re
+import reprlib
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from pydantic import Field, TypeAdapter
 
 from pipelines.config import ConfigError
 
@@ -34,9 +36,12 @@ AHEAD = 2  # batches that each worker process prepares in advance
 SPLITS = ("train", "val", "test")
 IN_MEMORY = 2**30  # bytes of pixels; a set with a larger split is read from disk sample by sample
 DESCRIPTION = "dataset.json"
-# What Pillow raises for broken files beside OSError; a claimed size that is absurd is a warning or an error.
-BROKEN = (Image.DecompressionBombError, Image.DecompressionBombWarning, struct.error, zlib.error, IndexError)
+PIXELS = 2**26  # of one image: a damaged header may claim any size, which would be allocated
+PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"IEND\xaeB`\x82"  # the last bytes of every whole PNG file
+
+Byte = Annotated[int, Field(ge=0, le=255)]
+Count = Annotated[int, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,9 @@ class Meta:
     """
 
     name: str
-    classes: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
-    ignore_index: int
+    classes: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)]
+    palette: tuple[tuple[Byte, Byte, Byte], ...]
+    ignore_index: Byte
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,18 @@ class Description(Meta):
     per split, ``sha256`` the data hash.
     """
 
-    size: tuple[int, int] | None
-    splits: dict[str, int]
-    files: dict[str, str]
+    size: tuple[Count, Count] | None
+    splits: Annotated[dict[str, Count], Field(min_length=len(SPLITS), max_length=len(SPLITS))]
+    files: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
     sha256: str
 
     @property
     def streamed(self) -> bool:
         """Whether the set is read from disk sample by sample: decided by the data, not by the machine."""
         return self.size is None or 4 * max(self.splits.values()) * self.size[0] * self.size[1] > IN_MEMORY
+
+
+READ = TypeAdapter(Description)
 
 
 @dataclass(frozen=True)
@@ -187,18 +195,11 @@ def describe(root: Path) -> Description:
             f"There is no data in {_place(root)}: {DESCRIPTION} is missing. {_remedy(root)}"
         ) from None
     try:
-        raw: dict[str, Any] = json.loads(content)
-        return Description(
-            name=raw["name"],
-            classes=tuple(raw["classes"]),
-            palette=tuple((int(r), int(g), int(b)) for r, g, b in raw["palette"]),
-            ignore_index=int(raw["ignore_index"]),
-            size=(int(raw["size"][0]), int(raw["size"][1])) if raw["size"] is not None else None,
-            splits={split: int(raw["splits"][split]) for split in SPLITS},
-            files=dict(raw["files"]),
-            sha256=sha256(content),
-        )
-    except (ValueError, KeyError, TypeError, IndexError):
+        found = READ.validate_python({**json.loads(content), "sha256": sha256(content)})
+        if set(found.splits) != set(SPLITS):
+            raise ValueError(found.splits)
+        return found
+    except (ValueError, TypeError, RecursionError):
         raise ConfigError(f"{_place(root)}/{DESCRIPTION} is damaged. {_remedy(root)}") from None
 
 
@@ -235,16 +236,16 @@ def read_list(root: Path, split: str) -> list[tuple[str, str]]:
         lines = (root / f"{split}.txt").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"{_place(root)}/{split}.txt is missing or damaged. {_remedy(root)}") from None
+    name = r"(?:[\w+@(),=-][\w+@(),=.-]*/)*[\w+@(),=-][\w+@(),=.-]*"  # no part begins with a dot
+    sample = re.compile(rf"({split}/{name}\.(?:png|jpg))\s+({split}annot/{name}\.png)")
     pairs = []
     for number, line in enumerate(lines, 1):
-        match line.split():
-            case [image, label] if image.startswith(f"{split}/") and label.startswith(f"{split}annot/"):
-                pairs.append((image, label))
-            case _:
-                raise ConfigError(
-                    f"Line {number} of {_place(root)}/{split}.txt is {line!r}; "
-                    f"it must read `{split}/<name>.png {split}annot/<name>.png` (or .jpg for the image)."
-                )
+        if (found := sample.fullmatch(line.strip())) is None:
+            raise ConfigError(
+                f"Line {number} of {_place(root)}/{split}.txt is {reprlib.repr(line)}; "
+                f"it must read `{split}/<name>.png {split}annot/<name>.png` (or .jpg for the image)."
+            )
+        pairs.append((found[1], found[2]))
     if not pairs:
         raise ConfigError(f"{_place(root)}/{split}.txt names no sample. {_remedy(root)}")
     return pairs
@@ -253,33 +254,72 @@ def read_list(root: Path, split: str) -> list[tuple[str, str]]:
 def decode(content: bytes, path: str, mode: str) -> np.ndarray:
     """The pixels of a PNG, or a JPEG where the name says so, whose mode must be ``mode``: (H, W, 3) uint8 for
     "RGB", (H, W) uint8 for "L"."""
-    kind = _kind(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=[kind])
-        with image:
-            image.load()
-            # Pillow opens 16-bit colour as 8-bit RGB and 4-bit gray as L, both rescaled: ask the header.
-            depth = content[24] if kind == "PNG" else 8
-            if image.mode != mode or depth != 8:
-                need = "8-bit RGB" if mode == "RGB" else "8-bit with one channel (L)"
-                raise ConfigError(f"{path} has the mode {image.mode} with {depth} bits; it must be {need}.")
+    with _opened(content, path) as image:
+        # Pillow opens 16-bit colour as 8-bit RGB and 4-bit gray as L, both rescaled: ask the header.
+        depth = content[24] if image.format == "PNG" else 8
+        if image.mode != mode or depth != 8:
+            need = "8-bit RGB" if mode == "RGB" else "8-bit with one channel (L)"
+            raise ConfigError(f"{path} has the mode {image.mode} with {depth} bits; it must be {need}.")
+        try:
             return np.asarray(image)
-    except (*BROKEN, OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path} is not a whole {kind} file: {error}.") from None
+        except Exception as error:  # Pillow has no one family of errors for broken pixels
+            raise _broken(path, str(error)) from None
 
 
 def _claimed_size(content: bytes, path: str) -> tuple[int, int]:
     """(height, width) of an image by its header."""
+    with _opened(content, path) as image:
+        return image.height, image.width
+
+
+def _opened(content: bytes, path: str) -> Image.Image:
+    """An image whose pixels are not decoded yet, of a size that can be."""
     kind = _kind(path)
+    if kind == "PNG":
+        _check_png(content, path)
     try:
-        with Image.open(io.BytesIO(content), formats=[kind]) as image:
-            return image.height, image.width
-    except (*BROKEN, OSError, SyntaxError, ValueError) as error:
-        raise ConfigError(f"{path} is not a whole {kind} file: {error}.") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=[kind])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_large(path) from None
+    except Exception as error:  # as above; the text of the first one holds an address
+        unknown = isinstance(error, UnidentifiedImageError)
+        raise _broken(path, "its header is damaged" if unknown else str(error)) from None
+    if image.width * image.height > PIXELS:
+        raise _too_large(path)
+    return image
+
+
+def _check_png(content: bytes, path: str) -> None:
+    """The chunks of a PNG file by their lengths and sums, which Pillow checks in part only (PNG, 3rd edition,
+    section 5)."""
+    if not content.startswith(PNG_START):
+        raise _broken(path, "it does not begin as one")
+    at, kinds = len(PNG_START), list[bytes]()
+    while at < len(content) and kinds[-1:] != [b"IEND"]:
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")  # length, kind, data, sum
+        if end > len(content):
+            raise _broken(path, "it is truncated")
+        if zlib.crc32(content[at + 4 : end - 4]) != int.from_bytes(content[end - 4 : end], "big"):
+            raise _broken(path, "a checksum in it is wrong")
+        kinds.append(content[at + 4 : at + 8])
+        at = end
+    if kinds[:1] != [b"IHDR"] or kinds[-1:] != [b"IEND"] or content[8:12] != b"\0\0\0\r":
+        raise _broken(path, "it is truncated")
+    if at < len(content):
+        raise _broken(path, f"{len(content) - at} bytes follow its end")
+    width, height = (int.from_bytes(content[first : first + 4], "big") for first in (16, 20))
+    if width * height > PIXELS:
+        raise _too_large(path)
+
+
+def _broken(path: str, why: str) -> ConfigError:
+    return ConfigError(f"{path} is not a whole {_kind(path)} file: {' '.join(why.split())[:200]}.")
+
+
+def _too_large(path: str) -> ConfigError:
+    return ConfigError(f"{path} claims more than {PIXELS:,} pixels: it is damaged, or scale it down.")
 
 
 def _kind(path: str) -> str:

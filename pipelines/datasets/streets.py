@@ -118,7 +118,11 @@ class Config(Model):
     seed: NonNegativeInt
 
 
-def prepare(config: Config, target: Path, mirror: Path | None) -> Meta:
+def meta(config: Config) -> Meta:
+    return META
+
+
+def prepare(config: Config, target: Path, mirror: Path | None) -> None:
     """Draw the scenes into ``target``. Nothing is fetched: ``mirror`` is not used."""
     for split in SPLITS:
         (target / split).mkdir(parents=True)
@@ -133,7 +137,6 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> Meta:
         (target / f"{split}.txt").write_text(
             "".join(f"{image} {label}\n" for image, label in samples), encoding="utf-8"
         )
-    return META
 
 
 def scene(size: tuple[int, int], seed: int, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-import yaml
 from pydantic import ConfigDict, Field, ValidationError
 
 from pipelines import config
@@ -190,16 +189,9 @@ def load(path: Path | None = None) -> Claims:
     """Read and check claims.yaml. Raises ConfigError, one sentence that says what to correct."""
     path = path or ROOT / FILE
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path.name} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}.") from None
-    try:
-        claims = Claims.model_validate(raw)
+        claims = Claims.model_validate(config.read_yaml(path))
     except ValidationError as error:
-        sentence = config.explain("", error)
-        raise ConfigError(sentence.replace("params.yaml", path.name, 1)) from None
+        raise ConfigError(config.explain("", error, path.name)) from None
     methods = [*sorted(file.stem for file in (ROOT / "baselines").glob("[a-z]*.py")), HEADLINE]
     seen: set[str] = set()
     for claim in claims.claims:

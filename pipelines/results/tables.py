@@ -289,7 +289,7 @@ def between(interval: Interval | None, form: str = "+.2f") -> str:
 
 def escape_markdown(value: Any) -> str:
     """Text that keeps its line, its table cell and its look in Markdown."""
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(str(value).split()))
+    return re.sub(r"([\\`*_|<>\[\]&$~])", r"\\\1", " ".join(str(value).split()))
 
 
 def escape_tex(value: Any) -> str:

@@ -1,0 +1,610 @@
+"""The large data sets, on a few files in their real layouts and archives; downloads from a real server."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import itertools
+import shutil
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from conftest import read_params, tiny, write_params
+from PIL import Image
+from scipy.io import savemat
+
+from pipelines import config
+from pipelines.config import Benchmark, ConfigError
+from pipelines.datasets import ade20k, archives, cityscapes, folder, voc, writer
+from pipelines.engine.cell import run_cell
+from pipelines.fetch import fetch
+from pipelines.results import records
+from pipelines.results.records import Cell, teacher_cell
+
+Files = dict[str, bytes]
+draw = np.random.default_rng(0)
+
+
+def png(values: np.ndarray, palette: bool = False) -> bytes:
+    image, out = Image.fromarray(values), io.BytesIO()
+    if palette:
+        image.putpalette(list(range(256)) * 3)  # gray on purpose: only the indices count
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def jpeg(height: int, width: int, mode: str = "RGB") -> bytes:
+    out = io.BytesIO()
+    pixels = draw.integers(0, 255, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(out, "JPEG")
+    return out.getvalue()
+
+
+def labels(height: int, width: int, values: list[int]) -> np.ndarray:
+    return draw.choice(np.array(values, np.uint8), (height, width))
+
+
+# ---- the real layouts
+
+
+def cityscapes_files() -> Files:
+    files: Files = {"leftImg8bit/README": b"-", "gtFine/license.txt": b"-"}
+    number = itertools.count()
+    for split, cities in (
+        ("train", ("aachen", "ulm", "zurich")),
+        ("val", ("frankfurt",)),
+        ("test", ("berlin",)),
+    ):
+        for city in cities:
+            for _ in range(2):
+                stem = f"{city}_{next(number):06d}_000019"
+                pixels = draw.integers(0, 255, (32, 64, 3), dtype=np.uint8)
+                files[f"leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png"] = png(pixels)
+                ids = labels(32, 64, list(range(34)) if split != "test" else [0])
+                files[f"gtFine/{split}/{city}/{stem}_gtFine_labelIds.png"] = png(ids)
+                files[f"gtFine/{split}/{city}/{stem}_gtFine_polygons.json"] = b"{}"
+    return files
+
+
+def voc_files() -> Files:
+    train, val = ["2007_000032", "2007_000039"], ["2007_000033", "2011_000003"]
+    extra = ["2008_000008", "2008_000015", "2009_000001"]
+    files: Files = {
+        "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt": "".join(f"{n}\n" for n in train).encode(),
+        "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt": "".join(f"{n}\n" for n in val).encode(),
+        # SBD has images of VOC's validation split too
+        "benchmark_RELEASE/dataset/train.txt": "".join(f"{n}\n" for n in [*extra[:2], val[1]]).encode(),
+        "benchmark_RELEASE/dataset/val.txt": "".join(f"{n}\n" for n in [extra[2], train[0]]).encode(),
+    }
+    for index, name in enumerate([*train, *val, *extra]):
+        size = (40 + 4 * index, 60 - 4 * index)
+        files[f"VOCdevkit/VOC2012/JPEGImages/{name}.jpg"] = jpeg(*size)
+        values = labels(*size, list(range(21)))
+        if name in train + val:
+            values[0] = 255
+            files[f"VOCdevkit/VOC2012/SegmentationClass/{name}.png"] = png(values, palette=True)
+        if name in [*extra, val[1], train[0]]:
+            out = io.BytesIO()
+            savemat(out, {"GTcls": {"Segmentation": labels(*size, [1, 2]), "Boundaries": np.zeros(2)}})
+            files[f"benchmark_RELEASE/dataset/cls/{name}.mat"] = out.getvalue()
+    files["VOCdevkit/VOC2012/JPEGImages/2012_004331.jpg"] = jpeg(8, 8)  # of another task
+    return files
+
+
+def ade20k_files() -> Files:
+    top = "ADEChallengeData2016"
+    files: Files = {f"{top}/objectInfo150.txt": b"-", f"{top}/sceneCategories.txt": b"-"}
+    for part, short, count in (("training", "train", 6), ("validation", "val", 2)):
+        for index in range(1, count + 1):
+            size, name = (36 + 4 * index, 50), f"ADE_{short}_{index:08d}"
+            files[f"{top}/images/{part}/{name}.jpg"] = jpeg(*size, "L" if index == 2 else "RGB")
+            files[f"{top}/annotations/{part}/{name}.png"] = png(labels(*size, list(range(151))))
+    return files
+
+
+class Kind:
+    """How one data set is shipped, and what its settings are."""
+
+    def __init__(self, module: Any, files: Callable[[], Files], packed: dict[str, str], **data: Any) -> None:
+        self.module, self.files, self.packed = module, files, packed
+        self.name = module.__name__.rsplit(".", 1)[1]
+        self.data = {"dataset": self.name, "mirror": None, "size": None} | data
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind(cityscapes, cityscapes_files, {a: f for a, f in cityscapes.ARCHIVES}, holdout=["ulm"]),
+        Kind(voc, voc_files, dict((voc.VOC, voc.SBD)), holdout=1),
+        Kind(ade20k, ade20k_files, dict((ade20k.ARCHIVE,)), holdout=2),
+    )
+}
+COUNTS = {
+    "cityscapes": {"train": 6, "val": 2},
+    "voc": {"train_aug": 5, "val": 2},
+    "ade20k": {"training": 6, "validation": 2},
+}
+SPLITS = {
+    "cityscapes": {"train": 4, "val": 2, "test": 2},
+    "voc": {"train": 4, "val": 1, "test": 2},
+    "ade20k": {"train": 4, "val": 2, "test": 2},
+}
+
+
+def pack(place: Path, kind: Kind, files: Files, form: str) -> None:
+    """Ship files as the authors do, or as the folders that one gets by extracting."""
+    place.mkdir(parents=True, exist_ok=True)
+    if form == "folders":
+        for name, content in files.items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(content)
+        return
+    for archive, top in kind.packed.items():
+        own = {
+            name: content
+            for name, content in files.items()
+            if not name.startswith(tuple(other for other in kind.packed.values() if other != top))
+        }
+        if archive.endswith(".zip"):
+            with zipfile.ZipFile(place / archive, "w", zipfile.ZIP_DEFLATED) as opened:
+                for name, content in own.items():
+                    opened.writestr(name, content)
+        else:
+            with tarfile.open(place / archive, "w:gz" if archive.endswith("gz") else "w") as opened:
+                link = tarfile.TarInfo(f"{top}/latest")
+                link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                opened.addfile(link)
+                for name, content in own.items():
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    opened.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture(params=sorted(KINDS))
+def kind(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kind:
+    found = KINDS[request.param]
+    monkeypatch.setattr(found.module, "COUNTS", COUNTS[found.name])
+    monkeypatch.setattr(archives, "DOWNLOADS", tmp_path / "downloads")
+    if hasattr(found.module, "DOWNLOADS"):
+        monkeypatch.setattr(found.module, "DOWNLOADS", tmp_path / "downloads")
+    monkeypatch.setenv("ACFD_MIRROR", str(tmp_path / "mirror"))
+    return found
+
+
+def build(tmp_path: Path, data: dict[str, Any]) -> folder.Description:
+    return fetch(tmp_path / "data", "large", Benchmark.model_construct(data=data))
+
+
+def pixels(root: Path, split: str, name: str) -> np.ndarray:
+    return np.asarray(Image.open(root / f"{split}annot" / f"{name}.png"))
+
+
+# ---- fetching
+
+
+@pytest.mark.parametrize("form", ["archives", "folders"])
+@pytest.mark.parametrize("below", [True, False])
+def test_a_set_is_fetched_from_its_archives_or_folders(
+    kind: Kind, tmp_path: Path, form: str, below: bool
+) -> None:
+    files = kind.files()
+    pack(tmp_path / "mirror" / (kind.name if below else ""), kind, files, form)
+    description = build(tmp_path, kind.data)
+    root = tmp_path / "data" / "large"
+    assert description.splits == SPLITS[kind.name]
+    assert description == folder.check(root)
+    assert len(description.palette) == len(description.classes) == len(set(description.palette))
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["large"]
+    originals = {hashlib.sha256(content).hexdigest() for content in files.values()}
+    for split in folder.SPLITS:
+        for image, _ in folder.read_list(root, split):
+            content = (root / image).read_bytes()
+            kept = hashlib.sha256(content).hexdigest() in originals
+            assert kept or image.endswith("00000002.png")  # byte for byte, but for the gray JPEGs
+
+
+def test_label_ids_of_cityscapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an independent list of the 19 classes."""
+    monkeypatch.setattr(cityscapes, "COUNTS", COUNTS["cityscapes"])
+    monkeypatch.setenv("ACFD_MIRROR", str(tmp_path / "mirror"))
+    files = cityscapes_files()
+    pack(tmp_path / "mirror", KINDS["cityscapes"], files, "archives")
+    description = build(tmp_path, KINDS["cityscapes"].data)
+    scored = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    assert description.classes[scored.index(26)] == "car" and description.classes[18] == "bicycle"
+    name = next(n for n in files if n.startswith("gtFine/val/") and n.endswith("labelIds.png"))
+    ids = np.asarray(Image.open(io.BytesIO(files[name])))
+    found = pixels(tmp_path / "data" / "large", "test", Path(name).name.removesuffix("_gtFine_labelIds.png"))
+    assert set(np.unique(ids)) == set(range(34))
+    for label in range(34):
+        assert set(found[ids == label]) == {scored.index(label) if label in scored else 255}
+    held = [image for image, _ in folder.read_list(tmp_path / "data" / "large", "val")]
+    assert all(image.startswith("val/ulm_") for image in held)
+
+
+def test_labels_of_voc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(voc, "COUNTS", COUNTS["voc"])
+    monkeypatch.setenv("ACFD_MIRROR", str(tmp_path / "mirror"))
+    files = voc_files()
+    pack(tmp_path / "mirror", KINDS["voc"], files, "archives")
+    build(tmp_path, KINDS["voc"].data)
+    root = tmp_path / "data" / "large"
+    split = {Path(i).stem: s for s in folder.SPLITS for i, _ in folder.read_list(root, s)}
+    assert {name for name, where in split.items() if where == "test"} == {"2007_000033", "2011_000003"}
+    for name in ("2007_000032", "2011_000003"):  # in both: VOC's own label, with its border
+        original = Image.open(io.BytesIO(files[f"VOCdevkit/VOC2012/SegmentationClass/{name}.png"]))
+        assert np.array_equal(pixels(root, split[name], name), np.asarray(original))
+    assert set(np.unique(pixels(root, split["2008_000008"], "2008_000008"))) == {1, 2}
+    assert voc.CLASSES[15] == "person" and writer.colour_map(21)[15] == (192, 128, 128)
+
+
+def test_labels_of_ade20k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ade20k, "COUNTS", COUNTS["ade20k"])
+    monkeypatch.setenv("ACFD_MIRROR", str(tmp_path / "mirror"))
+    files = ade20k_files()
+    pack(tmp_path / "mirror", KINDS["ade20k"], files, "archives")
+    description = build(tmp_path, KINDS["ade20k"].data)
+    root, name = tmp_path / "data" / "large", "ADE_val_00000001"
+    original = np.asarray(
+        Image.open(io.BytesIO(files[f"ADEChallengeData2016/annotations/validation/{name}.png"]))
+    )
+    assert np.array_equal(pixels(root, "test", name), original - 1)  # of uint8: 0 becomes 255
+    assert (len(description.classes), description.classes[12], description.size) == (150, "person", None)
+    assert len(set(ade20k.CLASSES)) == 150
+
+
+def test_a_size_resizes_images_and_labels(kind: Kind, tmp_path: Path) -> None:
+    pack(tmp_path / "mirror", kind, kind.files(), "archives")
+    assert build(tmp_path, kind.data | {"size": [16, 24]}).size == (16, 24)
+
+
+# ---- what is wrong is said
+
+
+def damage(kind: Kind, files: Files, how: str) -> tuple[Files, str]:
+    """Files with one thing wrong, and what the sentence must name."""
+    image = next(n for n in files if n.endswith(("leftImg8bit.png", ".jpg")))
+    label = next(
+        n for n in files if n.endswith(("labelIds.png", "Class/2007_000032.png")) or "annotations" in n
+    )
+    if how == "an image is missing":
+        del files[image]
+        return files, "Fetch"
+    if how == "a label is missing":
+        del files[label]
+        return files, label
+    if how == "an unknown value":
+        size = np.asarray(Image.open(io.BytesIO(files[label]))).shape
+        files[label] = png(np.full(size, 200, np.uint8))
+        return files, f"{label} has the value 200"
+    if how == "colours as labels":
+        files[label] = png(np.zeros((8, 8, 3), np.uint8))
+        return files, f"{label} has the mode RGB"
+    if how == "a broken image":
+        files[image] = files[image][:40]
+        return files, Path(image).stem.removesuffix("_leftImg8bit")
+    if how == "an evil member":
+        top = next(iter(kind.packed.values()))
+        return {f"{top}/../../evil": b"x"} | files, "outside of the archive"
+    return {f"other/{name}": content for name, content in files.items()}, "Fetch|Could|could|needs|holds"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "an image is missing",
+        "a label is missing",
+        "an unknown value",
+        "colours as labels",
+        "a broken image",
+        "an evil member",
+        "another layout",
+    ],
+)
+def test_what_is_wrong_is_one_sentence(kind: Kind, tmp_path: Path, how: str) -> None:
+    files, named = damage(kind, kind.files(), how)
+    pack(tmp_path / "mirror", kind, files, "archives")
+    with pytest.raises(ConfigError, match=named) as caught:
+        build(tmp_path, kind.data)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "data").iterdir()) == []  # nothing half
+    assert not (tmp_path.parent / "evil").exists() and not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.8])
+def test_a_truncated_archive_is_named(kind: Kind, tmp_path: Path, keep: float) -> None:
+    pack(tmp_path / "mirror", kind, kind.files(), "archives")
+    archive = tmp_path / "mirror" / next(iter(kind.packed))
+    content = archive.read_bytes()
+    archive.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(ConfigError, match=rf"{archive.name}.*([Ff]etch)"):
+        build(tmp_path, kind.data)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_flipped_byte_in_a_zip_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "a.zip"
+    with zipfile.ZipFile(file, "w") as opened:
+        opened.writestr("a/x", bytes(1000))
+    content = bytearray(file.read_bytes())
+    content[500] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match="damaged"):
+        list(archives.Zip(file).files(["a/x"]))
+
+
+def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "LARGEST", 1000)
+    for place, make in ((tmp_path / "a.zip", archives.Zip), (tmp_path / "a.tgz", archives.Tar)):
+        kind = Kind(ade20k, ade20k_files, {place.name: "a"})
+        pack(tmp_path, kind, {"a/x": bytes(1001), "a/y": bytes(1000)}, "archives")
+        with pytest.raises(ConfigError, match=r"a/x in .* has more than 1000 bytes"):
+            list(make(place).files(["a/x"]))
+        assert [len(content) for _, content in make(place).files(["a/y"])] == [1000]
+
+
+def test_absent_cityscapes_says_what_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACFD_MIRROR", str(tmp_path / "nothing"))
+    with pytest.raises(
+        ConfigError, match=r"leftImg8bit_trainvaltest.zip and gtFine_.*cityscapes-dataset.com"
+    ):
+        build(tmp_path, KINDS["cityscapes"].data)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"holdout": ["berlin"]}, "holdout names berlin; the training cities are aachen, ulm, zurich"),
+        ({"holdout": ["aachen", "ulm", "zurich"]}, "leave some to train on"),
+        ({"holdout": []}, "holdout = .* is not allowed"),
+    ],
+)
+def test_cities_to_hold_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(cityscapes, "COUNTS", COUNTS["cityscapes"])
+    monkeypatch.setenv("ACFD_MIRROR", str(tmp_path / "mirror"))
+    pack(tmp_path / "mirror", KINDS["cityscapes"], cityscapes_files(), "archives")
+    with pytest.raises(ConfigError, match=said):
+        build(tmp_path, KINDS["cityscapes"].data | change)
+
+
+def test_held_out_images_are_spread_evenly() -> None:
+    names = [f"{number:03d}" for number in range(100)]
+    assert sorted(writer.held_out(names[::-1], 4)) == ["000", "025", "050", "075"]
+    assert len(writer.held_out(names, 99)) == 99
+    with pytest.raises(ConfigError, match="holdout = 100 of 100"):
+        writer.held_out(names, 100)
+
+
+# ---- a data set of one's own
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ACFD_MIRROR", str(tmp_path / "own"))
+    root = tmp_path / "own"
+    for index in range(6):
+        place = "a" if index % 2 else "b"
+        for kind in ("photos", "masks"):
+            (root / kind / place).mkdir(parents=True, exist_ok=True)
+        size = (32, 40 + 4 * index)
+        if index % 2:
+            (root / "photos" / place / f"{index}.jpg").write_bytes(jpeg(*size))
+        else:
+            content = png(draw.integers(0, 255, (*size, 3), dtype=np.uint8))
+            (root / "photos" / place / f"{index}.PNG").write_bytes(content)
+        mask = png(labels(*size, [0, 1, 2, 9]), palette=index == 2)
+        (root / "masks" / place / f"{index}.png").write_bytes(mask)
+    (root / "train.txt").write_text("b/0\na/1.jpg\n\nb/2.PNG\n")
+    (root / "val.txt").write_text("a/3\n")
+    (root / "test.txt").write_text("b/4\na/5\n")
+    return root
+
+
+OWN = {
+    "dataset": "custom",
+    "images": "photos",
+    "labels": "masks",
+    "classes": {"ground": [0, 0, 0], "plant": [0, 255, 0], "stone": [90, 90, 90]},
+    "ignore_index": 9,
+    "splits": {"train": "train.txt", "val": "val.txt", "test": "test.txt"},
+    "size": None,
+}
+
+
+def test_a_set_of_ones_own(own: Path, tmp_path: Path) -> None:
+    description = build(tmp_path, OWN)
+    assert description.classes == ("ground", "plant", "stone") and description.ignore_index == 9
+    assert description.splits == {"train": 3, "val": 1, "test": 2}
+    root = tmp_path / "data" / "large"
+    assert np.array_equal(pixels(root, "train", "b__2"), np.asarray(Image.open(own / "masks/b/2.png")))
+    assert (root / "train" / "a__1.jpg").read_bytes() == (own / "photos/a/1.jpg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "said"),
+    [
+        ("masks/a/1.png", None, "no label PNG for a/1"),
+        ("photos/a/1.jpg", None, r"no image \(PNG or JPEG\) for a/1"),
+        ("photos/a/1.png", b"", "several images for a/1"),
+        ("masks/a/1.png", png(np.full((32, 44), 3, np.uint8)), "masks/a/1.png has the value 3"),
+        ("masks/a/1.png", png(np.zeros((32, 40), np.uint8)), "a__1.jpg is 44x32 but its label .* is 40x32"),
+        ("masks/a/1.png", b"GIF89a", "masks/a/1.png is no whole PNG"),
+        ("photos/a/1.jpg", b"GIF89a", "photos/a/1.jpg is no whole PNG or JPEG"),
+        ("val.txt", b"a/1\n", "a/1 stands twice in the split files"),
+        ("val.txt", b"\n", "val.txt names no sample"),
+        ("val.txt", b"../masks/a/1\n", "has '../masks/a/1'"),
+        ("val.txt", b"\xff\xfe", "val.txt cannot be read: correct `splits.val`"),
+        ("val.txt", None, "val.txt cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_ones_own(
+    own: Path, tmp_path: Path, path: str, content: bytes | None, said: str
+) -> None:
+    if content is None:
+        (own / path).unlink()
+    else:
+        (own / path).write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        build(tmp_path, OWN)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ignore_index": 2}, "ignore_index must be beyond the classes 0 to 2"),
+        ({"images": "fotos"}, "fotos does not exist: correct `images`"),
+        ({"classes": {"a": [0, 0, 256], "b": [0, 0, 0]}}, "classes.a.2 = 256"),
+    ],
+)
+def test_bad_settings_of_ones_own(own: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build(tmp_path, OWN | change)
+
+
+# ---- through the whole pipeline
+
+
+@pytest.mark.parametrize("name", [*sorted(KINDS), "custom"])
+def test_fetch_train_evaluate(name: str, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = tiny(read_params())
+    if name == "custom":
+        data: dict[str, Any] = OWN
+    else:
+        kind = KINDS[name]
+        monkeypatch.setattr(kind.module, "COUNTS", COUNTS[name])
+        pack(own, kind, kind.files(), "archives")
+        data = kind.data
+    entry = raw["benchmarks"]["streets"]
+    entry["data"] = data
+    schedule = {"steps": 2, "batch_size": 2, "warmup_steps": 1, "validate_every": 2, "crop": [32, 32]}
+    entry["training"] |= schedule
+    entry["teacher"]["training"] |= schedule
+    root = tmp_path / "suite"
+    root.mkdir()
+    write_params(root, raw)
+    params = config.load(root / "params.yaml")
+    fetch(root / "data", "streets", params.benchmark("streets"))
+    run_cell(teacher_cell(params, "streets"), params, root)
+    cell = Cell("streets", "pspnet-resnet18", "kd", 0)
+    run_cell(cell, params, root)
+    record = records.read(cell, root)
+    assert record is not None
+    description = folder.describe(root / "data" / "streets")
+    classes = len(description.classes)
+    assert record.confusion("test").shape == (description.splits["test"], classes, classes)
+    scored = sum(
+        int((np.asarray(Image.open(root / "data/streets" / label)) != description.ignore_index).sum())
+        for _, label in folder.read_list(root / "data" / "streets", "test")
+    )
+    assert record.confusion("test").sum() == scored
+
+
+# ---- downloads
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves ``body`` at /file; cuts a transfer after ``cut`` bytes while there is one in the list."""
+
+    body: ClassVar[bytes] = draw.bytes(3_000_000)
+    cuts: ClassVar[list[int]] = []
+    ranges: ClassVar[bool] = True
+    asked: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        if self.path != "/file":
+            self.send_error(404)
+            return
+        asked = self.headers.get("Range")
+        self.asked.append(asked)
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.ranges else 0
+        if asked and self.ranges and start >= len(self.body):
+            self.send_error(416)
+            return
+        self.send_response(206 if asked and self.ranges else 200)
+        content = self.body[start:]
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: self.cuts.pop(0)] if self.cuts else content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        return
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    Server.cuts, Server.ranges, Server.asked = [], True, []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/file"
+        running.shutdown()
+
+
+MD5 = hashlib.md5(Server.body).hexdigest()
+
+
+def test_a_download_goes_on_where_it_was_cut(server: str, tmp_path: Path) -> None:
+    Server.cuts = [1_200_000, 700_000]
+    target = archives.download(server, tmp_path / "a" / "file", "md5", MD5)
+    assert target.read_bytes() == Server.body
+    assert Server.asked == [None, "bytes=1200000-", "bytes=1900000-"]
+    assert archives.download("http://127.0.0.1:1/", target, "md5", MD5) == target  # it is there
+    assert sorted(path.name for path in target.parent.iterdir()) == ["file"]
+
+
+def test_a_server_without_ranges_begins_again(server: str, tmp_path: Path) -> None:
+    Server.cuts, Server.ranges = [1_000_000], False
+    sha = hashlib.sha256(Server.body).hexdigest()
+    target = archives.download(server, tmp_path / "file", "sha256", sha[:8])
+    assert target.read_bytes() == Server.body
+
+
+def test_a_wrong_sum_is_never_kept(server: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"md5 {MD5} instead of 0123"):
+        archives.download(server, tmp_path / "file", "md5", "0123")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_whole_part_file_is_not_fetched_again(server: str, tmp_path: Path) -> None:
+    (tmp_path / "file.part").write_bytes(Server.body)
+    assert archives.download(server, tmp_path / "file", "md5", MD5).read_bytes() == Server.body
+
+
+def test_what_a_download_says(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "TRIES", 2)
+    with pytest.raises(ConfigError, match="the server answered 404"):
+        archives.download(server.replace("file", "none"), tmp_path / "file", "md5", MD5)
+    with pytest.raises(ConfigError, match=r"could not be fetched \(.*refused.*by hand"):
+        archives.download("http://127.0.0.1:9/file", tmp_path / "file", "md5", MD5)
+    with pytest.raises(ConfigError, match="must begin with http"):
+        archives.download("file:///etc/passwd", tmp_path / "file", "md5", MD5)
+    Server.cuts = [1000, 1000]
+    with pytest.raises(ConfigError, match="goes on where it stopped"):
+        archives.download(server, tmp_path / "file", "md5", MD5)
+    assert (tmp_path / "file.part").stat().st_size == 2000
+
+
+def test_a_set_is_downloaded_once(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ADE20K from a server, without a mirror."""
+    place = tmp_path / "there"
+    pack(place, KINDS["ade20k"], ade20k_files(), "archives")
+    content = (place / ade20k.ARCHIVE[0]).read_bytes()
+    monkeypatch.setattr(Server, "body", content)
+    monkeypatch.setattr(ade20k, "COUNTS", COUNTS["ade20k"])
+    monkeypatch.setattr(ade20k, "URL", server)
+    monkeypatch.setattr(ade20k, "MD5", hashlib.md5(content).hexdigest())
+    for module in (archives, ade20k):
+        monkeypatch.setattr(module, "DOWNLOADS", tmp_path / "downloads")
+    monkeypatch.delenv("ACFD_MIRROR", raising=False)
+    for _ in range(2):
+        assert build(tmp_path, KINDS["ade20k"].data).splits == SPLITS["ade20k"]
+        shutil.rmtree(tmp_path / "data")
+    assert len(Server.asked) == 1
