@@ -133,6 +133,7 @@ def test_stage_list_is_the_matrix_of_params() -> None:
     ).stdout.split()
     suite = raw["suite"]
     expected = [f"{stage}@{b}" for stage in ("fetch", "train_teacher") for b in suite["benchmarks"]]
+    expected += [f"fetch_weights@{key}" for key in suite["weights"]]
     for stage, keys in (("distill", raw["methods"]), ("acfd", suite["variants"])):
         expected += [
             f"{stage}@{b}-{s}-{k}-{seed}"

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import http.server
 import json
-from collections.abc import Callable
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision
-from conftest import read_params, write_params
+from conftest import copy_repository, read_params, write_params
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipelines import config
 from pipelines.config import ConfigError, Network, Params, Weights
 from pipelines.engine.cell import run_cell
+from pipelines.fetch_weights import fetch
 from pipelines.networks import SegmentationNetwork, check_weights, file_sha256, load_encoder
 from pipelines.results import records
 from pipelines.results.records import Cell, stale
@@ -141,6 +147,87 @@ def test_the_file_and_its_sum_are_checked(tmp_path: Path) -> None:
         ConfigError, match=rf"sha256 {full}: write it into params.yaml \(weights.mine.sha256\)"
     ):
         check_weights("mine", absent.model_copy(update={"sha256": None}), tmp_path)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The address of a web server over ``tmp_path/hub``, and the paths that were asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(tmp_path / "hub"))
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    (tmp_path / "hub").mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        thread = threading.Thread(target=found.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{found.server_port}", asked
+        found.shutdown()
+        thread.join()
+
+
+def test_a_file_is_fetched_once(tmp_path: Path, server: tuple[str, list[str]]) -> None:
+    url, asked = server
+    hub = tmp_path / "hub" / "w.pth"
+    hub.write_bytes(bytes(range(256)) * 1000)
+    full = file_sha256(hub)
+    weights = Weights(file=Path("weights/w.pth"), url=f"{url}/w.pth", sha256=full[:8])
+    assert fetch("mine", weights, tmp_path) == full
+    assert (tmp_path / "weights" / "w.pth").read_bytes() == hub.read_bytes()
+    assert fetch("mine", weights, tmp_path) == full
+    assert asked == ["/w.pth"]
+
+    (tmp_path / "weights" / "w.pth").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="delete the file and get it again"):
+        fetch("mine", weights, tmp_path)
+    assert asked == ["/w.pth"]
+
+
+def test_a_file_with_another_sum_is_not_kept(tmp_path: Path, server: tuple[str, list[str]]) -> None:
+    (tmp_path / "hub" / "w.pth").write_bytes(b"altered")
+    weights = Weights(file=Path("weights/w.pth"), url=f"{server[0]}/w.pth", sha256="0" * 8)
+    with pytest.raises(ConfigError, match="instead of 00000000"):
+        fetch("mine", weights, tmp_path)
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_a_file_without_a_known_sum_is_kept_but_refused(
+    tmp_path: Path, server: tuple[str, list[str]]
+) -> None:
+    url, asked = server
+    (tmp_path / "hub" / "w.pth").write_bytes(b"new")
+    full = file_sha256(tmp_path / "hub" / "w.pth")
+    weights = Weights(file=Path("weights/w.pth"), url=f"{url}/w.pth", sha256=None)
+    with pytest.raises(ConfigError, match=f"sha256 {full}: write it into params.yaml"):
+        fetch("mine", weights, tmp_path)
+    assert fetch("mine", weights.model_copy(update={"sha256": full}), tmp_path) == full
+    assert asked == ["/w.pth"]
+
+
+def test_without_an_address_nothing_is_fetched(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"are not there.*: put the file there"):
+        fetch("mine", Weights(file=Path("w.pth"), url=None, sha256="0" * 8), tmp_path)
+
+
+def test_dvc_fetches_weights_before_anything_else(tmp_path: Path) -> None:
+    """No stage names the files as a dependency: the order in dvc.yaml is all there is."""
+    root = copy_repository(tmp_path)
+    raw = read_params(root)
+    raw["suite"]["weights"] = ["resnet18", "mit-b0"]
+    write_params(root, raw)
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", "--dry"], cwd=root, capture_output=True, text=True, check=False
+    )
+    stages = re.findall(r"Running stage '(.*?)'", done.stdout)
+    assert stages[:3] == ["fetch_weights@resnet18", "fetch_weights@mit-b0", "fetch@streets"], done.stderr
 
 
 @pytest.mark.parametrize(
