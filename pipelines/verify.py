@@ -8,6 +8,7 @@ weights, no data and no MLflow; where data or weights are present, their sums ar
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import shutil
@@ -16,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
+from pydantic import BaseModel, ValidationError
 
 from pipelines import config, report
 from pipelines.config import ROOT, TEACHER, ConfigError, Params
@@ -53,23 +54,29 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
     ]
     for own in found.values():
         listed += _same_inputs(own, root)
-    listed += _lock(everything, root)
-    listed += _tuning(params, root)
+    for check in (_lock(everything, root), _tuning(params, root)):
+        try:
+            listed += check
+        except ConfigError as error:  # a damaged file
+            listed.append(str(error))
     frames = {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
     try:
         every = report.gather_all(params, root, found, frames)
     except ConfigError:  # methods with unequal budgets, which is in the list already
         return listed
-    return listed + list(_texts(params, every, root)) + list(_figures(every, root))
+    try:
+        return listed + list(_texts(params, every, root)) + list(_figures(every, root))
+    except ConfigError as error:  # a damaged README
+        return [*listed, str(error)]
 
 
 def code_changes(root: Path = ROOT) -> list[str]:
     """Files of code that dvc.lock knows in another version: what they made can still be verified."""
     changed = {
-        str(dep["path"])
+        dep.path
         for stage in _stages(root).values()
-        for dep in stage.get("deps", ())
-        if str(dep["path"]).endswith(".py") and _md5(root / dep["path"]) != dep["md5"]
+        for dep in stage.deps
+        if dep.path.endswith(".py") and _md5(root / dep.path) != dep.md5
     }
     return sorted(changed)
 
@@ -145,8 +152,8 @@ def _lock(everything: Sequence[Record], root: Path) -> Iterator[str]:
         if everything:
             yield "dvc.lock is missing or empty: restore it with git, or run `dvc commit`."
         return
-    made = {str(out["path"]): (name, out) for name, stage in stages.items() for out in stage.get("outs", ())}
-    raw = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+    made = {out.path: (name, out) for name, stage in stages.items() for out in stage.outs}
+    raw = config.read_yaml(root / "params.yaml")
     used: set[str] = set()
     for record in everything:
         for name in RECORD_FILES:
@@ -155,30 +162,27 @@ def _lock(everything: Sequence[Record], root: Path) -> Iterator[str]:
                 yield f"{path} is not in dvc.lock: run `dvc repro`, or `dvc commit` what was run elsewhere."
                 break
             used.add(made[path][0])
-            if _md5(root / path) != made[path][1]["md5"]:
+            if _md5(root / path) != made[path][1].md5:
                 yield f"{path} is not the file that dvc.lock has."
     for name in (queue := sorted(used)):  # grows by the stages that made what these were run with
-        queue += sorted(
-            {made[path][0] for dep in stages[name].get("deps", ()) if (path := str(dep["path"])) in made}
-            - set(queue)
-        )
-        for key, value in stages[name].get("params", {}).get("params.yaml", {}).items():
+        queue += sorted({made[dep.path][0] for dep in stages[name].deps if dep.path in made} - set(queue))
+        for key, value in stages[name].params.get("params.yaml", {}).items():
             if _look_up(raw, key) != value:
                 yield f"{name}: was run with another {key} than params.yaml has now."
-        for dep in stages[name].get("deps", ()):
-            _, out = made.get(str(dep["path"]), (None, None))
-            if out is not None and out["md5"] != dep["md5"]:
-                yield f"{name}: was run with another {dep['path']} than dvc.lock has now."
+        for dep in stages[name].deps:
+            _, out = made.get(dep.path, (None, None))
+            if out is not None and out.md5 != dep.md5:
+                yield f"{name}: was run with another {dep.path} than dvc.lock has now."
 
 
 def _tuning(params: Params, root: Path) -> Iterator[str]:
     """Whether the log of tuning gave every method as much, and the chosen weights are the best of it."""
     path = budget.path(params, root)
+    rows = budget.read(path)
     try:
         budget.trials(params, root)
     except ConfigError as error:
         yield str(error)
-    rows = budget.read(path)
     if len({(row["steps"], row["seed"]) for row in rows}) > 1:
         yield f"{path.relative_to(root)}: trials of different lengths or seeds."
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -231,7 +235,7 @@ def _origin(path: Path) -> str | None:
         with Image.open(path) as image:
             image.load()
             return image.info.get(figures.SOURCE)
-    except (OSError, SyntaxError):  # a broken file
+    except Exception:  # a broken file: Pillow has no one family of errors for it
         return None
 
 
@@ -246,10 +250,35 @@ def _first_difference(found: str, wanted: str) -> str:
     return f"has {len(have)} lines where the records give {len(want)}"
 
 
-def _stages(root: Path) -> dict[str, Any]:
+class File(BaseModel):
+    """A file or folder in dvc.lock."""
+
+    path: str
+    md5: str
+
+
+class Stage(BaseModel):
+    """A stage in dvc.lock."""
+
+    deps: list[File] = []
+    outs: list[File] = []
+    params: dict[str, dict[str, Any]] = {}
+
+
+class Lock(BaseModel):
+    """dvc.lock, as far as it is read here."""
+
+    stages: dict[str, Stage] = {}
+
+
+def _stages(root: Path) -> dict[str, Stage]:
+    """The stages of dvc.lock, {} where there is none. ConfigError when it is damaged."""
     path = root / "dvc.lock"
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return dict((content or {}).get("stages", {}))
+    content = config.read_yaml(path) if path.is_file() else None
+    try:
+        return Lock.model_validate(content or {}).stages
+    except ValidationError as error:
+        raise ConfigError(config.explain("", error, path.name) + " Restore it with git.") from None
 
 
 def _look_up(raw: Mapping[str, Any], key: str) -> Any:
@@ -271,10 +300,11 @@ def _sum(path: Path, kind: str) -> str:
 def main() -> None:
     params = config.load(methods=False)
     found = problems(params)
-    if changed := code_changes():
-        log.info(
-            "code that has changed since, so that `dvc repro` would rerun cells: %s.", ", ".join(changed)
-        )
+    with contextlib.suppress(ConfigError):  # a damaged dvc.lock is among the problems
+        if changed := code_changes():
+            log.info(
+                "code that has changed since, so that `dvc repro` would rerun cells: %s.", ", ".join(changed)
+            )
     if found:
         last = f"{len(found)} problem{'s' * (len(found) > 1)}: the records do not support the reports."
         raise ConfigError("\n".join(["", *found, last]))

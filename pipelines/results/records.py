@@ -8,10 +8,13 @@ itself, so a record is whole or none.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
+import logging
 import os
+import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from pipelines.config import PAPER, ROOT, TEACHER, ConfigError, Params
+
+log = logging.getLogger(__name__)
 
 RECORD_FILES = ("metrics.json", "history.csv", "confusion.npz", "run.json")
 
@@ -203,7 +208,7 @@ def _unresolved(network: dict[str, Any], params: Params) -> dict[str, Any]:
 def failure(cell: Cell, root: Path = ROOT) -> str | None:
     """Why a cell's last attempt stopped, if it failed."""
     note = cell.scratch(root) / "failure.txt"
-    return note.read_text(encoding="utf-8").strip() if note.is_file() else None
+    return note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else None
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
@@ -225,6 +230,28 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def probe(database: Path) -> None:
+    """Raise at once when an SQLite file cannot be written; its users would try again for minutes. One that is
+    damaged is put aside, so that they build a new one.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(database, timeout=10)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            found = connection.execute("PRAGMA integrity_check").fetchall()
+            connection.rollback()
+        if found == [("ok",)]:
+            return
+    except sqlite3.OperationalError:  # no permission, no room, or somebody else's transaction
+        raise
+    except sqlite3.DatabaseError:
+        pass
+    aside = database.with_name(f"{database.name}.damaged")
+    log.warning("%s is damaged: it is kept as %s and built anew.", database.name, aside.name)
+    database.replace(aside)
+    for end in ("-journal", "-wal", "-shm"):
+        database.with_name(database.name + end).unlink(missing_ok=True)
 
 
 def clear_parts(folder: Path) -> None:
