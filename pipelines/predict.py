@@ -45,8 +45,8 @@ def read_run(weights: Path) -> dict[str, Any]:
         return records.unseal(file.read_bytes())
     except OSError:
         raise ConfigError(
-            f"There is no run.json beside {weights}, which says what network it is: use the weights of a cell "
-            "in its own folder, or copy both."
+            f"There is no run.json beside {weights}, which says what network it is: use the weights of a "
+            "cell in its own folder, or copy both."
         ) from None
     except ValueError:
         raise ConfigError(f"{file} is damaged or was changed by hand: restore it with git.") from None
@@ -209,7 +209,7 @@ def predict(
 
     from pipelines.engine import deploy
 
-    network = deploy.load(run, weights).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = deploy.load(run, weights).to(memory_format=torch.channels_last)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     records.write_bytes(output / "legend.png", legend_png(meta))
     failed = []

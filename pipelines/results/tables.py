@@ -446,15 +446,16 @@ def _add_exports(
     columns[-1:-1] = EXPORT_COLUMNS
     measured = [
         f"{student}: seed {record['seed']}, {record['rounds']} rounds, "
-        f"{'×'.join(map(str, record['input']))} pixels, {record['hardware']['threads']} threads of {record['hardware']['processor']}, onnxruntime "
+        f"{'×'.join(map(str, record['input']))} pixels, {record['hardware']['threads']} threads of "
+        f"{record['hardware']['processor']}, onnxruntime "
         f"{record['versions']['onnxruntime']}"
         for student, record in results.exports.items()
     ]
     notes += [
         "ONNX latency: median [quartiles] of single inferences with onnxruntime in float32, all methods by "
         f"turns in every round; {'; '.join(measured)}.",
-        f"ONNX × {REFERENCE}: ratio of the medians, 95 % bootstrap interval over rounds: noise of the machine, as "
-        "all methods have the same ONNX graph.",
+        f"ONNX × {REFERENCE}: ratio of the medians, 95 % bootstrap interval over rounds: noise of the machine, "
+        "as all methods have the same ONNX graph.",
         "largest difference: of a logit between the trained network and its ONNX or torch.export form, over "
         "the largest absolute logit, on test images.",
     ]
