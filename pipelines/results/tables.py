@@ -454,7 +454,7 @@ def _add_exports(
     notes += [
         "ONNX latency: median [quartiles] of single inferences with onnxruntime in float32, all methods by "
         f"turns in every round; {'; '.join(measured)}.",
-        f"ONNX × {REFERENCE}: ratio of the medians, 95 % bootstrap interval over rounds: noise of the machine, "
+        f"ONNX × {REFERENCE}: ratio of the medians, 95 % bootstrap interval over rounds; noise, "
         "as all methods have the same ONNX graph.",
         "largest difference: of a logit between the trained network and its ONNX or torch.export form, over "
         "the largest absolute logit, on test images.",
