@@ -21,11 +21,11 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from pipelines import config, report
-from pipelines.config import ROOT, TEACHER, ConfigError, Params
+from pipelines.config import EXPORTS, ROOT, TEACHER, ConfigError, Params
 from pipelines.datasets.folder import DESCRIPTION
-from pipelines.results import budget, figures, ranks, records, tracking
+from pipelines.results import budget, exports, figures, ranks, records, tracking
 from pipelines.results.confusion import summary
-from pipelines.results.gathered import Results
+from pipelines.results.gathered import REFERENCE, Results
 from pipelines.results.records import RECORD_FILES, Record
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,10 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
         return [str(error)]
     everything = [record for own in found.values() for record in own]
     try:
+        exported = list(_exports(params, found, root))
+    except ConfigError as error:
+        return [str(error)]
+    try:
         listed = [f"{r.cell.path}: {text}" for r in everything for text in _record(r)]
     except (KeyError, TypeError, IndexError) as error:
         return [f"A run record has no {error}: it is of another version or damaged; rerun its cell."]
@@ -54,6 +58,7 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
     ]
     for own in found.values():
         listed += _same_inputs(own, root)
+    listed += exported
     for check in (_lock(everything, root), _tuning(params, root)):
         try:
             listed += check
@@ -145,6 +150,44 @@ def _same_inputs(own: Sequence[Record], root: Path) -> Iterator[str]:
             yield f"{cell.path}: weights.safetensors is not the file of the record."
 
 
+def _exports(params: Params, found: Mapping[str, list[Record]], root: Path) -> Iterator[str]:
+    """Whether the records of exports agree with themselves and with the cells whose students they measured.
+
+    ConfigError when one is damaged.
+    """
+    for path in _export_files(root):
+        benchmark, student = path.parent.parent.name, path.stem
+        own = {r.cell.method: r for r in found.get(benchmark, ()) if r.cell.student == student}
+        name = path.relative_to(root).as_posix()
+        if student not in params.students or not own:
+            yield f"{name} is the export of a student without records: delete it."
+            continue
+        record = exports.read(benchmark, student, root) or {}
+        cells = {
+            r.cell.method: r.run
+            for r in found[benchmark]
+            if r.cell.student == student and r.cell.seed == record.get("seed")
+        }
+        try:
+            yield from (f"{name}: {text}" for text in exports.problems(record, REFERENCE))
+            for method, measured in record["methods"].items():
+                run = cells.get(method)
+                if run is None or run["weights_sha256"] != measured["weights_sha256"]:
+                    yield f"{name}: {method} has other weights than its cell now: run `make repro`."
+                elif run["data_sha256"] != record["data_sha256"]:
+                    yield f"{name}: {method} was compared on other data than that of its cell."
+                elif run["student"]["input"] == record["input"]:
+                    for key in ("parameters", "flops"):
+                        if run["student"][key] != measured[key]:
+                            yield f"{name}: {method} has other {key} than its cell."
+        except (KeyError, TypeError, IndexError, ZeroDivisionError) as error:
+            raise ConfigError(f"{name} has no {error}: it is of another version; delete it.") from None
+
+
+def _export_files(root: Path) -> list[Path]:
+    return sorted((root / "runs").glob(f"*/{EXPORTS}/*.json"))
+
+
 def _lock(everything: Sequence[Record], root: Path) -> Iterator[str]:
     """Whether dvc.lock has every record, as it is now, made with the parameters that params.yaml has now."""
     stages = _stages(root)
@@ -163,6 +206,14 @@ def _lock(everything: Sequence[Record], root: Path) -> Iterator[str]:
                 break
             used.add(made[path][0])
             if _md5(root / path) != made[path][1].md5:
+                yield f"{path} is not the file that dvc.lock has."
+    for file in _export_files(root):
+        path = file.relative_to(root).as_posix()
+        if path not in made:
+            yield f"{path} is not in dvc.lock: run `dvc repro`, or `dvc commit` what was run elsewhere."
+        else:
+            used.add(made[path][0])
+            if _md5(file) != made[path][1].md5:
                 yield f"{path} is not the file that dvc.lock has."
     for name in (queue := sorted(used)):  # grows by the stages that made what these were run with
         queue += sorted({made[dep.path][0] for dep in stages[name].deps if dep.path in made} - set(queue))

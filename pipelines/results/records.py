@@ -148,11 +148,24 @@ def write(folder: Path, run: dict[str, Any], others: Mapping[str, bytes]) -> Non
     for name, content in others.items():
         write_bytes(folder / name, content)
     run = {**run, "files": {name: sha256(content) for name, content in sorted(others.items())}}
-    write_bytes(folder / "run.json", json_bytes(run | {"seal": _seal(run)}))
+    write_bytes(folder / "run.json", json_bytes(sealed(run)))
 
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with its own sum."""
+    return {**content, "seal": _seal(content)}
+
+
+def unseal(content: bytes) -> dict[str, Any]:
+    """What was sealed and written as JSON. ValueError unless it is whole and unchanged."""
+    found = json.loads(content)
+    if not isinstance(found, dict) or found.pop("seal", None) != _seal(found):
+        raise ValueError("the seal is broken")
+    return found
 
 
 def _seal(run: Mapping[str, Any]) -> str:
