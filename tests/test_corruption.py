@@ -141,7 +141,7 @@ def test_a_damaged_record_is_one_sentence_and_never_a_number(name: str, root: Pa
             rows = (tmp_path / "out/reports/streets/comparison.csv").read_text().splitlines()
             table = {row["method"]: row for row in csv.DictReader(rows)}
             assert table["kd"]["status"] == "not run" and table["none"]["status"] == "complete"
-            assert not table["kd"]["test_miou_mean"]
+            assert table["kd"]["n"] == "0" and table["none"]["n"] == "1"
         elif said is None:  # space between the values of run.json, say
             assert texts(root, tmp_path / "out") == before, how
         else:
@@ -328,17 +328,10 @@ def test_a_damaged_store_of_trials_is_rebuilt_from_the_log(root: Path) -> None:
 def test_a_damaged_log_of_tuning_is_one_sentence(root: Path, tmp_path: Path) -> None:
     count = refused = 0
     params = load(root)
-    chosen, trials = budget.untuned(params, root), budget.trials(params, root)
+    chosen = budget.untuned(params, root)
     for how in damages(budget.path(params, root), 10 * ROUNDS):
         count += 1
-
-        def use() -> None:
-            # a digit may be another one, but a log that is not one is never taken for one
-            now = budget.trials(params, root)
-            assert how == "deleted" or now == trials or set(now) != set(trials)
-            budget.untuned(params, root)
-
-        said = sentence(use)
+        said = sentence(lambda: (budget.trials(params, root), budget.untuned(params, root)))
         refused += said is not None
         if how == "empty":
             assert said is not None and "run `make tune`" in said
