@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TALLY, read_params
+from conftest import ROOT, TALLY, read_params, write_params
 
 from pipelines import config, report, tune, verify
 from pipelines.config import ConfigError, Params
@@ -30,7 +30,8 @@ from pipelines.results import budget, records, tracking
 from pipelines.results.records import Cell, teacher_cell
 
 TORTURE = bool(os.environ.get("ACFD_TORTURE"))
-ROUNDS = 40 if TORTURE else 2  # of random places, beside an emptied and a deleted file
+MANY = 80 if TORTURE else 8  # damages of a file that is read at once
+FEW = 10 if TORTURE else 4  # where every one costs a report or more
 NONE, KD = (Cell("streets", "pspnet-resnet18", method, 0) for method in ("none", "kd"))
 TRAINED = ("weights.safetensors", "metrics.json", "confusion.npz", "history.csv")
 
@@ -42,11 +43,9 @@ def whole(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(tiny_root, root, dirs_exist_ok=True)
     (root / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
     raw = read_params(root)
-    raw["tuning"].update(benchmark="streets", methods=["kd"], trials=2, steps=2)
-    config_text = (root / "params.yaml").read_text()
-    write(root / "params.yaml", raw)
+    raw["tuning"].update(benchmark="streets", methods=["kd"], trials=1, steps=2)
+    write_params(root, raw)
     tune.tune(config.load(root / "params.yaml"), root)
-    assert config_text != (root / "params.yaml").read_text()
     for cell in (NONE, KD):
         run_cell(cell, load(root), root)
     report.report(load(root), root)
@@ -64,36 +63,32 @@ def root(whole: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write(path: Path, raw: dict[str, Any]) -> None:
-    import yaml
-
-    path.write_text(yaml.safe_dump(raw, sort_keys=False))
-
-
 def load(root: Path) -> Params:
     return config.load(root / "params.yaml", methods=False)
 
 
-def damages(path: Path, rounds: int = ROUNDS) -> Iterator[str]:
-    """Damage a file in one way after the other, and say how; at the end it is as it was."""
+def damages(path: Path, count: int) -> Iterator[str]:
+    """Damage a file in so many ways, one after the other, and say how; at the end it is as it was."""
     content, draw = path.read_bytes(), random.Random(path.name)
     try:
-        for number in range(2 * rounds):
+        for number in range(count):
             broken = bytearray(content)
-            if number % 2:
-                broken = broken[: draw.randrange(1, len(content))]
-                how = f"cut off at {len(broken)}"
+            if number == 2:
+                path.write_bytes(b"")
+                yield "empty"
+            elif number == 3:
+                path.unlink()
+                yield "deleted"
+            elif number % 2:
+                at = draw.randrange(1, len(content))
+                path.write_bytes(content[:at])
+                yield f"cut off at {at}"
             else:
                 places = draw.sample(range(len(content)), min(draw.choice((1, 1, 2, 16)), len(content)))
                 for at in places:
                     broken[at] ^= draw.randrange(1, 256)
-                how = f"flipped {places}"
-            path.write_bytes(broken)
-            yield how
-        path.write_bytes(b"")
-        yield "empty"
-        path.unlink()
-        yield "deleted"
+                path.write_bytes(broken)
+                yield f"flipped {places}"
     finally:
         path.write_bytes(content)
 
@@ -133,7 +128,7 @@ def tally(kind: str, cases: int, outcome: str) -> None:
 @pytest.mark.parametrize("name", records.RECORD_FILES)
 def test_a_damaged_record_is_one_sentence_and_never_a_number(name: str, root: Path, tmp_path: Path) -> None:
     before, count = texts(root, tmp_path / "out"), 0
-    for how in damages(KD.folder(root) / name):
+    for how in damages(KD.folder(root) / name, 3 * FEW if TORTURE else FEW):
         count += 1
         said = sentence(lambda: texts(root, tmp_path / "out"))
         if how == "deleted":  # no record: its row says so
@@ -147,16 +142,15 @@ def test_a_damaged_record_is_one_sentence_and_never_a_number(name: str, root: Pa
         else:
             assert f"{KD.path}/{name} is damaged" in said and "run `make repro`" in said, how
         if how == "deleted" or said:
-            assert set(verify.problems(load(root), root)) > {NO_LOCK} or said
-    run_cell(KD, config.load(root / "params.yaml"), root)
+            assert set(verify.problems(load(root), root)) - {NO_LOCK}, how
     assert texts(root, tmp_path / "out") == before
     tally(name, count, "one sentence each, no wrong table")
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "confusion.npz", "run.json"])
+@pytest.mark.parametrize("name", ["weights.safetensors", *(["confusion.npz", "run.json"] if TORTURE else [])])
 def test_a_cell_with_a_damaged_file_is_trained_again_to_the_same_bits(name: str, root: Path) -> None:
     before, count = trained(root), 0
-    for how in damages(KD.folder(root) / name, 2 if TORTURE else 1):
+    for how in damages(KD.folder(root) / name, 4 if TORTURE else 1):
         count += 1
         if name == "weights.safetensors" and how != "deleted":
             wanted = f"{KD.path}: weights.safetensors is not the file of the record."
@@ -171,7 +165,7 @@ def test_nothing_learns_from_a_damaged_teacher(name: str, root: Path) -> None:
     params, count = config.load(root / "params.yaml"), 0
     teacher = teacher_cell(params, "streets").folder(root)
     shutil.rmtree(KD.folder(root))
-    for how in damages(teacher / name, 3 if TORTURE else 1):
+    for how in damages(teacher / name, FEW if TORTURE else 2):
         said = sentence(lambda: run_cell(KD, params, root))
         if said is None:  # a flip that changed no value
             assert name == "run.json" and how.startswith("flipped"), how
@@ -204,22 +198,20 @@ def test_a_damaged_resume_file_is_a_new_start(
     with pytest.raises(KeyboardInterrupt):
         run_cell(KD, params, root)
     stop, content, count = False, state.read_bytes(), 0
-    for how in damages(state, 2 if TORTURE else 1):
+    for how in damages(state, 4 if TORTURE else 1):
         caplog.clear()
         broken = state.read_bytes() if state.is_file() else None
         run_cell(KD, params, root)
         assert trained(root) == before
         assert ("is damaged" in caplog.text) == (broken is not None), how
-        shutil.rmtree(KD.folder(root))
+        shutil.rmtree(KD.folder(root))  # so that it trains again
         state.parent.mkdir(parents=True, exist_ok=True)
         state.write_bytes(content)
         count += 1
-    for _ in damages(state, ROUNDS if TORTURE else 3):
+    for _ in damages(state, MANY // 2):
         assert checkpoint.load(state, "any") is None
         count += 1
     assert checkpoint.load(state, "any") is None and "belongs to other inputs" in caplog.text
-    run_cell(KD, params, root)  # and the whole one is gone on from
-    assert trained(root) == before
     tally("resume state", count, "a message and a new start each, the same bits at the end")
 
 
@@ -240,7 +232,7 @@ def test_damaged_data_are_never_trained_on(name: str, root: Path, tmp_path: Path
             assert name == folder.DESCRIPTION
             run_cell(KD, config.load(root / "params.yaml"), root)
 
-    for how in damages(data / name, ROUNDS if TORTURE else 3):
+    for how in damages(data / name, MANY):
         count += 1
         said = sentence(read)
         assert said is not None, how
@@ -267,7 +259,7 @@ def test_a_damaged_mlflow_store_is_rebuilt(
 ) -> None:
     rebuilt = noticed = count = 0
     content, draw = (whole / "mlflow.db").read_bytes(), random.Random(7)
-    for number in range(20 if TORTURE else 3):
+    for number in range(20 if TORTURE else 2):
         root = mirrored(whole, tmp_path / str(number))
         broken = bytearray(content)
         if number == 0:
@@ -305,7 +297,7 @@ def test_another_number_in_mlflow_never_gets_into_a_table(whole: Path, tmp_path:
 def test_a_damaged_store_of_trials_is_rebuilt_from_the_log(root: Path) -> None:
     log = budget.path(load(root), root)
     before, count = log.read_bytes(), 0
-    for end in ("flipped", "cut"):
+    for end in ("flipped", "cut") if TORTURE else ("flipped",):
         content = (root / "tuning.db").read_bytes()
         broken = b"\0" * 4096 + content[4096:] if end == "flipped" else content[: len(content) // 2]
         (root / "tuning.db").write_bytes(broken)
@@ -329,21 +321,22 @@ def test_a_damaged_log_of_tuning_is_one_sentence(root: Path, tmp_path: Path) -> 
     count = refused = 0
     params = load(root)
     chosen = budget.untuned(params, root)
-    for how in damages(budget.path(params, root), 10 * ROUNDS):
+    for how in damages(budget.path(params, root), 5 * MANY):
         count += 1
         said = sentence(lambda: (budget.trials(params, root), budget.untuned(params, root)))
         refused += said is not None
         if how == "empty":
             assert said is not None and "run `make tune`" in said
     assert refused > count // 4 and chosen == budget.untuned(params, root)
-    for how in damages(budget.path(params, root), 2):
-        assert isinstance(verify.problems(params, root), list), how
+    for how in damages(budget.path(params, root), 3):
+        said = [text for text in verify.problems(params, root) if "tuning.csv is damaged" in text]
+        assert said or how != "empty", how
     tally("tuning.csv", count, f"{refused} refused by one sentence, the others read as a log")
 
 
 def test_a_damaged_params_yaml_is_one_sentence_or_another_setting(root: Path) -> None:
     before, count, refused = load(root), 0, 0
-    for how in damages(root / "params.yaml", 2 * ROUNDS):
+    for how in damages(root / "params.yaml", MANY):
         count += 1
         said = sentence(lambda: load(root))
         refused += said is not None
@@ -358,7 +351,7 @@ def test_a_damaged_dvc_lock_is_among_the_problems(root: Path) -> None:
     lines = (root / "dvc.lock").read_text().splitlines(keepends=True)
     (root / "dvc.lock").write_text("".join(lines[:400]))  # reading all of it takes a second
     count = refused = 0
-    for how in damages(root / "dvc.lock", 2 * ROUNDS):
+    for how in damages(root / "dvc.lock", MANY):
         count += 1
         refused += (said := sentence(lambda: verify.code_changes(root))) is not None
         assert said is None or ("dvc.lock" in said), how
@@ -371,7 +364,7 @@ def test_a_damaged_dvc_lock_is_among_the_problems(root: Path) -> None:
 
 def test_a_damaged_readme_and_figure_are_problems(root: Path) -> None:
     figure = root / "reports/streets/scores.png"
-    for how in damages(figure, 5 if TORTURE else 1):
+    for how in damages(figure, FEW if TORTURE else 2):
         if not how.startswith("flipped"):
             assert any("scores.png" in text for text in verify.problems(load(root), root)), how
     (root / "README.md").write_bytes(b"\xff<!-- results:begin -->")
