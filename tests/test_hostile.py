@@ -419,7 +419,7 @@ def test_split_lists_of_any_text(small: Path) -> None:
             assert (small / path).resolve().is_relative_to(small) and ".." not in path.split("/")
 
     fuzz()
-    assert all(count)
+    assert count[0] and (count[1] or not TORTURE)
     TALLY.append(f"hostile, split lists: {sum(count)} inputs: {count[0]} refused by one sentence")
 
 
