@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
+from typing import Any
+
+import yaml
 
 from pipelines import cli, config
 from pipelines.config import ROOT, ConfigError
@@ -109,6 +113,8 @@ class Launcher:
             if status and not self.stopped:
                 log.error("%s failed: %s", stage, reason(place))
             elif not status:
+                with self.guard:
+                    keep(self.root)
                 log.info("%s: done in %.0f s (one of %d).", stage, time.monotonic() - began, of)
             return status == 0
         finally:
@@ -124,38 +130,59 @@ class Launcher:
 def heal(root: Path = ROOT) -> None:
     """Make the two files whole that DVC does not write whole, in case it was killed while it wrote one.
 
-    Its list of busy files is then begun anew. Its dvc.lock goes back to the last one that was whole; stages
-    that ended since come from DVC's cache of runs.
+    Its list of busy files is begun anew. Its dvc.lock gets the stages that are whole in it, and the others
+    from the last one that was whole; a stage that is in neither runs again.
     """
-    busy, place, kept = root / ".dvc" / "tmp" / "rwlock", root / "dvc.lock", root / ".scratch" / "dvc.lock"
-    if busy.is_file() and not _whole(busy):
+    busy, place = root / ".dvc" / "tmp" / "rwlock", root / "dvc.lock"
+    if busy.is_file() and _content(busy) is None:
         log.warning("%s is damaged: DVC begins it anew.", busy.relative_to(root))
         busy.unlink(missing_ok=True)
     if not place.is_file():
         return
-    if _whole(place):
-        write_bytes(kept, place.read_bytes())
+    if _content(place) is not None:
+        write_bytes(root / ".scratch" / "dvc.lock", place.read_bytes())
         return
-    aside = place.with_name("dvc.lock.damaged")
-    place.replace(aside)
+    text = place.read_text(encoding="utf-8", errors="replace")
+    parts = re.split(r"^(?=  \S)", text, flags=re.MULTILINE)[1:-1]  # the last stage is cut off
+    found = [content for part in parts if isinstance(content := _parsed(part), dict)]
     committed = subprocess.run(["git", "show", "HEAD:./dvc.lock"], cwd=root, capture_output=True, check=False)
-    if kept.is_file():
-        write_bytes(place, kept.read_bytes())
-    elif committed.returncode == 0:
-        write_bytes(place, committed.stdout)
-    log.warning("dvc.lock is damaged: it is kept as %s, and the last whole one is used.", aside.name)
+    kept = _content(root / ".scratch" / "dvc.lock", tries=1) or _parsed(
+        committed.stdout.decode(errors="replace")
+    )
+    stages = dict(kept.get("stages", {})) if isinstance(kept, dict) else {}
+    for name, stage in (item for content in found for item in content.items()):
+        if isinstance(stage, dict) and "cmd" in stage:
+            stages[name] = stage
+    write_bytes(place.with_name("dvc.lock.damaged"), place.read_bytes())
+    write_bytes(place, yaml.safe_dump({"schema": "2.0", "stages": stages}, sort_keys=False).encode())
+    log.warning("dvc.lock is damaged: it is kept as dvc.lock.damaged, %d stages were restored.", len(stages))
 
 
-def _whole(file: Path) -> bool:
-    """Whether a file of DVC, YAML or JSON, can be read; it is asked again in case it is being written."""
-    for pause in (0.0, 1.0, 2.0):
-        time.sleep(pause)
+def keep(root: Path) -> None:
+    """Note dvc.lock while it is whole; another process may be writing it just now."""
+    old, new = (_content(path, tries=1) for path in (root / ".scratch" / "dvc.lock", root / "dvc.lock"))
+    if new is not None and len(new.get("stages", ())) >= len((old or {}).get("stages", ())):
+        write_bytes(root / ".scratch" / "dvc.lock", (root / "dvc.lock").read_bytes())
+
+
+def _content(file: Path, tries: int = 3) -> dict[str, Any] | None:
+    """A file of DVC, YAML or JSON; None when it is damaged, on the last of a few looks, as it may be being
+    written."""
+    for number in range(tries):
+        time.sleep(0.4 * number)
         try:
-            if isinstance(config.read_yaml(file), dict):
-                return True
+            if isinstance(found := config.read_yaml(file), dict):
+                return found
         except ConfigError:
             continue
-    return False
+    return None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return None
 
 
 def reason(output: Path) -> str:
