@@ -27,7 +27,7 @@ from pipelines import cli, config
 from pipelines.config import ROOT, ConfigError
 
 WAVES = (
-    ("fetch", "fetch_weights"),
+    ("fetch", "fetch_weights", "count"),
     ("train_teacher",),
     ("distill", "acfd"),
     ("export",),

@@ -146,7 +146,7 @@ def test_stage_list_is_the_matrix_of_params() -> None:
             for k in keys
             for seed in suite["seeds"]
         ]
-    assert sorted(listed) == sorted([*expected, "report"])
+    assert sorted(listed) == sorted([*expected, "count", "report"])
 
 
 def test_every_command_of_the_readme_exists() -> None:
