@@ -146,6 +146,7 @@ def test_stage_list_is_the_matrix_of_params() -> None:
             for k in keys
             for seed in suite["seeds"]
         ]
+    expected += [f"export@{b}-{s}" for b in suite["benchmarks"] for s in suite["students"]]
     assert sorted(listed) == sorted([*expected, "count", "report"])
 
 

@@ -136,6 +136,7 @@ ALPHA = Image.fromarray(np.dstack([gray(RAMP), np.where(RAMP < 100, 0, 255).asty
 MODES: dict[str, tuple[str, Image.Image, np.ndarray]] = {
     "gray": ("png", Image.fromarray(RAMP), gray(RAMP)),
     "16-bit gray": ("png", Image.fromarray(RAMP.astype(np.uint16) * 257), gray(RAMP)),
+    "dark 16-bit gray": ("png", Image.fromarray(RAMP.astype(np.uint16)), gray((RAMP > 128).astype(np.uint8))),
     "32-bit gray": ("tiff", Image.fromarray(RAMP.astype(np.int32) * 257), gray(RAMP)),
     "float in 0 to 1": ("tiff", Image.fromarray((RAMP / 255).astype(np.float32)), gray(RAMP)),
     "black and white": ("png", Image.fromarray(RAMP > 99), gray(np.where(RAMP > 99, 255, 0))),
