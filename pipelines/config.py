@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = "acfd"  # the package and the section of params.yaml that hold the variants of the paper's method
 TEACHER = "teacher"  # the folder of a benchmark's teacher, beside its students'
+EXPORTS = "exports"  # the folder of a benchmark's export records, in the same place
 
 
 class ConfigError(ValueError):
@@ -318,10 +319,11 @@ def load(path: Path | None = None, methods: bool = True) -> Params:
         raise ConfigError(
             "In params.yaml: tuning.seed must not be one of suite.seeds, whose scores are reported."
         )
-    if TEACHER in params.students:
-        raise ConfigError(
-            f"In params.yaml: no student may be called '{TEACHER}', that folder holds the teacher."
-        )
+    for name, holds in ((TEACHER, "the teacher"), (EXPORTS, "the records of exports")):
+        if name in params.students:
+            raise ConfigError(
+                f"In params.yaml: no student may be called '{name}', that folder holds {holds}."
+            )
     for key in params.methods:
         if key.startswith(f"{PAPER}-"):
             raise ConfigError(

@@ -2,8 +2,8 @@
 
 DVC runs one stage after the other. This runs the stages of a matrix side by side, each by
 ``dvc --wait-for-lock repro -s <stage>`` in a process group of its own: first the data, then the teachers,
-then all cells, then the report. A cell that fails does not stop the others; its reason is in the tables. The
-output of a stage is in ``.scratch/logs/``.
+then all cells, then the exports of their students, then the report. A cell that fails does not stop the
+others; its reason is in the tables. The output of a stage is in ``.scratch/logs/``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ WAVES = (
     ("fetch", "fetch_weights", "count"),
     ("train_teacher",),
     ("distill", "acfd"),
+    ("export",),
 )  # the stages of a wave do not need each other
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 

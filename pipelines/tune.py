@@ -69,6 +69,7 @@ def tune(params: Params, root: Path = ROOT, only: str | None = None) -> Path | N
     config.known("method", only or tuning.methods[0], tuning.methods)
     tasks = [_task(params, method, root) for method in tuning.methods]
     path = budget.path(params, root)
+    records.probe(root.resolve() / DATABASE)
     studies = {task.method: _study(task, tuning.trials, root, path) for task in tasks}
     for number in range(tuning.trials):
         for task in tasks:

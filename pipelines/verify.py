@@ -8,6 +8,7 @@ weights, no data and no MLflow; where data or weights are present, their sums ar
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import shutil
@@ -16,15 +17,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
+from pydantic import BaseModel, ValidationError
 
 from pipelines import config, report
-from pipelines.config import ROOT, TEACHER, ConfigError, Params
+from pipelines.config import EXPORTS, ROOT, TEACHER, ConfigError, Params
 from pipelines.datasets.folder import DESCRIPTION
-from pipelines.results import budget, figures, ranks, records, sizes, tracking
+from pipelines.results import budget, exports, figures, ranks, records, sizes, tracking
 from pipelines.results.confusion import summary
-from pipelines.results.gathered import Results
+from pipelines.results.gathered import REFERENCE, Results
 from pipelines.results.records import RECORD_FILES, Record
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,10 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
         return [str(error)]
     everything = [record for own in found.values() for record in own]
     try:
+        exported = list(_exports(params, found, root))
+    except ConfigError as error:
+        return [str(error)]
+    try:
         listed = [f"{r.cell.path}: {text}" for r in everything for text in _record(r)]
     except (KeyError, TypeError, IndexError) as error:
         return [f"A run record has no {error}: it is of another version or damaged; rerun its cell."]
@@ -53,24 +58,30 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
     ]
     for own in found.values():
         listed += _same_inputs(own, root)
-    listed += _lock(everything, root)
-    listed += _sizes(params, root)
-    listed += _tuning(params, root)
+    listed += exported
+    for check in (_lock(everything, root), _sizes(params, root), _tuning(params, root)):
+        try:
+            listed += check
+        except ConfigError as error:  # a damaged file
+            listed.append(str(error))
     frames = {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
     try:
         every = report.gather_all(params, root, found, frames)
     except ConfigError:  # methods with unequal budgets, which is in the list already
         return listed
-    return listed + list(_texts(params, every, root)) + list(_figures(every, root))
+    try:
+        return listed + list(_texts(params, every, root)) + list(_figures(every, root))
+    except ConfigError as error:  # a damaged README
+        return [*listed, str(error)]
 
 
 def code_changes(root: Path = ROOT) -> list[str]:
     """Files of code that dvc.lock knows in another version: what they made can still be verified."""
     changed = {
-        str(dep["path"])
+        dep.path
         for stage in _stages(root).values()
-        for dep in stage.get("deps", ())
-        if str(dep["path"]).endswith(".py") and _md5(root / dep["path"]) != dep["md5"]
+        for dep in stage.deps
+        if dep.path.endswith(".py") and _md5(root / dep.path) != dep.md5
     }
     return sorted(changed)
 
@@ -139,6 +150,46 @@ def _same_inputs(own: Sequence[Record], root: Path) -> Iterator[str]:
             yield f"{cell.path}: weights.safetensors is not the file of the record."
 
 
+def _exports(params: Params, found: Mapping[str, list[Record]], root: Path) -> Iterator[str]:
+    """Whether the records of exports agree with themselves and with the cells whose students they measured.
+
+    ConfigError when one is damaged.
+    """
+    for path in _export_files(root):
+        benchmark, student = path.parent.parent.name, path.stem
+        own = {r.cell.method: r for r in found.get(benchmark, ()) if r.cell.student == student}
+        name = path.relative_to(root).as_posix()
+        if student not in params.students or not own:
+            yield f"{name} is the export of a student without records: delete it."
+            continue
+        record = exports.read(benchmark, student, root) or {}
+        cells = {
+            r.cell.method: r.run
+            for r in found[benchmark]
+            if r.cell.student == student and r.cell.seed == record.get("seed")
+        }
+        try:
+            yield from (f"{name}: {text}" for text in exports.problems(record, REFERENCE))
+            for method, measured in record["methods"].items():
+                if method not in params.method_keys:  # since then taken out, and in no table
+                    continue
+                run = cells.get(method)
+                if run is None or run["weights_sha256"] != measured["weights_sha256"]:
+                    yield f"{name}: {method} has other weights than its cell now: run `make repro`."
+                elif run["data_sha256"] != record["data_sha256"]:
+                    yield f"{name}: {method} was compared on other data than that of its cell."
+                elif run["student"]["input"] == record["input"]:
+                    for key in ("parameters", "flops"):
+                        if run["student"][key] != measured[key]:
+                            yield f"{name}: {method} has other {key} than its cell."
+        except (KeyError, TypeError, IndexError, ZeroDivisionError) as error:
+            raise ConfigError(f"{name} has no {error}: it is of another version; delete it.") from None
+
+
+def _export_files(root: Path) -> list[Path]:
+    return sorted((root / "runs").glob(f"*/{EXPORTS}/*.json"))
+
+
 def _lock(everything: Sequence[Record], root: Path) -> Iterator[str]:
     """Whether dvc.lock has every record, as it is now, made with the parameters that params.yaml has now."""
     stages = _stages(root)
@@ -146,8 +197,8 @@ def _lock(everything: Sequence[Record], root: Path) -> Iterator[str]:
         if everything:
             yield "dvc.lock is missing or empty: restore it with git, or run `dvc commit`."
         return
-    made = {str(out["path"]): (name, out) for name, stage in stages.items() for out in stage.get("outs", ())}
-    raw = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+    made = {out.path: (name, out) for name, stage in stages.items() for out in stage.outs}
+    raw = config.read_yaml(root / "params.yaml")
     used: set[str] = set()
     for record in everything:
         for name in RECORD_FILES:
@@ -156,20 +207,25 @@ def _lock(everything: Sequence[Record], root: Path) -> Iterator[str]:
                 yield f"{path} is not in dvc.lock: run `dvc repro`, or `dvc commit` what was run elsewhere."
                 break
             used.add(made[path][0])
-            if _md5(root / path) != made[path][1]["md5"]:
+            if _md5(root / path) != made[path][1].md5:
+                yield f"{path} is not the file that dvc.lock has."
+    for file in _export_files(root):
+        path = file.relative_to(root).as_posix()
+        if path not in made:
+            yield f"{path} is not in dvc.lock: run `dvc repro`, or `dvc commit` what was run elsewhere."
+        else:
+            used.add(made[path][0])
+            if _md5(file) != made[path][1].md5:
                 yield f"{path} is not the file that dvc.lock has."
     for name in (queue := sorted(used)):  # grows by the stages that made what these were run with
-        queue += sorted(
-            {made[path][0] for dep in stages[name].get("deps", ()) if (path := str(dep["path"])) in made}
-            - set(queue)
-        )
-        for key, value in stages[name].get("params", {}).get("params.yaml", {}).items():
+        queue += sorted({made[dep.path][0] for dep in stages[name].deps if dep.path in made} - set(queue))
+        for key, value in stages[name].params.get("params.yaml", {}).items():
             if _look_up(raw, key) != value:
                 yield f"{name}: was run with another {key} than params.yaml has now."
-        for dep in stages[name].get("deps", ()):
-            _, out = made.get(str(dep["path"]), (None, None))
-            if out is not None and out["md5"] != dep["md5"]:
-                yield f"{name}: was run with another {dep['path']} than dvc.lock has now."
+        for dep in stages[name].deps:
+            _, out = made.get(dep.path, (None, None))
+            if out is not None and out.md5 != dep.md5:
+                yield f"{name}: was run with another {dep.path} than dvc.lock has now."
 
 
 def _sizes(params: Params, root: Path) -> Iterator[str]:
@@ -179,19 +235,19 @@ def _sizes(params: Params, root: Path) -> Iterator[str]:
     name = sizes.COUNTS.as_posix()
     for network in sizes.missing(params, root):
         yield f"{name} lacks {network}: run {sizes.COMMAND}."
-    made = [out for stage in _stages(root).values() for out in stage.get("outs", ()) if out["path"] == name]
-    if not made or made[0]["md5"] != _md5(root / sizes.COUNTS):
+    made = [out.md5 for stage in _stages(root).values() for out in stage.outs if out.path == name]
+    if made != [_md5(root / sizes.COUNTS)]:
         yield f"{name} is not the file that dvc.lock has: run {sizes.COMMAND}."
 
 
 def _tuning(params: Params, root: Path) -> Iterator[str]:
     """Whether the log of tuning gave every method as much, and the chosen weights are the best of it."""
     path = budget.path(params, root)
+    rows = budget.read(path)
     try:
         budget.trials(params, root)
     except ConfigError as error:
         yield str(error)
-    rows = budget.read(path)
     if len({(row["steps"], row["seed"]) for row in rows}) > 1:
         yield f"{path.relative_to(root)}: trials of different lengths or seeds."
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -244,7 +300,7 @@ def _origin(path: Path) -> str | None:
         with Image.open(path) as image:
             image.load()
             return image.info.get(figures.SOURCE)
-    except (OSError, SyntaxError):  # a broken file
+    except Exception:  # a broken file: Pillow has no one family of errors for it
         return None
 
 
@@ -259,10 +315,35 @@ def _first_difference(found: str, wanted: str) -> str:
     return f"has {len(have)} lines where the records give {len(want)}"
 
 
-def _stages(root: Path) -> dict[str, Any]:
+class File(BaseModel):
+    """A file or folder in dvc.lock."""
+
+    path: str
+    md5: str
+
+
+class Stage(BaseModel):
+    """A stage in dvc.lock."""
+
+    deps: list[File] = []
+    outs: list[File] = []
+    params: dict[str, dict[str, Any]] = {}
+
+
+class Lock(BaseModel):
+    """dvc.lock, as far as it is read here."""
+
+    stages: dict[str, Stage] = {}
+
+
+def _stages(root: Path) -> dict[str, Stage]:
+    """The stages of dvc.lock, {} where there is none. ConfigError when it is damaged."""
     path = root / "dvc.lock"
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return dict((content or {}).get("stages", {}))
+    content = config.read_yaml(path) if path.is_file() else None
+    try:
+        return Lock.model_validate(content or {}).stages
+    except ValidationError as error:
+        raise ConfigError(config.explain("", error, path.name) + " Restore it with git.") from None
 
 
 def _look_up(raw: Mapping[str, Any], key: str) -> Any:
@@ -284,10 +365,11 @@ def _sum(path: Path, kind: str) -> str:
 def main() -> None:
     params = config.load(methods=False)
     found = problems(params)
-    if changed := code_changes():
-        log.info(
-            "code that has changed since, so that `dvc repro` would rerun cells: %s.", ", ".join(changed)
-        )
+    with contextlib.suppress(ConfigError):  # a damaged dvc.lock is among the problems
+        if changed := code_changes():
+            log.info(
+                "code that has changed since, so that `dvc repro` would rerun cells: %s.", ", ".join(changed)
+            )
     if found:
         last = f"{len(found)} problem{'s' * (len(found) > 1)}: the records do not support the reports."
         raise ConfigError("\n".join(["", *found, last]))

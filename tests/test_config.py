@@ -41,6 +41,10 @@ def loaded(tmp_path: Path, change: Change) -> config.Params:
         ),
         (lambda r: r["methods"].update({"acfd-x": {}}), "acfd-x takes a name"),
         (
+            lambda r: r["students"].update(exports=r["students"]["pspnet-resnet18"]),
+            "no student may be called 'exports'",
+        ),
+        (
             lambda r: r["students"].update(teacher=r["students"]["pspnet-resnet18"]),
             "no student may be called",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,31 @@ def read(file: Path) -> list[dict[str, str]]:
     """The rows of a log, [] where there is none; :class:`ConfigError` for a file that is something else."""
     if not file.is_file():
         return []
-    with file.open(newline="", encoding="utf-8") as opened:
-        reader = csv.DictReader(opened)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ConfigError(
-                f"reports/{file.parent.name}/{file.name} is no log of this version's `make tune`: delete it "
-                f"and run `make tune`."
-            )
-        return list(reader)
+    damaged = ConfigError(
+        f"reports/{file.parent.name}/{file.name} is damaged or no log of this version's `make tune`: restore "
+        f"it with git, or delete it and run `make tune`."
+    )
+    try:
+        with file.open(newline="", encoding="utf-8") as opened:
+            reader = csv.DictReader(opened, strict=True)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise damaged
+            rows = list(reader)
+        for row in rows:
+            if set(row) != set(COLUMNS) or None in row.values() or row["chosen"] not in ("", "yes"):
+                raise damaged
+            numbers = [*weights(row).values(), float(row["val_miou"] or 0)]
+            counts = [int(row[name]) for name in ("trial", "steps", "seed")]
+            if (
+                not row["method"]
+                or not weights(row)
+                or not all(map(math.isfinite, numbers))
+                or min(counts) < 0
+            ):
+                raise damaged
+    except (ValueError, csv.Error):
+        raise damaged from None
+    return rows
 
 
 def text(weights: dict[str, float]) -> str:

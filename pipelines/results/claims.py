@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from pipelines import config
 from pipelines.config import PAPER, ROOT, ConfigError, Key, Model, Network, Params, Positive, Size
-from pipelines.results import records, statistics
+from pipelines.results import exports, records, statistics
 from pipelines.results.gathered import HEADLINE, REFERENCE, SCORE, Results
 from pipelines.results.tables import Table, escape_markdown
 
@@ -461,12 +461,24 @@ def _judge_cost(claim: Claim, every: Sequence[Results]) -> Verdict:
                 f"{_numbers(here)} {name}" + ("" if same else f" against {_numbers(there)}")
                 for name, (here, there) in zip(COST.values(), pairs, strict=True)
             ]
+            parts += _latency(results, student, claim.method)
             (equal if same else different).append(f"{results.benchmark}, {student}: {', '.join(parts)}")
     if different:
         return Verdict(NOT_REPRODUCED, [f"not equal on {place}" for place in different])
     if equal:
         return Verdict(REPRODUCED, [f"equal on {place}" for place in equal])
     return Verdict(NOT_RUN, [f"no finished cells of both {claim.method} and {REFERENCE}"])
+
+
+def _latency(results: Results, student: str, method: str) -> list[str]:
+    """What an export record adds: for information, a time is never exactly equal."""
+    if (record := results.exported(student, method)) is None:
+        return []
+    found = exports.timing(record, method, REFERENCE, "onnxruntime")
+    if found.ratio is None or found.interval is None:
+        return []
+    low, high = found.interval.low, found.interval.high
+    return [f"{found.ratio:.2f} ({low:.2f} to {high:.2f}) times its latency with onnxruntime"]
 
 
 def _cost(results: Results, student: str, method: str, column: str) -> set[float]:

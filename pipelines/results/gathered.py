@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from pipelines.config import PAPER, TEACHER, Params
-from pipelines.results import budget, records, statistics
+from pipelines.results import budget, exports, records, statistics
 from pipelines.results.records import Cell, Record
 from pipelines.results.statistics import ImageBootstrap, Interval, Paired
 
@@ -74,6 +74,7 @@ class Results:
         default_factory=dict
     )  # trained with other settings than params.yaml's
     trials: dict[str, int] = field(default_factory=dict)  # of tuning, by method
+    exports: dict[str, dict[str, Any]] = field(default_factory=dict)  # records of exports, by student
     untuned: list[str] = field(default_factory=list)  # methods whose weights are not those that tuning chose
     tracking: str | None = None  # why the numbers do not come from MLflow, if they do not
 
@@ -127,6 +128,22 @@ class Results:
         """Validation mIoU of the teacher minus the undistilled student's mean over its seeds."""
         teacher, plain = self.teacher("val/miou"), self.mean(student, REFERENCE, "val/miou")
         return None if teacher is None or plain is None else teacher - plain
+
+    def exported(self, student: str, method: str) -> dict[str, Any] | None:
+        """The export record of a student, if it measured the weights of today's cells of both the method and
+        the reference."""
+        if (record := self.exports.get(student)) is None:
+            return None
+        now = {
+            r.cell.method: r.run["weights_sha256"]
+            for r in self.finished
+            if (r.cell.student, r.cell.seed) == (student, record["seed"])
+        }
+        same = all(
+            key in now and now[key] == record["methods"].get(key, {}).get("weights_sha256")
+            for key in (method, REFERENCE)
+        )
+        return record if same else None
 
     def status(self, student: str, method: str) -> str:
         """``complete``, ``not run``, or how many cells there are and what became of the others."""
@@ -232,6 +249,11 @@ def gather(
         },
         stale={record.cell: parts for record in finished if (parts := records.stale(record, params))},
         trials=budget.trials(params, root),
+        exports={
+            student: record
+            for student in students
+            if (record := exports.read(benchmark, student, root)) is not None
+        },
         untuned=list(budget.untuned(params, root)),
         tracking=tracking,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.config import PAPER
+from pipelines.config import PAPER, ConfigError
 from pipelines.results import figures, ranks, records, tables
 from pipelines.results.gathered import COMPUTE, HEADLINE, MATCHED, REFERENCE, SCORE, Results, Standing, label
 from pipelines.results.ranks import Ranks
@@ -18,7 +18,10 @@ TABLES = ("comparison", "cost", "ablation", "per_class")
 
 def update(path: Path, text: str) -> bool:
     """Put ``text`` between the markers of a README. Where there are none: change nothing, return False."""
-    content = path.read_text(encoding="utf-8") if path.is_file() else ""
+    try:
+        content = path.read_text(encoding="utf-8") if path.is_file() else ""
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path.name} is damaged, it is no UTF-8 text: restore it with git.") from None
     begin, end = (content.find(marker) for marker in MARKERS)
     if begin < 0 or end < begin:
         return False

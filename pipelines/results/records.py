@@ -8,10 +8,13 @@ itself, so a record is whole or none.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
+import logging
 import os
+import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from pipelines.config import PAPER, ROOT, TEACHER, ConfigError, Params
+
+log = logging.getLogger(__name__)
 
 RECORD_FILES = ("metrics.json", "history.csv", "confusion.npz", "run.json")
 
@@ -143,11 +148,24 @@ def write(folder: Path, run: dict[str, Any], others: Mapping[str, bytes]) -> Non
     for name, content in others.items():
         write_bytes(folder / name, content)
     run = {**run, "files": {name: sha256(content) for name, content in sorted(others.items())}}
-    write_bytes(folder / "run.json", json_bytes(run | {"seal": _seal(run)}))
+    write_bytes(folder / "run.json", json_bytes(sealed(run)))
 
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with its own sum."""
+    return {**content, "seal": _seal(content)}
+
+
+def unseal(content: bytes) -> dict[str, Any]:
+    """What was sealed and written as JSON. ValueError unless it is whole and unchanged."""
+    found = json.loads(content)
+    if not isinstance(found, dict) or found.pop("seal", None) != _seal(found):
+        raise ValueError("the seal is broken")
+    return found
 
 
 def _seal(run: Mapping[str, Any]) -> str:
@@ -203,7 +221,7 @@ def _unresolved(network: dict[str, Any], params: Params) -> dict[str, Any]:
 def failure(cell: Cell, root: Path = ROOT) -> str | None:
     """Why a cell's last attempt stopped, if it failed."""
     note = cell.scratch(root) / "failure.txt"
-    return note.read_text(encoding="utf-8").strip() if note.is_file() else None
+    return note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else None
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
@@ -225,6 +243,28 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def probe(database: Path) -> None:
+    """Raise at once when an SQLite file cannot be written; its users would try again for minutes. One that is
+    damaged is put aside, so that they build a new one.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(database, timeout=10)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            found = connection.execute("PRAGMA integrity_check").fetchall()
+            connection.rollback()
+        if found == [("ok",)]:
+            return
+    except sqlite3.OperationalError:  # no permission, no room, or somebody else's transaction
+        raise
+    except sqlite3.DatabaseError:
+        pass
+    aside = database.with_name(f"{database.name}.damaged")
+    log.warning("%s is damaged: it is kept as %s and built anew.", database.name, aside.name)
+    database.replace(aside)
+    for end in ("-journal", "-wal", "-shm"):
+        database.with_name(database.name + end).unlink(missing_ok=True)
 
 
 def clear_parts(folder: Path) -> None:

@@ -208,6 +208,19 @@ def image_bootstrap(
     return ImageBootstrap(scores)
 
 
+def ratio_of_medians(a: ArrayLike, b: ArrayLike, resamples: int, seed: int) -> tuple[float, Interval]:
+    """median(a) / median(b) with its 95 % percentile bootstrap interval (Efron and Tibshirani 1993).
+
+    ``a``, ``b``: (rounds,), positive; a round measured both, so rounds are resampled, not measurements.
+    """
+    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if left.shape != right.shape or left.ndim != 1 or not left.size:
+        raise ValueError(f"Both need the same rounds, one at least, not {left.shape} and {right.shape}.")
+    drawn = np.random.default_rng(seed).integers(0, left.size, size=(resamples, left.size))
+    ratios = np.median(left[drawn], axis=1) / np.median(right[drawn], axis=1)
+    return float(np.median(left) / np.median(right)), _percentiles(ratios)
+
+
 def told_apart(over_seeds: Interval | None, over_images: Interval | None) -> bool:
     """Whether two methods differ: both intervals of the difference are known and on the same side of 0."""
     if over_seeds is None or over_images is None:

@@ -7,6 +7,7 @@ twice gives the same bytes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import jinja2
 import pandas as pd
 
 from pipelines.config import PAPER, TEACHER
-from pipelines.results import records, statistics
+from pipelines.results import exports, records, statistics
 from pipelines.results.gathered import (
     COMPUTE,
     MATCHED,
@@ -75,6 +76,7 @@ def cost(results: Results) -> Table:
             row |= {"status": results.status(student, method)}
             data.append(row)
             text.append([student, label(method), *_cost_text(row), row["status"]])
+    columns = ["student", "method", *COST_COLUMNS, "status"]
     size = " or ".join(
         "×".join(map(str, json.loads(value)))
         for value in results.distinct("tags.student.input", students_only=True)
@@ -87,7 +89,8 @@ def cost(results: Results) -> Table:
         "memory: peak of the training process, largest of the seeds.",
         "trials: of the search for the loss weights, the same number for every method (`make tune`).",
     ]
-    columns = ["student", "method", *COST_COLUMNS, "status"]
+    if results.exports:
+        _add_exports(results, data, text, columns, notes)
     return Table("cost", "cost of methods", pd.DataFrame(data, dtype=object), columns, text, notes)
 
 
@@ -341,6 +344,8 @@ COST_COLUMNS = [
     "trials",
 ]
 
+EXPORT_COLUMNS = ["ONNX latency (ms)", f"ONNX × {REFERENCE}", "largest difference"]
+
 
 def _scores(results: Results, student: str, method: str, standing: Standing) -> dict[str, Any]:
     scores, gain = standing.scores, standing.gain
@@ -406,6 +411,60 @@ def _costs(results: Results, student: str, method: str) -> dict[str, Any]:
             "trials": results.trials.get(method),
         }
     )
+
+
+def _add_exports(
+    results: Results, data: list[dict[str, Any]], text: list[list[str]], columns: list[str], notes: list[str]
+) -> None:
+    """Complete the table of costs by what the records of exports say."""
+    for row, line, (student, method) in zip(
+        data, text, itertools.product(results.students, results.methods), strict=True
+    ):
+        status = row.pop("status")
+        record = results.exported(student, method)
+        for runtime in exports.RUNTIMES:
+            timing = record and exports.timing(record, method, REFERENCE, runtime)
+            spread = timing.interval if timing else None
+            row |= _rounded(
+                {
+                    f"{runtime}_ms": timing.median if timing else None,
+                    f"{runtime}_ms_q1": timing.low if timing else None,
+                    f"{runtime}_ms_q3": timing.high if timing else None,
+                    f"{runtime}_ratio": timing.ratio if timing else None,
+                    f"{runtime}_ratio_low": spread.low if spread else None,
+                    f"{runtime}_ratio_high": spread.high if spread else None,
+                }
+            )
+        apart = None if record is None else exports.difference(record, method)
+        row |= {"largest_difference": None if apart is None else float(f"{apart:.6g}"), "status": status}
+        quartiles = Interval(row["onnxruntime_ms_q1"], row["onnxruntime_ms_q3"]) if record else None
+        line[-1:-1] = [
+            f"{number(row['onnxruntime_ms'], '.2f')} {between(quartiles, '.2f')}" if record else "–",
+            _ratio_text(row, "onnxruntime"),
+            number(apart, ".1e"),
+        ]
+    columns[-1:-1] = EXPORT_COLUMNS
+    measured = [
+        f"{student}: seed {record['seed']}, {record['rounds']} rounds, "
+        f"{'×'.join(map(str, record['input']))} pixels, {record['hardware']['threads']} threads of "
+        f"{record['hardware']['processor']}, onnxruntime "
+        f"{record['versions']['onnxruntime']}"
+        for student, record in results.exports.items()
+    ]
+    notes += [
+        "ONNX latency: median [quartiles] of single inferences with onnxruntime in float32, all methods by "
+        f"turns in every round; {'; '.join(measured)}.",
+        f"ONNX × {REFERENCE}: ratio of the medians, 95 % bootstrap interval over rounds; noise, "
+        "as all methods have the same ONNX graph.",
+        "largest difference: of a logit between the trained network and its ONNX or torch.export form, over "
+        "the largest absolute logit, on test images.",
+    ]
+
+
+def _ratio_text(row: Mapping[str, Any], runtime: str) -> str:
+    if row[f"{runtime}_ratio"] is None:
+        return "–"
+    return f"{row[f'{runtime}_ratio']:.2f} {between(interval(row, f'{runtime}_ratio'), '.2f')}"
 
 
 def _score_text(row: dict[str, Any]) -> list[str]:

@@ -14,13 +14,13 @@ import json
 import logging
 import os
 import re
-import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.results import records as cells
 from pipelines.results.records import RECORD_FILES, Record
 
 if TYPE_CHECKING:
@@ -98,14 +98,22 @@ def collect(
 
     Returns a frame per benchmark and None; or, when the store cannot be written or read, the same frames
     straight from the records and one sentence that says why. A warning is logged then, nothing is raised.
+    A store that holds other numbers than the records is made anew.
     """
     if not records:
         return {}, None
+    direct = {benchmark: frame(map(entry, wanted)) for benchmark, wanted in records.items()}
     try:
-        client = connect(root)
+        client, found = connect(root), {}
         for benchmark, wanted in records.items():
             sync(client, root, benchmark, wanted)
-        return {benchmark: query(client, benchmark) for benchmark in records}, None
+            if not query(client, benchmark).equals(direct[benchmark]):  # bits have flipped in its file
+                log.warning("MLflow had other numbers of %s than the records: made anew.", benchmark)
+                sync(client, root, benchmark, wanted, anew=True)
+            found[benchmark] = query(client, benchmark)
+            if not found[benchmark].equals(direct[benchmark]):
+                raise ValueError(f"it does not give back what was written for {benchmark}")
+        return found, None
     except Exception as error:  # whatever a tracker may raise, the results do not depend on it
         # The reports get this sentence without the error's own text, which may hold paths of this machine.
         problem = f"MLflow could not be used ({type(error).__name__})"
@@ -114,7 +122,7 @@ def collect(
             problem,
             _first_line(error),
         )
-        return {benchmark: frame(map(entry, wanted)) for benchmark, wanted in records.items()}, problem
+        return direct, problem
 
 
 def uri(root: Path) -> str:
@@ -124,7 +132,7 @@ def uri(root: Path) -> str:
 
 def connect(root: Path) -> MlflowClient:
     """A client of the store of this checkout, which is created when there is none."""
-    _probe(root.resolve() / "mlflow.db")
+    cells.probe(root.resolve() / "mlflow.db")
     os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -135,13 +143,16 @@ def connect(root: Path) -> MlflowClient:
     return MlflowClient(tracking_uri=uri(root))
 
 
-def sync(client: MlflowClient, root: Path, benchmark: str, records: Iterable[Record]) -> None:
-    """Make the experiment hold exactly one finished run per record. Runs of others in it are left alone."""
+def sync(
+    client: MlflowClient, root: Path, benchmark: str, records: Iterable[Record], anew: bool = False
+) -> None:
+    """Make the experiment hold exactly one finished run per record, each written ``anew`` or only where it
+    changed. Runs of others in it are left alone."""
     experiment = _experiment(client, root, benchmark)
     wanted = {record.cell.path: record for record in records}
     for run in _runs(client, experiment):
         tags = run.data.tags
-        record = wanted.get(tags["cell"])
+        record = None if anew else wanted.get(tags["cell"])
         if record is not None and run.info.status == "FINISHED" and tags.get("record") == digest(record):
             del wanted[record.cell.path]
         else:  # changed, no longer expected, a duplicate, or cut off in the middle of an earlier sync
@@ -228,16 +239,6 @@ def _runs(client: MlflowClient, experiment: str) -> Iterator[Run]:
         token = page.token
         if not token:
             return iter(found)
-
-
-def _probe(database: Path) -> None:
-    """Raise at once when the database cannot be written; MLflow would try again for minutes."""
-    connection = sqlite3.connect(database, timeout=10)
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.rollback()
-    finally:
-        connection.close()
 
 
 def _leaves(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
