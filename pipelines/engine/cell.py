@@ -179,6 +179,11 @@ def prepare(plan: Plan, params: Params, root: Path = ROOT) -> Prepared:
     else:
         owner = teacher_cell(params, cell.benchmark)
         record = load_teacher(teacher, owner, root, classes, ignore_index, val, plan.teacher_training)
+        if record.run["data_sha256"] != description.sha256:
+            raise ConfigError(
+                f"The teacher of {cell.benchmark} was trained on other data than data/{cell.benchmark} holds "
+                "now: run `make repro`, which makes both anew."
+            )
         scores = {"sha256": record.run["weights_sha256"]}
         scores |= {f"{split}_miou": record.metrics[split]["miou"] for split in ("val", "test")}
 
