@@ -240,6 +240,16 @@ def test_damaged_data_are_never_trained_on(name: str, root: Path, tmp_path: Path
     tally(f"data, {name}", count, "one sentence each")
 
 
+def test_a_teacher_of_other_data_teaches_nothing(root: Path) -> None:
+    """A change that the description cannot show by itself."""
+    place = root / "data" / "streets" / folder.DESCRIPTION
+    place.write_text(place.read_text().replace('"name": "streets"', '"name": "street"'))
+    folder.check(place.parent)
+    shutil.rmtree(KD.folder(root))
+    said = sentence(lambda: run_cell(KD, config.load(root / "params.yaml"), root))
+    assert said is not None and "was trained on other data" in said
+
+
 # ---- the stores
 
 

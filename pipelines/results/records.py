@@ -15,6 +15,8 @@ import json
 import logging
 import os
 import sqlite3
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,13 +79,21 @@ class Record:
 
     def confusion(self, split: str) -> np.ndarray:
         """int64 counts (images, classes, classes), rows = truth, columns = prediction."""
-        with np.load(self.folder / "confusion.npz", allow_pickle=False) as file:
-            return np.asarray(file[split])
+        return self._array(split)
 
     def test_names(self) -> list[str]:
         """The test images, in the order of the counts."""
-        with np.load(self.folder / "confusion.npz", allow_pickle=False) as file:
-            return [str(name) for name in file["test_names"]]
+        return [str(name) for name in self._array("test_names")]
+
+    def _array(self, name: str) -> np.ndarray:
+        try:
+            with np.load(self.folder / "confusion.npz", allow_pickle=False) as file:
+                return np.asarray(file[name])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ConfigError(
+                f"runs/{self.cell.path}/confusion.npz is damaged ({type(error).__name__}): delete the folder "
+                "and run `make repro`."
+            ) from None
 
 
 def teacher_cell(params: Params, benchmark: str) -> Cell:
