@@ -49,7 +49,7 @@ def test_every_entry_can_be_selected(root: Path, which: str) -> None:
         for line in dvc(root, "repro", "--dry").splitlines()
         if line.startswith("Running stage")
     }
-    wanted = {"report", *(f"fetch_weights@{key}" for key in raw["weights"])}
+    wanted = {"report", "count", *(f"fetch_weights@{key}" for key in raw["weights"])}
     for benchmark in benchmarks:
         wanted |= {f"fetch@{benchmark}", f"train_teacher@{benchmark}"}
         for student in students:
