@@ -10,6 +10,7 @@ import csv
 import logging
 import os
 import random
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -26,6 +27,7 @@ from pipelines.config import ConfigError, Params
 from pipelines.datasets import folder, transforms
 from pipelines.engine import checkpoint, fit
 from pipelines.engine.cell import run_cell
+from pipelines.fetch import fetch
 from pipelines.results import budget, records, tracking
 from pipelines.results.records import Cell, teacher_cell
 
@@ -180,24 +182,77 @@ def test_nothing_learns_from_a_damaged_teacher(name: str, root: Path) -> None:
 # ---- resume state
 
 
+def interrupted(root: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """Stop the training of a cell in the middle; what is in its resume file."""
+    state, real = KD.scratch(root) / "state.pt", transforms.training_batch
+
+    def batch(*args: Any, **kwargs: Any) -> Any:
+        if state.is_file():
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    shutil.rmtree(KD.folder(root))
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "SAVE_EVERY", 0.0)
+        patch.setattr(transforms, "training_batch", batch)
+        with pytest.raises(KeyboardInterrupt):
+            run_cell(KD, params, root)
+    return state.read_bytes()
+
+
+@pytest.mark.parametrize("what", ["params", *(["data", "teacher"] if TORTURE else [])])
+def test_an_old_resume_file_is_ignored_with_a_message(
+    what: str, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = interrupted(root, config.load(root / "params.yaml"), monkeypatch)
+    raw = read_params(root)
+    if what == "params":
+        raw["methods"]["kd"]["temperature"] += 1
+    elif what == "data":
+        raw["benchmarks"]["streets"]["data"]["seed"] += 1
+    else:
+        raw["benchmarks"]["streets"]["teacher"]["seed"] += 1
+    write_params(root, raw)
+    params = config.load(root / "params.yaml")
+    if what == "data":
+        fetch(root / "data", "streets", params.benchmark("streets"))
+    if what != "params":
+        run_cell(teacher_cell(params, "streets"), params, root)
+    run_cell(KD, params, root)
+    fresh = trained(root)
+    shutil.rmtree(KD.folder(root))
+    KD.scratch(root).mkdir(parents=True)
+    (KD.scratch(root) / "state.pt").write_bytes(content)
+    caplog.clear()
+    run_cell(KD, params, root)
+    assert "belongs to other inputs (params, code, data or teacher): starting from step 0" in caplog.text
+    assert trained(root) == fresh
+    TALLY.append(f"stale state, {what} changed: the old resume file is ignored with a message")
+
+
+def test_removing_a_method_removes_its_rows(root: Path, tmp_path: Path) -> None:
+    assert any(
+        b"kd" in content for name, content in texts(root, tmp_path / "out").items() if "streets" in name
+    )
+    raw = read_params(root)
+    for method in [key for key in raw["methods"] if key not in ("none", "none_matched")]:
+        del raw["methods"][method]
+    raw["methods"]["none_matched"]["match"] = ["acfd-full"]
+    raw["tuning"]["methods"] = ["acfd-full"]
+    write_params(root, raw)
+    budget.path(load(root), root).unlink()
+    found = texts(root, tmp_path / "out")
+    assert found and not [name for name, content in found.items() if re.search(rb"\bkd\b", content)]
+    records_ = report.finished(load(root), root)
+    frames, problem = tracking.collect(root, records_)
+    assert problem is None and set(frames["streets"]["method"]) == {"none", "teacher"}
+
+
 def test_a_damaged_resume_file_is_a_new_start(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     params, before = config.load(root / "params.yaml"), trained(root)
-    state = KD.scratch(root) / "state.pt"
-    monkeypatch.setattr(fit, "SAVE_EVERY", 0.0)
-    real, stop = transforms.training_batch, True
-
-    def batch(*args: Any, **kwargs: Any) -> Any:
-        if stop and state.is_file():
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(transforms, "training_batch", batch)
-    shutil.rmtree(KD.folder(root))
-    with pytest.raises(KeyboardInterrupt):
-        run_cell(KD, params, root)
-    stop, content, count = False, state.read_bytes(), 0
+    state, content, count = KD.scratch(root) / "state.pt", interrupted(root, params, monkeypatch), 0
     for how in damages(state, 4 if TORTURE else 1):
         caplog.clear()
         broken = state.read_bytes() if state.is_file() else None

@@ -28,7 +28,8 @@ from pipelines.results import records
 from pipelines.results.records import Cell, teacher_cell
 
 TORTURE = bool(os.environ.get("ACFD_TORTURE"))
-KILLS = 20 if TORTURE else 4
+KILLS = 20 if TORTURE else 2
+slow = pytest.mark.skipif(not TORTURE, reason="`make torture` runs it")
 CELL = Cell("streets", "pspnet-resnet18", "skd", 0)
 
 # the commands of a clone, with its own modules
@@ -159,7 +160,7 @@ def processes_in(root: Path) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
-@pytest.mark.parametrize("whom", ["dvc alone", "everything"])
+@pytest.mark.parametrize("whom", ["dvc alone", pytest.param("everything", marks=slow)])
 def test_killed_dvc(whom: str, suite: Path, tmp_path: Path) -> None:
     """Of dvc alone: its child trains on as an orphan, while the next `dvc repro` begins at once."""
     root, draw = new_suite(tmp_path / "suite"), random.Random(whom)
@@ -174,7 +175,7 @@ def test_killed_dvc(whom: str, suite: Path, tmp_path: Path) -> None:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        time.sleep(draw.uniform(1, 14))
+        time.sleep(draw.uniform(1, 9))
         through += process.poll() is not None
         if whom == "everything":
             os.killpg(process.pid, signal.SIGKILL)
@@ -225,6 +226,35 @@ def test_a_changed_setting_is_never_answered_by_an_old_record(place: Path) -> No
     assert record is not None and record.run["config"]["method"]["weight"] == raw["methods"]["kd"]["weight"]
 
 
+@pytest.mark.parametrize(
+    "how", ["flipped", *(pytest.param(h, marks=slow) for h in ("cut", "empty", "deleted"))]
+)
+def test_damaged_objects_of_the_dvc_cache_are_made_anew(how: str, suite: Path, tmp_path: Path) -> None:
+    """After `dvc checkout` would have put them into the workspace."""
+    root = tmp_path / "suite"
+    shutil.copytree(suite, root, symlinks=True)
+    shutil.rmtree(root / "data")
+    for path in (root / "runs").rglob("weights.safetensors"):
+        path.unlink()
+    objects = [path for path in (root / ".dvc/cache/files").rglob("*") if path.is_file()]
+    for path in objects:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.chmod(0o644)
+        path.unlink()
+        if how != "deleted":
+            path.write_bytes({"flipped": content, "cut": content[: len(content) // 2], "empty": b""}[how])
+    done = subprocess.run(
+        dvc("repro"), cwd=root, env=environment(root), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert weights(root) == weights(suite)
+    assert tables(root) == tables(suite)
+    TALLY.append(
+        f"corruption, objects of the DVC cache: {len(objects)} {how}: made anew, the same bit for bit"
+    )
+
+
 # ---- parallel cells
 
 
@@ -240,6 +270,7 @@ def test_parallel_cells_give_the_tables_of_a_serial_run(suite: Path, tmp_path: P
     TALLY.append("parallel, JOBS=4: tables and weights are those of the serial run")
 
 
+@slow
 def test_a_failing_cell_stops_no_other(suite: Path, tmp_path: Path) -> None:
     root = tmp_path / "suite"
     shutil.copytree(suite, root, symlinks=True)
@@ -263,6 +294,7 @@ def test_a_failing_cell_stops_no_other(suite: Path, tmp_path: Path) -> None:
     TALLY.append("parallel, one cell fails: the others are done, the table says why")
 
 
+@slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 def test_ctrl_c_stops_everything_and_loses_nothing(suite: Path, tmp_path: Path) -> None:
     root = new_suite(tmp_path / "suite")
