@@ -28,6 +28,7 @@ ARCHIVES = (  # file, top folder
 )
 COUNTS = {"train": 2975, "val": 500}
 IGNORE = 255
+TEST = "val"  # what the field calls the split that is `test` here
 IMAGE = re.compile(r"leftImg8bit/(train|val)/(\w+)/(\2_\d{6}_\d{6})_leftImg8bit\.png")
 
 CLASSES = {  # label id: name, colour

@@ -40,6 +40,7 @@ NAMES = """
 """
 CLASSES = tuple(NAMES.split())
 IGNORE = 255
+TEST = "val"  # what the field calls the split that is `test` here
 NAME = re.compile(r"\d{4}_\d{6}")
 
 
