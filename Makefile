@@ -32,8 +32,9 @@ bench: $(READY)  ## time and memory of the default benchmark from nothing, in a 
 smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
 	python -m pytest -m smoke
 
-torture: $(READY)  ## kills, parallel runs and full disks, many times each
-	ACFD_TORTURE=1 python -m pytest tests/test_reliability.py
+torture: $(READY)  ## kills, parallel runs, damaged files, hostile input: many times each; figures to RELIABILITY.md
+	ACFD_TORTURE=RELIABILITY.md python -m pytest tests/test_reliability.py tests/test_corruption.py \
+	  tests/test_hostile.py
 
 ui: $(READY)  ## MLflow's web page
 	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db

@@ -31,11 +31,17 @@ class ConfigError(ValueError):
     """A sentence for the user: what is wrong and what to change."""
 
 
+def few_words(value: Any, most: int = 100) -> str:
+    """A value for a sentence, shortened."""
+    text = reprlib.repr(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def explain(section: str, error: ValidationError, file: str = "params.yaml", shown: int = 3) -> str:
     """A pydantic error as sentences that name the place in the file: the first few problems."""
     lines, found = [], error.errors()
     for item in found[:shown]:
-        value, problem = reprlib.repr(item["input"]), " ".join(item["msg"].split())[:200]
+        value, problem = few_words(item["input"]), " ".join(item["msg"].split())[:200]
         parts = [section, *(str(part) for part in item["loc"])]
         place = ".".join(part if part.isprintable() else ascii(part) for part in parts).strip(".")[:200]
         if item["type"] == "extra_forbidden":
@@ -292,7 +298,7 @@ def dataset_module(data: dict[str, Any], benchmark: str) -> Any:
     )
     if name not in have:
         raise ConfigError(
-            f"There is no data set {reprlib.repr(name)} (benchmarks.{benchmark}.data.dataset); those that "
+            f"There is no data set {few_words(name)} (benchmarks.{benchmark}.data.dataset); those that "
             f"exist: {', '.join(have)}."
         )
     return importlib.import_module(f"pipelines.datasets.{name}")
