@@ -66,7 +66,8 @@ def write_texts(params: Params, every: Sequence[Results], root: Path, target: Pa
     if (root / sizes.PUBLISHED).is_file():
         sizes.write(sizes.load(root / sizes.PUBLISHED), params, folder, root)
         plans.write(params, folder, root)
-    readme.update(target / "README.md", readme.block(every, ranked, said))
+    readme.update(target / "README.md", readme.RESULTS, readme.block(every, ranked, said))
+    readme.update(target / "README.md", readme.PLANS, plans.overview(params, every, root))
 
 
 def main() -> None:

@@ -44,6 +44,11 @@ NAMES = """
 """  # the first word for each in objectInfo150.txt of the archive
 CLASSES = tuple(name.strip() for name in NAMES.split(","))
 
+NEEDS, DISK = (
+    "nothing by hand (ADEChallengeData2016)",
+    "4 GB",
+)  # what to download, and with archives, data and cache about how much room
+
 
 class Config(Model):
     """``benchmarks.<name>.data``: ``mirror`` a folder or null; ``holdout`` how many training images are

@@ -53,6 +53,11 @@ CLASSES = {  # label id: name, colour
     33: ("bicycle", (119, 11, 32)),
 }
 
+NEEDS, DISK = (
+    "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from cityscapes-dataset.com, with an account",
+    "35 GB",
+)  # what to download, and with archives, data and cache about how much room
+
 
 class Config(Model):
     """``benchmarks.<name>.data``: ``mirror`` a folder or null; ``holdout`` the training cities that are

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from pipelines import config
 from pipelines.config import ROOT, Params, Training
 from pipelines.results import sizes
+from pipelines.results.gathered import Results
 from pipelines.results.tables import Table, number, render
 
 SUSTAINED = 40e12  # FLOP/s that a large GPU is assumed to reach here in bf16; not measured
@@ -88,6 +91,26 @@ def write(params: Params, folder: Path, root: Path = ROOT) -> None:
     warnings = [f"not counted yet, run {sizes.COMMAND}: {', '.join(absent)}."] if absent else []
     head = {"benchmark": "all benchmarks", "facts": [], "warnings": warnings}
     render(table(params, root), folder, head)
+
+
+def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str:
+    """The table of benchmarks in the README: what to download, room, time, and how to run it."""
+    hours = {row["benchmark"]: row["suite_flops"] for row in table(params, root).data.to_dict("records")}
+    measured = {results.benchmark: results.finished for results in every}
+    lines = ["| benchmark | what to download | disk | time | in `suite` |", "|---|---|--:|---|---|"]
+    for name, benchmark in params.benchmarks.items():
+        module = config.dataset_module(benchmark.data, name)
+        if records := measured.get(name):
+            spent = sum(record.run["seconds"]["wall"] for record in records) / 3600
+            devices = ", ".join(sorted({record.run["hardware"]["device"] for record in records}))
+            time = f"{spent:.1f} h measured for {len(records)} trainings, one after the other ({devices})"
+        elif pd.isna(hours[name]):
+            time = "not known"
+        else:
+            time = f"{_cost(hours[name])[1]} GPU hours, estimated"
+        texts = (f"`{name}`", module.NEEDS, module.DISK, time, f"`benchmarks: [{name}]`")
+        lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join(lines)
 
 
 def _flops(training: Training, macs: float) -> float:
