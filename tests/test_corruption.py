@@ -200,7 +200,7 @@ def interrupted(root: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> 
     return state.read_bytes()
 
 
-@pytest.mark.parametrize("what", ["params", *(["data", "teacher"] if TORTURE else [])])
+@pytest.mark.parametrize("what", ["teacher", *(["params", "data"] if TORTURE else [])])
 def test_an_old_resume_file_is_ignored_with_a_message(
     what: str, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -291,7 +291,7 @@ def test_damaged_data_are_never_trained_on(name: str, root: Path, tmp_path: Path
         count += 1
         said = sentence(read)
         assert said is not None, how
-        assert "data/streets" in said or "other data" in said, (how, said)
+        assert "data/streets" in said or "other data" in said or "data set has" in said, (how, said)
     tally(f"data, {name}", count, "one sentence each")
 
 

@@ -193,7 +193,7 @@ def prepare(plan: Plan, params: Params, root: Path = ROOT) -> Prepared:
         "cell": cell.path,
         "seed": cell.seed,
         "data": description.sha256,
-        "teacher": scores["sha256"] if scores else None,
+        "teacher_sha256": scores["sha256"] if scores else None,
         "steps": training.steps,
         "threads": params.suite.threads,
         "strict": params.suite.strict,
