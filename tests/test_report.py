@@ -75,10 +75,10 @@ def resolved(cell: Cell) -> dict[str, Any]:
     own = benchmark.teacher if cell.is_teacher else benchmark
     network = benchmark.teacher.network if cell.is_teacher else params.student(cell.student)
     return {
-        "network": network.model_dump(mode="json"),
-        "training": own.training.model_dump(mode="json"),
+        "network": network.written(),
+        "training": own.training.written(),
         "method": {} if cell.is_teacher else params.method_values(cell.method),
-        "teacher": None if cell.is_teacher else benchmark.teacher.network.model_dump(mode="json"),
+        "teacher": None if cell.is_teacher else benchmark.teacher.network.written(),
     }
 
 
