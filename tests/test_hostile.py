@@ -119,7 +119,7 @@ def loads(path: Path) -> bool:
 def test_params_with_hostile_values(tmp_path: Path) -> None:
     path, count = tmp_path / "params.yaml", [0, 0]
 
-    @tried(1000)
+    @tried(600)
     @given(changed_params())
     def fuzz(raw: Any) -> None:
         path.write_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -134,7 +134,7 @@ def test_params_with_hostile_text(tmp_path: Path) -> None:
     path, count = tmp_path / "params.yaml", [0, 0]
     whole = (ROOT / "params.yaml").read_bytes()
 
-    @tried(2000)
+    @tried(1000)
     @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 9), st.binary(max_size=12)), max_size=3))
     def fuzz(changes: list[tuple[float, int, bytes]]) -> None:
         content = whole
@@ -292,7 +292,7 @@ def test_images_with_hostile_bytes(path: str) -> None:
             at += 12 + length
         return b"".join(parts)
 
-    @tried(4000)
+    @tried(2000)
     @given(
         st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4),
         st.floats(0, 1),
@@ -404,7 +404,7 @@ def test_split_lists_of_any_text(small: Path) -> None:
         names,
     )
 
-    @tried(4000)
+    @tried(2000)
     @given(st.lists(lines, max_size=2).map("".join))
     def fuzz(text: str) -> None:
         (small / "train.txt").write_bytes(text.encode("utf-8", "surrogatepass"))

@@ -305,7 +305,7 @@ def test_a_failing_cell_stops_no_other(suite: Path, tmp_path: Path) -> None:
 def test_ctrl_c_stops_everything_and_loses_nothing(suite: Path, tmp_path: Path) -> None:
     root = new_suite(tmp_path / "suite")
     draw = random.Random(3)
-    stops = 6
+    stops = 4
     for _ in range(stops):
         process = launch(root, 2)
         time.sleep(draw.uniform(6, 20))
