@@ -6,10 +6,12 @@ import argparse
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pipelines import cli, config
 from pipelines.config import ConfigError
 from pipelines.datasets import folder
+from pipelines.engine import lock
 
 
 def fetch(data: Path, benchmark: str, settings: config.Benchmark) -> folder.Description:
@@ -21,6 +23,11 @@ def fetch(data: Path, benchmark: str, settings: config.Benchmark) -> folder.Desc
     """
     module, checked = config.dataset(settings.data, benchmark)
     mirror = Path(os.environ["ACFD_MIRROR"]).expanduser() if os.environ.get("ACFD_MIRROR") else None
+    with lock.hold(data.parent / ".scratch" / "locks" / f"data--{benchmark}.lock", f"data/{benchmark}"):
+        return _build(data, benchmark, module, checked, mirror)
+
+
+def _build(data: Path, benchmark: str, module: Any, checked: Any, mirror: Path | None) -> folder.Description:
     target = data / benchmark
     part = data / f"{benchmark}.part-{os.getpid()}"
     clear_leftovers(data, benchmark)

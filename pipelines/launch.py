@@ -25,6 +25,7 @@ from queue import Queue
 
 from pipelines import cli, config
 from pipelines.config import ROOT, ConfigError
+from pipelines.results.records import write_bytes
 
 WAVES = (
     ("fetch", "fetch_weights", "count"),
@@ -120,6 +121,43 @@ class Launcher:
         return done.stdout
 
 
+def heal(root: Path = ROOT) -> None:
+    """Make the two files whole that DVC does not write whole, in case it was killed while it wrote one.
+
+    Its list of busy files is then begun anew. Its dvc.lock goes back to the last one that was whole; stages
+    that ended since come from DVC's cache of runs.
+    """
+    busy, place, kept = root / ".dvc" / "tmp" / "rwlock", root / "dvc.lock", root / ".scratch" / "dvc.lock"
+    if busy.is_file() and not _whole(busy):
+        log.warning("%s is damaged: DVC begins it anew.", busy.relative_to(root))
+        busy.unlink(missing_ok=True)
+    if not place.is_file():
+        return
+    if _whole(place):
+        write_bytes(kept, place.read_bytes())
+        return
+    aside = place.with_name("dvc.lock.damaged")
+    place.replace(aside)
+    committed = subprocess.run(["git", "show", "HEAD:./dvc.lock"], cwd=root, capture_output=True, check=False)
+    if kept.is_file():
+        write_bytes(place, kept.read_bytes())
+    elif committed.returncode == 0:
+        write_bytes(place, committed.stdout)
+    log.warning("dvc.lock is damaged: it is kept as %s, and the last whole one is used.", aside.name)
+
+
+def _whole(file: Path) -> bool:
+    """Whether a file of DVC, YAML or JSON, can be read; it is asked again in case it is being written."""
+    for pause in (0.0, 1.0, 2.0):
+        time.sleep(pause)
+        try:
+            if isinstance(config.read_yaml(file), dict):
+                return True
+        except ConfigError:
+            continue
+    return False
+
+
 def reason(output: Path) -> str:
     """The sentence that a failed stage ended with."""
     lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -157,6 +195,7 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    heal()
     failed = launcher.run()
     if launcher.stopped:
         sys.exit(130)

@@ -12,6 +12,7 @@ import pandas as pd
 
 from pipelines import config
 from pipelines.config import Params
+from pipelines.engine import lock
 from pipelines.results import claims, figures, plans, ranks, readme, records, sizes, tables, tracking
 from pipelines.results.gathered import Results, gather
 from pipelines.results.records import Record
@@ -29,6 +30,11 @@ def finished(params: Params, root: Path) -> dict[str, list[Record]]:
 
 def report(params: Params, root: Path = config.ROOT) -> None:
     """Write everything that is made from the records: ``reports/`` and the results in README.md."""
+    with lock.hold(root / ".scratch" / "locks" / "report.lock", "The report"):
+        _report(params, root)
+
+
+def _report(params: Params, root: Path) -> None:
     records.clear_parts(root / "reports")
     found = finished(params, root)
     frames, problem = tracking.collect(root, found)

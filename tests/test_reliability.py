@@ -23,6 +23,7 @@ import pytest
 from conftest import ROOT, TALLY, copy_repository, read_params, tiny, write_params
 
 from pipelines import config, report
+from pipelines import launch as launcher
 from pipelines.engine.cell import run_cell
 from pipelines.results import records
 from pipelines.results.records import Cell, teacher_cell
@@ -150,6 +151,12 @@ def dvc(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "dvc", *arguments]
 
 
+def run_dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        dvc(*arguments), cwd=root, env=environment(root), capture_output=True, text=True, check=False
+    )
+
+
 def launch(root: Path, jobs: int) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pipelines.launch", "--jobs", str(jobs)]
     return subprocess.Popen(
@@ -194,7 +201,12 @@ def test_killed_dvc(whom: str, suite: Path, tmp_path: Path) -> None:
             process.kill()
         process.wait()
         orphans += bool(processes_in(root))
-    subprocess.run(dvc("repro"), cwd=root, env=environment(root), check=True, capture_output=True)
+    done = run_dvc(root, "repro")
+    if healed := done.returncode != 0:  # killed while it wrote a file that it does not write whole
+        assert "rwlock" in done.stderr or "dvc.lock" in done.stderr, done.stdout + done.stderr
+        process = launch(root, 1)
+        _, text = process.communicate(timeout=600)
+        assert process.returncode == 0 and "is damaged" in text, text
     deadline = time.monotonic() + 60
     while processes_in(root) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -204,7 +216,58 @@ def test_killed_dvc(whom: str, suite: Path, tmp_path: Path) -> None:
     assert not list((root / "runs").rglob(".*.part"))
     assert subprocess.run(dvc("status", "-q"), cwd=root, env=environment(root), check=False).returncode == 0
     note = f", {orphans} times with a child left running" if whom == "dvc alone" else ""
+    note += ", a file of DVC made whole" if healed else ""
     TALLY.append(f"kill, dvc repro, {whom}: {kills} kills{note}: the outcome is the same bit for bit")
+
+
+@pytest.mark.parametrize("kept", ["by the last run", "by git", "by nobody"])
+def test_the_files_that_dvc_does_not_write_whole(
+    kept: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A kill of dvc can cut off dvc.lock and its list of busy files."""
+    lock, busy = tmp_path / "dvc.lock", tmp_path / ".dvc" / "tmp" / "rwlock"
+    whole = "schema: '2.0'\nstages:\n  report:\n    cmd: python\n"
+    lock.write_text(whole)
+    cut = f"{whole}    deps:\n    - path: 'pipel"
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    if kept == "by git":
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        for command in (["add", "dvc.lock"], [*identity, "commit", "-qm", "start"]):
+            subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    elif kept == "by the last run":
+        launcher.heal(tmp_path)
+        assert not caplog.text and lock.read_text() == whole
+    busy.parent.mkdir(parents=True)
+    busy.write_text('{"write": {')
+    lock.write_text(cut)
+    launcher.heal(tmp_path)
+    assert not busy.exists() and "rwlock is damaged" in caplog.text and "dvc.lock is damaged" in caplog.text
+    assert (tmp_path / "dvc.lock.damaged").read_text() == cut
+    if kept == "by nobody":
+        assert not lock.exists()
+    else:
+        assert lock.read_text() == whole
+    busy.write_text('{"write": {}, "read": {}}')
+    launcher.heal(tmp_path)
+    assert busy.exists()
+
+
+@slow
+def test_a_damaged_dvc_lock_loses_no_training(suite: Path, tmp_path: Path) -> None:
+    root = tmp_path / "suite"
+    shutil.copytree(suite, root, symlinks=True)
+    content = (root / "dvc.lock").read_bytes()
+    (root / "dvc.lock").write_bytes(content[: len(content) // 2 + 7])
+    (root / ".dvc" / "tmp" / "rwlock").write_text("{")
+    assert run_dvc(root, "repro").returncode != 0
+    process = launch(root, 2)
+    _, text = process.communicate(timeout=600)
+    assert process.returncode == 0 and "dvc.lock is damaged" in text, text
+    assert weights(root) == weights(suite)
+    assert tables(root) == tables(suite)
+    logs = "".join(path.read_text() for path in (root / ".scratch" / "logs").glob("*.log"))
+    assert "steps" not in logs and "is cached - skipping run" in logs
+    TALLY.append("corruption, dvc.lock and rwlock: made whole, the stages come from the cache of runs")
 
 
 def test_a_second_process_waits_and_keeps_the_record(place: Path) -> None:
