@@ -281,6 +281,15 @@ def known(kind: str, key: str, have: Any) -> str:
 
 def dataset(data: dict[str, Any], benchmark: str) -> tuple[Any, Any]:
     """The module ``pipelines/datasets/<data.dataset>.py`` and its checked ``Config`` for a benchmark."""
+    module = dataset_module(data, benchmark)
+    try:
+        return module, module.Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(f"benchmarks.{benchmark}.data", error)) from None
+
+
+def dataset_module(data: dict[str, Any], benchmark: str) -> Any:
+    """The module of a benchmark's data set."""
     name = data.get("dataset")
     have = sorted(
         p.stem
@@ -292,11 +301,7 @@ def dataset(data: dict[str, Any], benchmark: str) -> tuple[Any, Any]:
             f"There is no data set {few_words(name)} (benchmarks.{benchmark}.data.dataset); those that "
             f"exist: {', '.join(have)}."
         )
-    module = importlib.import_module(f"pipelines.datasets.{name}")
-    try:
-        return module, module.Config.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(explain(f"benchmarks.{benchmark}.data", error)) from None
+    return importlib.import_module(f"pipelines.datasets.{name}")
 
 
 def load(path: Path | None = None, methods: bool = True) -> Params:

@@ -32,7 +32,7 @@ from pipelines.config import ROOT, ConfigError
 from pipelines.results.records import write_bytes
 
 WAVES = (
-    ("fetch", "fetch_weights"),
+    ("fetch", "fetch_weights", "count"),
     ("train_teacher",),
     ("distill", "acfd"),
     ("export",),

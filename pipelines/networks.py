@@ -24,7 +24,7 @@ CLASSIFIER = (
     "global_pool.",
 )  # of ImageNet weights, not wanted here
 
-# Width of SegFormer's decoder: 256, and this for the larger encoders (Xie et al., NeurIPS 2021, Table 6)
+# Width of SegFormer's decoder: 256, and this for the larger encoders (Xie et al., NeurIPS 2021, section 4.2)
 WIDE, WIDTH = ("mit_b2", "mit_b3", "mit_b4", "mit_b5"), 768
 
 

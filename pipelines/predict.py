@@ -171,7 +171,7 @@ def overlay_png(image: Image.Image, mask: np.ndarray, meta: Meta) -> bytes:
     for step in range(1, max(1, round(min(mask.shape) / OUTLINE)) + 1):
         edge[step:] |= mask[step:] != mask[:-step]
         edge[:, step:] |= mask[:, step:] != mask[:, :-step]
-    mixed[edge] = 0.35 * mixed[edge] + 0.65 * 255
+    mixed[edge] = (mixed[edge] + 255) / 2
     return _png(Image.fromarray(mixed.round().astype(np.uint8)))
 
 
@@ -180,16 +180,17 @@ def legend_png(meta: Meta) -> bytes:
     font = ImageFont.truetype(_font(), 22)
     columns = -(-len(meta.classes) // LEGEND_ROWS)
     rows = -(-len(meta.classes) // columns)
-    texts = [f"{index}  {name}" for index, name in enumerate(meta.classes)]
-    swatch, line, margin = 44, 40, 24
-    each = swatch + 14 + int(max(font.getlength(text) for text in texts)) + 2 * margin
-    image = Image.new("RGB", (columns * each + margin // 2, rows * line + 2 * margin), "white")
+    numbers, swatch, line, margin = int(font.getlength("000")), 44, 40, 24
+    before = swatch + 10 + numbers + 14  # of a name
+    each = before + int(max(map(font.getlength, meta.classes))) + 2 * margin
+    image = Image.new("RGB", (columns * each, rows * line + 2 * margin), "white")
     draw = ImageDraw.Draw(image)
-    for index, (text, colour) in enumerate(zip(texts, meta.palette, strict=True)):
+    for index, (name, colour) in enumerate(zip(meta.classes, meta.palette, strict=True)):
         left, top = margin + index // rows * each, margin + index % rows * line
-        box = (left, top + 5, left + swatch, top + line - 5)
-        draw.rounded_rectangle(box, radius=6, fill=colour, outline=(150, 150, 150))
-        draw.text((left + swatch + 14, top + line // 2), text, fill=(30, 30, 30), font=font, anchor="lm")
+        draw.rectangle((left, top + 5, left + swatch, top + line - 5), fill=colour, outline="silver")
+        middle, end = top + line // 2, left + swatch + 10 + numbers
+        draw.text((end, middle), str(index), fill="gray", font=font, anchor="rm")
+        draw.text((left + before, middle), name, fill="black", font=font, anchor="lm")
     return _png(image)
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from pipelines import config
 from pipelines.config import Params
 from pipelines.engine import lock
-from pipelines.results import claims, figures, ranks, readme, records, tables, tracking
+from pipelines.results import claims, figures, plans, ranks, readme, records, sizes, tables, tracking
 from pipelines.results.gathered import Results, gather
 from pipelines.results.records import Record
 
@@ -58,7 +58,7 @@ def gather_all(
 
 
 def write_texts(params: Params, every: Sequence[Results], root: Path, target: Path) -> None:
-    """Write all tables and the README's results below ``target``; claims.yaml is read below ``root``."""
+    """Write all tables and the README's results below ``target``; what is published is read in ``root``."""
     folder = target / "reports"
     for results in every:
         tables.write(results, folder / results.benchmark)
@@ -69,7 +69,11 @@ def write_texts(params: Params, every: Sequence[Results], root: Path, target: Pa
         published = claims.load(root / claims.FILE)
         claims.write(published, every, params, folder)
         said = claims.sentences(published, every, params)
-    readme.update(target / "README.md", readme.block(every, ranked, said))
+    if (root / sizes.PUBLISHED).is_file():
+        sizes.write(sizes.load(root / sizes.PUBLISHED), params, folder, root)
+        plans.write(params, folder, root)
+    readme.update(target / "README.md", readme.RESULTS, readme.block(every, ranked, said))
+    readme.update(target / "README.md", readme.PLANS, plans.overview(params, every, root))
 
 
 def main() -> None:

@@ -236,6 +236,8 @@ def _write_params(path: Path, chosen: dict[str, dict[str, float]]) -> None:
 
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 10_000
+    null = "tag:yaml.org,2002:null"  # or ruamel writes nothing where `null` stood
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar(null, "null"))
     content = yaml.load(path.read_text(encoding="utf-8"))
     for method, weights in chosen.items():
         prefix = f"{PAPER}-"

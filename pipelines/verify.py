@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from pipelines import config, report
 from pipelines.config import EXPORTS, ROOT, TEACHER, ConfigError, Params
 from pipelines.datasets.folder import DESCRIPTION
-from pipelines.results import budget, exports, figures, ranks, records, tracking
+from pipelines.results import budget, exports, figures, ranks, records, sizes, tracking
 from pipelines.results.confusion import summary
 from pipelines.results.gathered import REFERENCE, Results
 from pipelines.results.records import RECORD_FILES, Record
@@ -59,7 +59,7 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
     for own in found.values():
         listed += _same_inputs(own, root)
     listed += exported
-    for check in (_lock(everything, root), _tuning(params, root)):
+    for check in (_lock(everything, root), _sizes(params, root), _tuning(params, root)):
         try:
             listed += check
         except ConfigError as error:  # a damaged file
@@ -171,6 +171,8 @@ def _exports(params: Params, found: Mapping[str, list[Record]], root: Path) -> I
         try:
             yield from (f"{name}: {text}" for text in exports.problems(record, REFERENCE))
             for method, measured in record["methods"].items():
+                if method not in params.method_keys:  # since then taken out, and in no table
+                    continue
                 run = cells.get(method)
                 if run is None or run["weights_sha256"] != measured["weights_sha256"]:
                     yield f"{name}: {method} has other weights than its cell now: run `make repro`."
@@ -224,6 +226,18 @@ def _lock(everything: Sequence[Record], root: Path) -> Iterator[str]:
             _, out = made.get(dep.path, (None, None))
             if out is not None and out.md5 != dep.md5:
                 yield f"{name}: was run with another {dep.path} than dvc.lock has now."
+
+
+def _sizes(params: Params, root: Path) -> Iterator[str]:
+    """Whether every network of params.yaml was counted, and dvc.lock has these counts."""
+    if not (root / sizes.PUBLISHED).is_file():
+        return
+    name = sizes.COUNTS.as_posix()
+    for network in sizes.missing(params, root):
+        yield f"{name} lacks {network}: run {sizes.COMMAND}."
+    made = [out for stage in _stages(root).values() for out in stage.outs if out.path == name]
+    if not made or made[0].md5 != _md5(root / sizes.COUNTS):
+        yield f"{name} is not the file that dvc.lock has: run {sizes.COMMAND}."
 
 
 def _tuning(params: Params, root: Path) -> Iterator[str]:

@@ -566,3 +566,11 @@ def test_claims_need_no_heavy_library() -> None:
     code = "import sys, pipelines.results.claims; print({'torch', 'mlflow', 'dvc'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_published_validation_split_is_our_test_split_where_test_labels_are_not_public() -> None:
+    params, published = config.load(methods=False), claims.load(ROOT / claims.FILE)
+    claim = next(claim for claim in published.claims if (claim.dataset, claim.split) == ("cityscapes", "val"))
+    for benchmark, ours in (("cityscapes", "val"), ("voc", "val"), ("ade20k", "val"), ("camvid", "test")):
+        found = claims._differences(claim, published, params, benchmark, "pspnet-resnet18")
+        assert found.get("split") == (None if ours == "val" else "test split instead of val")

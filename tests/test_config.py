@@ -41,6 +41,10 @@ def loaded(tmp_path: Path, change: Change) -> config.Params:
         ),
         (lambda r: r["methods"].update({"acfd-x": {}}), "acfd-x takes a name"),
         (
+            lambda r: r["students"].update(exports=r["students"]["pspnet-resnet18"]),
+            "no student may be called 'exports'",
+        ),
+        (
             lambda r: r["students"].update(teacher=r["students"]["pspnet-resnet18"]),
             "no student may be called",
         ),
@@ -142,7 +146,8 @@ def test_stage_list_is_the_matrix_of_params() -> None:
             for k in keys
             for seed in suite["seeds"]
         ]
-    assert sorted(listed) == sorted([*expected, "report"])
+    expected += [f"export@{b}-{s}" for b in suite["benchmarks"] for s in suite["students"]]
+    assert sorted(listed) == sorted([*expected, "count", "report"])
 
 
 def test_every_command_of_the_readme_exists() -> None:

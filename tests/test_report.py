@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import logging
 import shutil
 import statistics as stdlib
 from dataclasses import replace
@@ -14,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from pipelines import config, report
 from pipelines.config import Params
-from pipelines.results import figures, ranks, readme, tables, tracking
+from pipelines.results import figures, plans, ranks, readme, tables, tracking
 from pipelines.results.confusion import summary
 from pipelines.results.gathered import Results, gather
 from pipelines.results.records import Cell, expected_cells, json_bytes, teacher_cell, write_bytes
@@ -74,10 +76,10 @@ def resolved(cell: Cell) -> dict[str, Any]:
     own = benchmark.teacher if cell.is_teacher else benchmark
     network = benchmark.teacher.network if cell.is_teacher else params.student(cell.student)
     return {
-        "network": network.model_dump(mode="json"),
-        "training": own.training.model_dump(mode="json"),
+        "network": network.written(),
+        "training": own.training.written(),
         "method": {} if cell.is_teacher else params.method_values(cell.method),
-        "teacher": None if cell.is_teacher else benchmark.teacher.network.model_dump(mode="json"),
+        "teacher": None if cell.is_teacher else benchmark.teacher.network.written(),
     }
 
 
@@ -504,9 +506,8 @@ def test_the_tables_do_not_depend_on_the_store(root: Path, caplog: pytest.LogCap
     (root / "mlflow.db").mkdir()
     shutil.rmtree(root / "reports")
     report.report(make_params(), root)
-    assert [
-        record.levelname for record in caplog.records if "MLflow could not be used" in record.message
-    ] == ["WARNING"]
+    said = [record for record in caplog.records if "MLflow could not be used" in record.message]
+    assert [record.levelno for record in said] == [logging.WARNING]
     after = texts(root)
     assert {name: after[name] for name in csvs} == csvs
     for name in before:
@@ -536,7 +537,7 @@ def test_a_lead_that_is_small_or_missing_is_a_warning(cut: str, tmp_path: Path) 
     results = gather(params, "streets", tracking.frame(map(tracking.entry, records)), tmp_path)
     tables.write(results, tmp_path / "reports/streets")
     (tmp_path / "README.md").write_text("<!-- results:begin --><!-- results:end -->", encoding="utf-8")
-    assert readme.update(tmp_path / "README.md", readme.block([results], None, []))
+    assert readme.update(tmp_path / "README.md", readme.RESULTS, readme.block([results], None, []))
     wanted = {
         "small": f"the teacher leads the undistilled {STUDENT} by ",
         "teacher": f"the lead of the teacher over {STUDENT} is unknown, because the teacher has not been run",
@@ -668,7 +669,7 @@ def test_every_figure_names_the_records_it_was_drawn_from(done: Path, tmp_path: 
 def test_a_readme_without_markers_stays_as_it_is(root: Path) -> None:
     for text in ("# plain\n", "<!-- results:end --> <!-- results:begin -->"):
         (root / "README.md").write_text(text, encoding="utf-8")
-        assert readme.update(root / "README.md", "new") is False
+        assert readme.update(root / "README.md", readme.RESULTS, "new") is False
         assert (root / "README.md").read_text(encoding="utf-8") == text
 
 
@@ -677,3 +678,20 @@ def test_benchmarks_without_a_record_get_no_report(done: Path, tmp_path: Path) -
     assert report.finished(make_params(), tmp_path) == {}
     report.report(make_params(), tmp_path)
     assert not (tmp_path / "reports").exists()
+
+
+def test_the_plan_of_a_benchmark_follows_from_counts_and_schedule() -> None:
+    """PSPNet-ResNet101 → PSPNet-ResNet18 on Cityscapes, by hand: 40,000 steps of 16 crops as counted."""
+    counts = json.loads((ROOT / "runs" / "networks.json").read_text())["networks"]
+    macs = {name: rows[0]["macs"] for name, rows in counts.items()}
+    student, teacher = macs["PSPNet-resnet18, stride 8"], macs["PSPNet-resnet101, stride 8"]
+    rows = plans.table(config.load(methods=False), ROOT).data.set_index("benchmark")
+    guided = 40_000 * 16 * 2 * (3 * student + teacher)
+    assert rows.loc["cityscapes", "guided_flops"] == pytest.approx(guided)
+    assert rows.loc["cityscapes", "teacher_flops"] == pytest.approx(80_000 * 16 * 6 * teacher)
+    assert rows.loc["voc", "guided_flops"] == pytest.approx(guided / 2)
+    cells = rows.loc["cityscapes", "cells"]
+    whole = 80_000 * 16 * 6 * teacher + cells * guided
+    text = plans.overview(config.load(methods=False), [], ROOT)
+    assert "| `cityscapes` | leftImg8bit_trainvaltest.zip" in text
+    assert f"| {whole / plans.SUSTAINED / 3600:,.0f} GPU hours, estimated |" in text

@@ -24,6 +24,7 @@ URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 MD5 = "7328b3957e407ddae1d3cbf487f149ef"
 COUNTS = {"training": 20210, "validation": 2000}
 IGNORE = 255
+TEST = "val"  # what the field calls the split that is `test` here
 IMAGE = re.compile(r"ADEChallengeData2016/images/(training|validation)/(ADE_(?:train|val)_\d{8})\.jpg")
 NAMES = """
     wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
@@ -42,6 +43,11 @@ NAMES = """
     monitor, bulletin board, shower, radiator, glass, clock, flag
 """  # the first word for each in objectInfo150.txt of the archive
 CLASSES = tuple(name.strip() for name in NAMES.split(","))
+
+NEEDS, DISK = (
+    "nothing by hand (ADEChallengeData2016)",
+    "4 GB",
+)  # what to download, and with archives, data and cache about how much room
 
 
 class Config(Model):

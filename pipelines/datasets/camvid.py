@@ -56,6 +56,11 @@ META = Meta(
     ignore_index=11,
 )
 
+NEEDS, DISK = (
+    "nothing by hand (git)",
+    "0.6 GB at its full size",
+)  # what to download, and with archives, data and cache about how much room
+
 
 class Config(Model):
     """``benchmarks.<name>.data``. ``size`` (height, width) or null for the original; ``mirror`` a folder or

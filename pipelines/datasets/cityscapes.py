@@ -28,6 +28,7 @@ ARCHIVES = (  # file, top folder
 )
 COUNTS = {"train": 2975, "val": 500}
 IGNORE = 255
+TEST = "val"  # what the field calls the split that is `test` here
 IMAGE = re.compile(r"leftImg8bit/(train|val)/(\w+)/(\2_\d{6}_\d{6})_leftImg8bit\.png")
 
 CLASSES = {  # label id: name, colour
@@ -51,6 +52,11 @@ CLASSES = {  # label id: name, colour
     32: ("motorcycle", (0, 0, 230)),
     33: ("bicycle", (119, 11, 32)),
 }
+
+NEEDS, DISK = (
+    "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from cityscapes-dataset.com, with an account",
+    "35 GB",
+)  # what to download, and with archives, data and cache about how much room
 
 
 class Config(Model):

@@ -106,6 +106,11 @@ TEXTURE[:12] = (
     (0.12, 0.12),
 )
 
+NEEDS, DISK = (
+    "nothing, it is generated",
+    "under 0.1 GB",
+)  # what to download, and with archives, data and cache about how much room
+
 
 class Config(Model):
     """``benchmarks.<name>.data``: ``size`` (height, width), images per split, and the seed of the scenes."""

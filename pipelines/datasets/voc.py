@@ -40,7 +40,13 @@ NAMES = """
 """
 CLASSES = tuple(NAMES.split())
 IGNORE = 255
+TEST = "val"  # what the field calls the split that is `test` here
 NAME = re.compile(r"\d{4}_\d{6}")
+
+NEEDS, DISK = (
+    "nothing by hand (PASCAL VOC 2012, SBD)",
+    "9 GB",
+)  # what to download, and with archives, data and cache about how much room
 
 
 class Config(Model):

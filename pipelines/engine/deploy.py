@@ -133,15 +133,15 @@ def differences(deployed: Deployed, folder: Path, images: Tensor, threads: int) 
         "torch.export": program(folder / PROGRAM),
         "onnxruntime": _by_onnx(session(folder / ONNX, threads)),
     }
-    found = {"scale": 0.0} | dict.fromkeys(runs, 0.0)
+    found = dict.fromkeys(("scale", *runs), 0.0)
     for index in range(len(images)):
         image = images[index : index + 1]
         wanted = deployed(image)
-        found["scale"] = max(found["scale"], float(wanted.abs().max()))
-        for name, run in runs.items():
-            found[name] = max(found[name], float((run(image) - wanted).abs().max()))
+        apart = {name: run(image) - wanted for name, run in runs.items()}
+        for name, values in {"scale": wanted, **apart}.items():
+            found[name] = float(np.maximum(found[name], values.abs().max()))  # NaN stays NaN
     for name in runs:
-        if not found[name] <= TOLERANCE * found["scale"]:  # so that NaN does not pass
+        if not found[name] <= TOLERANCE * found["scale"]:  # nor if NaN
             raise ConfigError(
                 f"The student as run by {name} differs from the trained one: logits by up to "
                 f"{found[name]:.3g}, more than {TOLERANCE:g} of their scale ({found['scale']:.3g}). Do not "

@@ -34,8 +34,10 @@ RULE = [
     f"**{NOT_COMPARABLE}**: the source does not state the data set, the unit of the gain or the student's "
     "baseline; or no benchmark of params.yaml has the data set; or each of them differs from the source in a "
     "stated condition: student, teacher, image size, crop, batch size, steps, ImageNet weights of the "
-    "student, split, loss. What the source does not state is listed and does not count as a difference. The "
-    "differences named are those of the benchmark that was measured, else of the closest one.",
+    "student, split, loss. What the source does not state is listed and does not count as a difference; nor "
+    "do the training images that this suite holds out for validation where the published validation split is "
+    "its test split. The differences named are those of the benchmark that was measured, else of the closest "
+    "one.",
     f"**{NOT_RUN}**: a benchmark of params.yaml is comparable, but there is no seed for which both the "
     f"method and `{REFERENCE}` have finished.",
     f"**{REPRODUCED}**: the 95 % t-interval of the gain over `{REFERENCE}`, paired by seed, lies above 0 and "
@@ -536,8 +538,9 @@ def _differences(
     pretrained = params.student(student).weights is not None
     if protocol.pretrained not in (None, pretrained):
         found["weights"] = "ImageNet weights instead of none" if pretrained else "no ImageNet weights"
-    if claim.split not in (None, SPLIT):
-        found["split"] = f"{SPLIT} split instead of {claim.split}"
+    scored = getattr(config.dataset_module(own.data, benchmark), "TEST", SPLIT)
+    if claim.split not in (None, scored):
+        found["split"] = f"{scored} split instead of {claim.split}"
     weights = _weights(claim.method, params)
     terms = [name for name, value in weights.items() if value]
     if claim.terms is not None and set(claim.terms) != set(terms):

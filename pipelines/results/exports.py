@@ -76,7 +76,7 @@ def timing(record: Mapping[str, Any], method: str, reference: str, runtime: str)
 def difference(record: Mapping[str, Any], method: str) -> float:
     """The largest difference of a logit between the trained network and its exports, over the scale."""
     found = record["methods"][method]["logits"]
-    return max(value for name, value in found.items() if name != "scale") / float(found["scale"])
+    return float(np.max([value for name, value in found.items() if name != "scale"]) / found["scale"])
 
 
 def problems(record: Mapping[str, Any], reference: str) -> list[str]:

@@ -12,20 +12,21 @@ from pipelines.results.ranks import Ranks
 from pipelines.results.statistics import Interval
 from pipelines.results.tables import between, escape_markdown, plus_minus
 
-MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
+RESULTS = ("<!-- results:begin -->", "<!-- results:end -->")
+PLANS = ("<!-- benchmarks:begin -->", "<!-- benchmarks:end -->")
 TABLES = ("comparison", "cost", "ablation", "per_class")
 
 
-def update(path: Path, text: str) -> bool:
-    """Put ``text`` between the markers of a README. Where there are none: change nothing, return False."""
+def update(path: Path, markers: tuple[str, str], text: str) -> bool:
+    """Put ``text`` between two markers of a README. Where there are none: change nothing, return False."""
     try:
         content = path.read_text(encoding="utf-8") if path.is_file() else ""
     except UnicodeDecodeError:
         raise ConfigError(f"{path.name} is damaged, it is no UTF-8 text: restore it with git.") from None
-    begin, end = (content.find(marker) for marker in MARKERS)
+    begin, end = (content.find(marker) for marker in markers)
     if begin < 0 or end < begin:
         return False
-    new = content[: begin + len(MARKERS[0])] + "\n" + text + "\n" + content[end:]
+    new = content[: begin + len(markers[0])] + "\n" + text + "\n" + content[end:]
     if new != content:
         records.write_bytes(path, new.encode())
     return True

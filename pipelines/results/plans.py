@@ -1,0 +1,128 @@
+"""What a benchmark of params.yaml will cost before anything of it has run: ``reports/benchmarks.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipelines import config
+from pipelines.config import ROOT, Params, Training
+from pipelines.results import sizes
+from pipelines.results.gathered import Results
+from pipelines.results.tables import Table, number, render
+
+SUSTAINED = 40e12  # FLOP/s that a large GPU is assumed to reach here in bf16; not measured
+(HEIGHT, WIDTH), _ = sizes.SIZES[0]  # at which the networks were counted
+COLUMNS = [
+    "benchmark",
+    "crop",
+    "batch",
+    "teacher: steps",
+    "PFLOP",
+    "h",
+    "student alone: steps",
+    "PFLOP",
+    "h",
+    "with its teacher: PFLOP",
+    "h",
+    "cells of the suite",
+    "h",
+]
+
+
+def table(params: Params, root: Path = ROOT) -> Table:
+    """One row a benchmark, for the first student of the suite."""
+    counts = sizes.read(root)["networks"]
+    uses = {use: key for key, (_, names) in sizes.networks(params).items() for use in names}
+
+    def macs(use: str) -> float | None:
+        found = counts.get(uses[use], [])
+        return next((row["macs"] for row in found if tuple(row["size"]) == (HEIGHT, WIDTH)), None)
+
+    key = params.suite.students[0]
+    student = macs(key)
+    methods = len(params.methods) + len(params.suite.variants)
+    cells = methods * len(params.suite.seeds)
+    data: list[dict[str, Any]] = []
+    text: list[list[str]] = []
+    for name, benchmark in params.benchmarks.items():
+        teacher = macs(f"teacher of {name}")
+        learned = alone = guided = whole = None
+        if teacher is not None and student is not None:
+            learned = _flops(benchmark.teacher.training, 3 * teacher)
+            alone = _flops(benchmark.training, 3 * student)
+            guided = _flops(benchmark.training, 3 * student + teacher)
+            whole = learned + cells * guided
+        row = {
+            "benchmark": name,
+            "crop": "×".join(map(str, benchmark.training.crop)),
+            "batch_size": benchmark.training.batch_size,
+            "teacher_steps": benchmark.teacher.training.steps,
+            "teacher_flops": learned,
+            "steps": benchmark.training.steps,
+            "alone_flops": alone,
+            "guided_flops": guided,
+            "cells": cells,
+            "suite_flops": whole,
+        }
+        data.append(row)
+        steps = f"{row['teacher_steps']:,}", f"{row['steps']:,}"
+        parts = (steps[0], *_cost(learned), steps[1], *_cost(alone), *_cost(guided), str(cells))
+        text.append([name, str(row["crop"]), str(row["batch_size"]), *parts, _cost(whole)[1]])
+    notes = [
+        "Estimated, not measured: multiply-adds of the networks (networks.md), scaled from "
+        f"{HEIGHT}×{WIDTH} pixels to the crop; a training step costs 3 forward passes of what is trained and "
+        "1 of the teacher. The terms of a method and validation are not in it.",
+        f"Student: {key}. PFLOP: 10¹⁵ operations, 2 per multiply-add. h: hours of one GPU that sustains "
+        f"{SUSTAINED / 1e12:.0f} TFLOP/s, which is an assumption: scale it by what the first steps of your "
+        "machine show (the progress bar has the steps a second, the cost table the measured times).",
+        "cells of the suite: the methods and seeds of params.yaml, each counted as one with its teacher; h: "
+        "of the teacher and of these. none_matched costs as much as the dearest of them.",
+    ]
+    return Table("benchmarks", "planned compute", pd.DataFrame(data, dtype=object), COLUMNS, text, notes)
+
+
+def write(params: Params, folder: Path, root: Path = ROOT) -> None:
+    """Write ``folder/benchmarks.{md,csv,tex}``."""
+    absent = sizes.missing(params, root)
+    warnings = [f"not counted yet, run {sizes.COMMAND}: {', '.join(absent)}."] if absent else []
+    head = {"benchmark": "all benchmarks", "facts": [], "warnings": warnings}
+    render(table(params, root), folder, head)
+
+
+def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str:
+    """The table of benchmarks in the README: what to download, room, time, and how to run it."""
+    hours = {row["benchmark"]: row["suite_flops"] for row in table(params, root).data.to_dict("records")}
+    measured = {results.benchmark: results.finished for results in every}
+    lines = ["| benchmark | what to download | disk | time | in `suite` |", "|---|---|--:|---|---|"]
+    for name, benchmark in params.benchmarks.items():
+        module = config.dataset_module(benchmark.data, name)
+        if records := measured.get(name):
+            spent = sum(record.run["seconds"]["wall"] for record in records) / 3600
+            devices = ", ".join(sorted({record.run["hardware"]["device"] for record in records}))
+            time = f"{spent:.1f} h measured for {len(records)} trainings, one after the other ({devices})"
+        elif pd.isna(hours[name]):
+            time = "not known"
+        else:
+            time = f"{_cost(hours[name])[1]} GPU hours, estimated"
+        texts = (f"`{name}`", module.NEEDS, module.DISK, time, f"`benchmarks: [{name}]`")
+        lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def _flops(training: Training, macs: float) -> float:
+    """Of a whole training whose step costs ``macs`` multiply-adds an image of the counted size."""
+    height, width = training.crop
+    return 2 * macs * (height * width) / (HEIGHT * WIDTH) * training.batch_size * training.steps
+
+
+def _cost(flops: float | None) -> tuple[str, str]:
+    """In PFLOP and in hours."""
+    if flops is None:
+        return "–", "–"
+    hours = flops / SUSTAINED / 3600
+    spent = "<0.1" if hours < 0.1 else number(hours, ".1f" if hours < 10 else ",.0f")
+    return number(flops / 1e15, ".3g" if flops < 1e18 else ",.0f"), spent

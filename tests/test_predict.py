@@ -1,0 +1,251 @@
+"""Prediction for images of one's own: masks, colours, odd images and wrong inputs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import rewrite
+from PIL import Image, ImageFile
+from safetensors.torch import load_file
+
+from pipelines import cli, config, predict
+from pipelines.config import ConfigError
+from pipelines.datasets import streets
+from pipelines.engine.cell import run_cell
+from pipelines.networks import SegmentationNetwork
+from pipelines.results.records import Cell
+
+CELL = Cell("streets", "pspnet-resnet18", "none", 0)
+SMALL = (24, 40)  # height, width of odd images
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny benchmark with a trained student. Do not change it."""
+    root = tmp_path_factory.mktemp("predict")
+    shutil.copytree(tiny_root / "data", root / "data")
+    shutil.copy(tiny_root / "params.yaml", root)
+    run_cell(CELL, config.load(root / "params.yaml"), root)
+    return root
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Predict for a file or folder into ``tmp_path/out``."""
+
+    def predicted(images: Path, size: Any = None) -> list[str]:
+        weights = CELL.folder(trained) / "weights.safetensors"
+        return predict.predict(weights, images, tmp_path / "out", size, trained)
+
+    return predicted
+
+
+@pytest.fixture
+def network(trained: Path) -> SegmentationNetwork:
+    built = SegmentationNetwork(config.load(trained / "params.yaml").students[CELL.student], 12)
+    built.load_state_dict(load_file(CELL.folder(trained) / "weights.safetensors"), strict=False)
+    return built.eval().to(memory_format=torch.channels_last)
+
+
+def normalised(image: Image.Image) -> torch.Tensor:
+    values = (np.asarray(image) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    tensor = torch.from_numpy(values.transpose(2, 0, 1)[None].astype(np.float32))
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def scene(trained: Path, size: tuple[int, int] = SMALL) -> Image.Image:
+    file = trained / "data" / "streets" / "test" / "00000.png"
+    return Image.open(file).convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
+
+
+def mask(tmp_path: Path, name: str = "image") -> np.ndarray:
+    return np.asarray(Image.open(tmp_path / "out" / f"{name}_mask.png"))
+
+
+def test_masks_are_the_network_s_own(
+    run: Callable[..., list[str]], trained: Path, tmp_path: Path, network: SegmentationNetwork
+) -> None:
+    images = trained / "data" / "streets" / "test"
+    assert run(images) == []
+    for file in images.iterdir():
+        wanted = network.predict(normalised(Image.open(file)))[0].numpy()
+        assert len(np.unique(wanted)) > 1
+        np.testing.assert_array_equal(mask(tmp_path, file.stem), wanted)
+    made = {p.name for p in (tmp_path / "out").iterdir()}
+    kinds = ("mask", "overlay")
+    assert made == {f"{p.stem}_{kind}.png" for p in images.iterdir() for kind in kinds} | {"legend.png"}
+
+
+def test_colours_are_the_data_set_s(run: Callable[..., list[str]], trained: Path, tmp_path: Path) -> None:
+    palette = json.loads((trained / "data" / "streets" / "dataset.json").read_text())["palette"]
+    scene(trained).save(tmp_path / "image.png")
+    assert run(tmp_path / "image.png") == []
+    image = Image.open(tmp_path / "out" / "image_mask.png")
+    assert image.mode == "P" and np.asarray(image.getpalette()).reshape(-1, 3)[:12].tolist() == palette
+    classes = mask(tmp_path)
+    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.asarray(palette)[classes])
+    overlay = np.asarray(Image.open(tmp_path / "out" / "image_overlay.png"), float)
+    inner = np.ones(classes.shape, bool)  # away from outlines
+    inner[1:] &= classes[1:] == classes[:-1]
+    inner[:, 1:] &= classes[:, 1:] == classes[:, :-1]
+    mixed = 0.45 * np.asarray(scene(trained), float) + 0.55 * np.asarray(palette)[classes]
+    assert inner.any() and np.abs(overlay - mixed)[inner].max() <= 0.51
+    assert (~inner).any() and (overlay[~inner] >= 127).all()
+    legend = {color for _, color in Image.open(tmp_path / "out" / "legend.png").getcolors(1 << 20) or []}
+    assert {tuple(colour) for colour in palette} <= legend
+
+
+def test_the_network_may_see_another_size(
+    run: Callable[..., list[str]], trained: Path, tmp_path: Path, network: SegmentationNetwork
+) -> None:
+    image = scene(trained, (50, 70))
+    image.save(tmp_path / "image.png")
+    assert run(tmp_path / "image.png", (32, 48)) == []
+    with torch.no_grad():
+        logits = network(normalised(image.resize((48, 32), Image.Resampling.BILINEAR)))["logits"]
+    up = torch.nn.functional.interpolate(logits, (50, 70), mode="bilinear", align_corners=False)
+    np.testing.assert_array_equal(mask(tmp_path), up.argmax(1)[0].numpy())
+
+
+def test_exif_orientation(run: Callable[..., list[str]], trained: Path, tmp_path: Path) -> None:
+    upright = scene(trained)
+    upright.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise, so it was stored turned the other way
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    for name in ("upright", "turned"):
+        assert run(tmp_path / f"{name}.png") == []
+    assert mask(tmp_path, "turned").shape == SMALL
+    np.testing.assert_array_equal(mask(tmp_path, "turned"), mask(tmp_path, "upright"))
+
+
+def gray(values: np.ndarray) -> np.ndarray:
+    return np.repeat(values[..., None], 3, axis=2)
+
+
+RAMP = np.linspace(0, 255, SMALL[0] * SMALL[1]).round().astype(np.uint8).reshape(SMALL)
+ALPHA = Image.fromarray(np.dstack([gray(RAMP), np.where(RAMP < 100, 0, 255).astype(np.uint8)]))
+MODES: dict[str, tuple[str, Image.Image, np.ndarray]] = {
+    "gray": ("png", Image.fromarray(RAMP), gray(RAMP)),
+    "16-bit gray": ("png", Image.fromarray(RAMP.astype(np.uint16) * 257), gray(RAMP)),
+    "dark 16-bit gray": ("png", Image.fromarray(RAMP.astype(np.uint16)), gray((RAMP > 128).astype(np.uint8))),
+    "32-bit gray": ("tiff", Image.fromarray(RAMP.astype(np.int32) * 257), gray(RAMP)),
+    "float in 0 to 1": ("tiff", Image.fromarray((RAMP / 255).astype(np.float32)), gray(RAMP)),
+    "black and white": ("png", Image.fromarray(RAMP > 99), gray(np.where(RAMP > 99, 255, 0))),
+    "palette": ("gif", Image.fromarray(RAMP), gray(RAMP)),
+    "alpha": ("png", ALPHA, gray(np.where(RAMP < 100, 255, RAMP))),
+    "gray and alpha": ("png", ALPHA.convert("LA"), gray(np.where(RAMP < 100, 255, RAMP))),
+    "CMYK": ("tiff", Image.fromarray(gray(RAMP)).convert("CMYK"), gray(RAMP)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_of_every_mode(tmp_path: Path, mode: str) -> None:
+    kind, image, wanted = MODES[mode]
+    image.save(tmp_path / f"image.{kind}")
+    found = predict.read_image(tmp_path / f"image.{kind}")
+    assert found.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(found), wanted)
+
+
+def test_bad_files_are_named_and_the_others_done(
+    run: Callable[..., list[str]], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    scene(trained).save(folder / "a.png")
+    scene(trained).save(folder / "a.jpg")  # would have the same mask
+    scene(trained, (1, 1)).save(folder / "dot.png")
+    scene(trained).save(folder / "half.png")
+    (folder / "half.png").write_bytes((folder / "half.png").read_bytes()[:500])
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "notes.txt").write_text("no image by its name")
+    scene(trained, (60, 60)).save(folder / "large.png")
+    scene(trained, (200, 200)).save(folder / "absurd.png")
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    monkeypatch.setattr(predict, "PIXELS", 2_000)
+    failed = run(folder)
+    assert len(failed) == 4 and all(text.endswith(".") for text in failed)
+    for text, part in zip(
+        failed,
+        (
+            "absurd.png claims more than 0 million pixels",
+            "half.png cannot be read: ",
+            "large.png: the network would see 60×60 pixels, at most 0.0 million fit: give a smaller --size",
+            "text.jpg cannot be read: not an image that can be read.",
+        ),
+        strict=True,
+    ):
+        assert text.startswith(part)
+    done = {p.name for p in (tmp_path / "out").glob("*_mask.png")}
+    assert done == {"a.png_mask.png", "a.jpg_mask.png", "dot_mask.png"}
+    (failed,) = [text for text in run(folder, (32, 32)) if text.startswith("large")] or [""]
+    assert failed == "" and mask(tmp_path, "large").shape == (60, 60)
+    monkeypatch.setattr(predict, "LOGITS", 12 * 2_000)
+    assert any(text.startswith("large.png: it has 60×60 pixels") for text in run(folder, (32, 32)))
+
+
+def test_the_command_ends_with_the_bad_files(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    scene(trained).save(tmp_path / "in" / "good.png")
+    (tmp_path / "in" / "bad.png").write_bytes(b"")
+    weights = CELL.folder(trained) / "weights.safetensors"
+    places = ["--images", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["predict", "--weights", str(weights), *places])
+    monkeypatch.setattr(predict.predict, "__defaults__", (None, trained))  # where data/ is
+    with pytest.raises(SystemExit) as stop:
+        cli.run(predict.main)
+    text = str(stop.value.code)
+    assert "\nbad.png cannot be read: " in text and text.endswith(
+        "1 image could not be done; the others are."
+    )
+    assert mask(tmp_path, "good").shape == SMALL
+
+
+def test_without_data_the_palette_is_the_module_s(trained: Path, tmp_path: Path) -> None:
+    run = predict.read_run(CELL.folder(trained) / "weights.safetensors")
+    shutil.copy(trained / "params.yaml", tmp_path)
+    meta = predict.read_meta(run, tmp_path)
+    assert (meta.classes, meta.palette) == (streets.META.classes, streets.META.palette)
+    with pytest.raises(ConfigError, match="know 2 classes, the data set of streets has 12 or others"):
+        predict.read_meta({**run, "classes": ["road", "sky"]}, tmp_path)
+
+
+def test_wrong_orders_are_one_sentence(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cell"
+    shutil.copytree(CELL.folder(trained), folder)
+    scene(trained).save(tmp_path / "image.png")
+    weights, image, out = folder / "weights.safetensors", tmp_path / "image.png", tmp_path / "out"
+
+    def refused(sentence: str, weights: Path = weights, images: Path = image, output: Path = out) -> None:
+        with pytest.raises(ConfigError, match=sentence):
+            predict.predict(weights, images, output, None, trained)
+        assert not out.exists()
+
+    (tmp_path / "empty").mkdir()
+    refused("no weights .*other.safetensors", weights=folder / "other.safetensors")
+    refused("no image or folder .*missing", images=tmp_path / "missing")
+    refused("holds no image", images=tmp_path / "empty")
+    refused("is the folder of the images", images=tmp_path, output=tmp_path / "empty" / "..")
+    refused("is a file: name a folder", output=weights)
+    rewrite(folder, {"config": {"network": {"architecture": "UNet"}}})
+    refused("describes no known network")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refused("truncated or altered")
+    text = (folder / "run.json").read_text()
+    (folder / "run.json").write_text(text.replace('"steps": 6', '"steps": 7'))
+    refused("run.json is damaged or was changed by hand")
+    (folder / "run.json").unlink()
+    refused("no run.json beside")
