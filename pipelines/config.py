@@ -7,7 +7,6 @@ import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -17,6 +16,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 if TYPE_CHECKING:
     from pipelines.method import MethodConfig
@@ -54,30 +55,26 @@ def explain(section: str, error: ValidationError, file: str = "params.yaml", sho
     return f"In {file}: {' '.join(lines)}{more}"
 
 
-class _Loader(yaml.SafeLoader):
-    """Without a setting that stands there twice, of which PyYAML would take the last."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                problem = f"{key.value} stands there twice"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
-        return node
-
-
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file of this checkout. ConfigError when it cannot be read or is none."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return parse_yaml(path.read_text(encoding="utf-8"), path.name)
     except OSError as error:
         raise ConfigError(f"{path.name} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # impossible dates, depth, …
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{path.name} is not valid YAML: {reason}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.name} is not valid YAML: {error}.") from None
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """YAML as DVC reads it (1.2: 6e-05 is a number), with no setting twice. ConfigError when it is none."""
+    try:
+        return YAML(typ="safe").load(text)
+    except MarkedYAMLError as error:  # its text has advice for programmers too
+        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        reason = f"{error.problem or error.context}{line}"
+    except (YAMLError, ValueError, RecursionError, OverflowError) as error:  # impossible dates, depth, …
+        reason = str(error)
+    raise ConfigError(f"{name} is not valid YAML: {' '.join(reason.split())[:300]}.")
 
 
 def _distinct(keys: list[Any]) -> list[Any]:
@@ -213,7 +210,7 @@ class Suite(Model):
     variants: Keys
     threads: Positive  # of a cell, on the CPU
     workers: Annotated[int, Field(ge=0)]  # processes that read a large data set for a cell
-    weights: list[Key]  # that are fetched before anything is trained
+    weights: Keys  # that are fetched before anything is trained
     strict: bool  # deterministic kernels on a GPU too, where torch has them
 
 

@@ -9,6 +9,7 @@ others; its reason is in the tables. The output of a stage is in ``.scratch/logs
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
 
 from pipelines import cli, config
 from pipelines.config import ROOT, ConfigError
@@ -154,7 +155,9 @@ def heal(root: Path = ROOT) -> None:
         if isinstance(stage, dict) and "cmd" in stage:
             stages[name] = stage
     write_bytes(place.with_name("dvc.lock.damaged"), place.read_bytes())
-    write_bytes(place, yaml.safe_dump({"schema": "2.0", "stages": stages}, sort_keys=False).encode())
+    whole = io.BytesIO()
+    YAML().dump({"schema": "2.0", "stages": stages}, whole)
+    write_bytes(place, whole.getvalue())
     log.warning("dvc.lock is damaged: it is kept as dvc.lock.damaged, %d stages were restored.", len(stages))
 
 
@@ -180,8 +183,8 @@ def _content(file: Path, tries: int = 3) -> dict[str, Any] | None:
 
 def _parsed(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        return config.parse_yaml(text, "dvc.lock")
+    except ConfigError:
         return None
 
 

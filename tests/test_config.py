@@ -172,3 +172,10 @@ def test_what_the_readme_adds_is_accepted(tmp_path: Path) -> None:
     write_params(tmp_path, raw)
     assert config.load(tmp_path / "params.yaml").student("pspnet-mobilenetv2").encoder == "tu-mobilenetv2_100"
     assert yaml.safe_load(method[1]) == {"mymethod": {"weight": 0.1}}
+
+
+def test_yaml_is_read_as_dvc_reads_and_writes_it() -> None:
+    """DVC writes small numbers into dvc.lock as 6e-05, which is a text in YAML 1.1."""
+    assert config.parse_yaml("lr: 6e-05", "dvc.lock") == {"lr": 0.00006}
+    with pytest.raises(ConfigError, match=r'dvc.lock is not valid YAML: .*duplicate key "a".* \(line 2\)'):
+        config.parse_yaml("a: 1\na: 2", "dvc.lock")

@@ -172,8 +172,6 @@ def kind(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     found = KINDS[request.param]
     monkeypatch.setattr(found.module, "COUNTS", COUNTS[found.name])
     monkeypatch.setattr(archives, "DOWNLOADS", tmp_path / "downloads")
-    if hasattr(found.module, "DOWNLOADS"):
-        monkeypatch.setattr(found.module, "DOWNLOADS", tmp_path / "downloads")
     monkeypatch.setenv("ACFD_MIRROR", str(tmp_path / "mirror"))
     return found
 
@@ -210,13 +208,12 @@ def test_a_set_is_fetched_from_its_archives_or_folders(
             assert kept or image.endswith("00000002.png")  # byte for byte, but for the gray JPEGs
 
 
-def test_label_ids_of_cityscapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["cityscapes"], indirect=True)
+def test_label_ids_of_cityscapes(kind: Kind, tmp_path: Path) -> None:
     """By an independent list of the 19 classes."""
-    monkeypatch.setattr(cityscapes, "COUNTS", COUNTS["cityscapes"])
-    monkeypatch.setenv("ACFD_MIRROR", str(tmp_path / "mirror"))
-    files = cityscapes_files()
-    pack(tmp_path / "mirror", KINDS["cityscapes"], files, "archives")
-    description = build(tmp_path, KINDS["cityscapes"].data)
+    files = kind.files()
+    pack(tmp_path / "mirror", kind, files, "archives")
+    description = build(tmp_path, kind.data)
     scored = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
     assert description.classes[scored.index(26)] == "car" and description.classes[18] == "bicycle"
     name = next(n for n in files if n.startswith("gtFine/val/") and n.endswith("labelIds.png"))
@@ -229,12 +226,11 @@ def test_label_ids_of_cityscapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(image.startswith("val/ulm_") for image in held)
 
 
-def test_labels_of_voc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(voc, "COUNTS", COUNTS["voc"])
-    monkeypatch.setenv("ACFD_MIRROR", str(tmp_path / "mirror"))
-    files = voc_files()
-    pack(tmp_path / "mirror", KINDS["voc"], files, "archives")
-    build(tmp_path, KINDS["voc"].data)
+@pytest.mark.parametrize("kind", ["voc"], indirect=True)
+def test_labels_of_voc(kind: Kind, tmp_path: Path) -> None:
+    files = kind.files()
+    pack(tmp_path / "mirror", kind, files, "archives")
+    build(tmp_path, kind.data)
     root = tmp_path / "data" / "large"
     split = {Path(i).stem: s for s in folder.SPLITS for i, _ in folder.read_list(root, s)}
     assert {name for name, where in split.items() if where == "test"} == {"2007_000033", "2011_000003"}
@@ -245,12 +241,11 @@ def test_labels_of_voc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert voc.CLASSES[15] == "person" and writer.colour_map(21)[15] == (192, 128, 128)
 
 
-def test_labels_of_ade20k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ade20k, "COUNTS", COUNTS["ade20k"])
-    monkeypatch.setenv("ACFD_MIRROR", str(tmp_path / "mirror"))
-    files = ade20k_files()
-    pack(tmp_path / "mirror", KINDS["ade20k"], files, "archives")
-    description = build(tmp_path, KINDS["ade20k"].data)
+@pytest.mark.parametrize("kind", ["ade20k"], indirect=True)
+def test_labels_of_ade20k(kind: Kind, tmp_path: Path) -> None:
+    files = kind.files()
+    pack(tmp_path / "mirror", kind, files, "archives")
+    description = build(tmp_path, kind.data)
     root, name = tmp_path / "data" / "large", "ADE_val_00000001"
     original = np.asarray(
         Image.open(io.BytesIO(files[f"ADEChallengeData2016/annotations/validation/{name}.png"]))
@@ -366,14 +361,11 @@ def test_absent_cityscapes_says_what_to_download(tmp_path: Path, monkeypatch: py
         ({"holdout": []}, "holdout = .* is not allowed"),
     ],
 )
-def test_cities_to_hold_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], said: str
-) -> None:
-    monkeypatch.setattr(cityscapes, "COUNTS", COUNTS["cityscapes"])
-    monkeypatch.setenv("ACFD_MIRROR", str(tmp_path / "mirror"))
-    pack(tmp_path / "mirror", KINDS["cityscapes"], cityscapes_files(), "archives")
+@pytest.mark.parametrize("kind", ["cityscapes"], indirect=True)
+def test_cities_to_hold_out(kind: Kind, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    pack(tmp_path / "mirror", kind, kind.files(), "archives")
     with pytest.raises(ConfigError, match=said):
-        build(tmp_path, KINDS["cityscapes"].data | change)
+        build(tmp_path, kind.data | change)
 
 
 def test_held_out_images_are_spread_evenly() -> None:
@@ -601,8 +593,7 @@ def test_a_set_is_downloaded_once(server: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(ade20k, "COUNTS", COUNTS["ade20k"])
     monkeypatch.setattr(ade20k, "URL", server)
     monkeypatch.setattr(ade20k, "MD5", hashlib.md5(content).hexdigest())
-    for module in (archives, ade20k):
-        monkeypatch.setattr(module, "DOWNLOADS", tmp_path / "downloads")
+    monkeypatch.setattr(archives, "DOWNLOADS", tmp_path / "downloads")
     monkeypatch.delenv("ACFD_MIRROR", raising=False)
     for _ in range(2):
         assert build(tmp_path, KINDS["ade20k"].data).splits == SPLITS["ade20k"]

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from pipelines.config import ConfigError, Model, Positive, Size
-from pipelines.datasets.archives import DOWNLOADS, download, locate, places
+from pipelines.datasets.archives import obtain
 from pipelines.datasets.folder import Meta, few
 from pipelines.datasets.writer import Writer, colour_map, held_out, indices, mapped
 
@@ -44,10 +44,8 @@ NAMES = """
 """  # the first word for each in objectInfo150.txt of the archive
 CLASSES = tuple(name.strip() for name in NAMES.split(","))
 
-NEEDS, DISK = (
-    "nothing by hand (ADEChallengeData2016)",
-    "4 GB",
-)  # what to download, and with archives, data and cache about how much room
+NEEDS = "nothing by hand (ADEChallengeData2016)"
+GIGABYTES = 0.9  # to fetch, as the authors state them
 
 
 class Config(Model):
@@ -66,11 +64,7 @@ def meta(config: Config) -> Meta:
 
 def prepare(config: Config, target: Path, mirror: Path | None) -> None:
     """From the archive or its folder; it is downloaded when it is nowhere."""
-    where = places(mirror, config.mirror, "ade20k")
-    if (source := locate(where, *ARCHIVE)) is None:
-        download(URL, DOWNLOADS / "ade20k" / ARCHIVE[0], "md5", MD5)
-        source = locate([DOWNLOADS / "ade20k"], *ARCHIVE)
-    assert source is not None
+    source = obtain(mirror, config.mirror, "ade20k", ARCHIVE, URL, MD5)
     names = source.names()
     images = {m[0]: (m[1], m[2]) for name in names if (m := IMAGE.fullmatch(name))}
     for part, wanted in COUNTS.items():

@@ -134,6 +134,19 @@ def locate(places: Collection[Path], archive: str, folder: str) -> Source | None
     return None
 
 
+def obtain(
+    mirror: Path | None, configured: Path | None, dataset: str, archive: tuple[str, str], url: str, md5: str
+) -> Source:
+    """A published archive (its file, its top folder), from where it lies or else from ``url``."""
+    if (source := locate(places(mirror, configured, dataset), *archive)) is not None:
+        return source
+    place = DOWNLOADS / dataset
+    download(url, place / archive[0], "md5", md5)
+    if (source := locate([place], *archive)) is None:
+        raise ConfigError(f"{place / archive[0]} vanished: run the same command again.")
+    return source
+
+
 class _Below:
     """An extracted folder under the name that it has in the archive."""
 

@@ -53,10 +53,8 @@ CLASSES = {  # label id: name, colour
     33: ("bicycle", (119, 11, 32)),
 }
 
-NEEDS, DISK = (
-    "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from cityscapes-dataset.com, with an account",
-    "35 GB",
-)  # what to download, and with archives, data and cache about how much room
+NEEDS = f"{' and '.join(file for file, _ in ARCHIVES)} from cityscapes-dataset.com, with an account"
+GIGABYTES = 11.2  # to fetch, as the authors state them
 
 
 class Config(Model):

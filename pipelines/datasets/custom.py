@@ -18,10 +18,8 @@ from pipelines.datasets.folder import SPLITS, Meta, few
 from pipelines.datasets.writer import Writer, indices, mapped
 
 ENDINGS = (".png", ".jpg", ".jpeg")
-NEEDS, DISK = (
-    "your own",
-    "–",
-)  # what to download, and with archives, data and cache about how much room
+NEEDS = "your own"
+GIGABYTES = None  # to fetch
 Channel = Annotated[int, Field(ge=0, le=255)]
 
 

@@ -18,7 +18,7 @@ import re
 import reprlib
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -364,7 +364,8 @@ def load(root: Path, split: str, workers: int = 0) -> Split | Stream:
     description = describe(root)
     if description.size is None or description.streamed:
         pairs = _pairs(root, description, split)
-        _verify(root, description, [path for pair in pairs for path in pair], contents=False)
+        files = [path for pair in pairs for path in pair]
+        _refuse(root, {path: "" if (root / path).is_file() else "missing" for path in files})
         return Stream(root, description, pairs, workers)
     height, width = description.size
     count = description.splits[split]
@@ -380,7 +381,7 @@ def load(root: Path, split: str, workers: int = 0) -> Split | Stream:
 
 def _pairs(root: Path, description: Description, split: str) -> list[tuple[str, str]]:
     """The list of a split, if it is the one that was fetched."""
-    _verify(root, description, [f"{split}.txt"])
+    _refuse(root, {f"{split}.txt": _read(root, description, f"{split}.txt")[1]})
     pairs = read_list(root, split)
     if len(pairs) != description.splits[split]:
         raise ConfigError(
@@ -397,20 +398,20 @@ def _samples(
     unaltered.
     """
     pairs = _pairs(root, description, split)
-    _verify(root, description, [path for pair in pairs for path in pair])
+    _refuse(root, {path: _read(root, description, path)[1] for pair in pairs for path in pair})
     for pair in pairs:
-        yield pair[0], *_sample(root, description, pair, verified=True)
+        yield pair[0], *_sample(root, description, pair)
 
 
-def _sample(
-    root: Path, description: Description, pair: tuple[str, str], verified: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def _sample(root: Path, description: Description, pair: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """Image (H, W, 3) and label (H, W) of a sample, checked against the description and each other."""
-    if not verified:
-        _verify(root, description, list(pair))
     image_path, label_path = pair
-    image = decode((root / image_path).read_bytes(), image_path, "RGB")
-    label = decode((root / label_path).read_bytes(), label_path, "L")
+    found = {path: _read(root, description, path) for path in pair}
+    _refuse(root, {path: fault for path, (_, fault) in found.items()})
+    image, label = (
+        decode(found[image_path][0], image_path, "RGB"),
+        decode(found[label_path][0], label_path, "L"),
+    )
     if image.shape[:2] != label.shape:
         raise ConfigError(f"{image_path} is {_size(image)} but its label {label_path} is {_size(label)}.")
     if description.size is not None and image.shape[:2] != description.size:
@@ -427,25 +428,24 @@ def _sample(
     return image, label
 
 
-def _verify(root: Path, description: Description, paths: list[str], contents: bool = True) -> None:
-    """Raise a ConfigError that names the files of ``paths`` that are missing, truncated or altered; without
-    ``contents`` those that are missing."""
-    bad: dict[str, list[str]] = {"missing": [], "truncated": [], "altered": [], f"not in {DESCRIPTION}": []}
-    for path in paths:
-        if path not in description.files:
-            bad[f"not in {DESCRIPTION}"].append(path)
-            continue
-        try:
-            content = (root / path).read_bytes() if contents else (root / path).stat()
-        except OSError:
-            bad["missing"].append(path)
-            continue
-        if isinstance(content, bytes) and sha256(content) != description.files[path]:
-            bad["truncated" if path.endswith(".png") and not content.endswith(PNG_END) else "altered"].append(
-                path
-            )
-    if any(bad.values()):
-        found = "; ".join(f"{what}: {few(names)}" for what, names in bad.items() if names)
+def _read(root: Path, description: Description, path: str) -> tuple[bytes, str]:
+    """The content of a file, and what is wrong with it: missing, truncated, …, or nothing."""
+    if path not in description.files:
+        return b"", f"not in {DESCRIPTION}"
+    try:
+        content = (root / path).read_bytes()
+    except OSError:
+        return b"", "missing"
+    if sha256(content) == description.files[path]:
+        return content, ""
+    return content, "truncated" if path.endswith(".png") and not content.endswith(PNG_END) else "altered"
+
+
+def _refuse(root: Path, faults: Mapping[str, str]) -> None:
+    """Raise a ConfigError that names the files that have a fault."""
+    kinds = ("missing", "truncated", "altered", f"not in {DESCRIPTION}")
+    named = {kind: [path for path, fault in faults.items() if fault == kind] for kind in kinds}
+    if found := "; ".join(f"{kind}: {few(paths)}" for kind, paths in named.items() if paths):
         raise ConfigError(f"The data in {_place(root)} is not what was fetched ({found}). {_remedy(root)}")
 
 

@@ -106,10 +106,8 @@ TEXTURE[:12] = (
     (0.12, 0.12),
 )
 
-NEEDS, DISK = (
-    "nothing, it is generated",
-    "under 0.1 GB",
-)  # what to download, and with archives, data and cache about how much room
+NEEDS = "nothing, it is generated"
+GIGABYTES = 0.0  # to fetch
 
 
 class Config(Model):

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from pipelines.config import ConfigError, Model, Positive, Size
-from pipelines.datasets.archives import DOWNLOADS, Source, download, locate, places, read
+from pipelines.datasets.archives import Source, obtain, read
 from pipelines.datasets.folder import Meta, few
 from pipelines.datasets.writer import Writer, colour_map, held_out, indices, mapped
 
@@ -43,10 +43,8 @@ IGNORE = 255
 TEST = "val"  # what the field calls the split that is `test` here
 NAME = re.compile(r"\d{4}_\d{6}")
 
-NEEDS, DISK = (
-    "nothing by hand (PASCAL VOC 2012, SBD)",
-    "9 GB",
-)  # what to download, and with archives, data and cache about how much room
+NEEDS = "nothing by hand (PASCAL VOC 2012, SBD)"
+GIGABYTES = 3.4  # to fetch, as the authors state them
 
 
 class Config(Model):
@@ -65,8 +63,9 @@ def meta(config: Config) -> Meta:
 
 def prepare(config: Config, target: Path, mirror: Path | None) -> None:
     """From the two archives or their folders; both are downloaded when they are nowhere."""
-    where = places(mirror, config.mirror, "voc")
-    voc, sbd = (_source(where, archive) for archive in (VOC, SBD))
+    voc, sbd = (
+        obtain(mirror, config.mirror, "voc", archive, *DOWNLOAD[archive[0]]) for archive in (VOC, SBD)
+    )
     lists = "VOCdevkit/VOC2012/ImageSets/Segmentation/{}.txt"
     train, test = (_list(voc, lists.format(split)) for split in ("train", "val"))
     extra = [name for split in ("train", "val") for name in _list(sbd, f"{SBD[1]}/dataset/{split}.txt")]
@@ -101,15 +100,6 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> None:
         name = others[file]
         writer.label(split[name], name, mapped(_segmentation(content, file), table, file))
     writer.close()
-
-
-def _source(where: list[Path], archive: tuple[str, str]) -> Source:
-    if (source := locate(where, *archive)) is None:
-        url, md5 = DOWNLOAD[archive[0]]
-        download(url, DOWNLOADS / "voc" / archive[0], "md5", md5)
-        source = locate([DOWNLOADS / "voc"], *archive)
-    assert source is not None
-    return source
 
 
 def _list(source: Source, name: str) -> list[str]:

@@ -305,12 +305,7 @@ def _budget(
 
     def count(other: Distiller) -> int:
         return step_flops(
-            network,
-            teacher if other.teacher_taps else None,
-            other,
-            classes,
-            ignore_index,
-            training,
+            network, teacher if other.teacher_taps else None, other, classes, ignore_index, training
         )
 
     own, dearest = count(method), None

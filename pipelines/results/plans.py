@@ -15,6 +15,7 @@ from pipelines.results.gathered import Results
 from pipelines.results.tables import Table, number, render
 
 SUSTAINED = 40e12  # FLOP/s that a large GPU is assumed to reach here in bf16; not measured
+COPIES = 3  # of a data set on disk: its archives, data/<benchmark>, DVC's cache
 (HEIGHT, WIDTH), _ = sizes.SIZES[0]  # at which the networks were counted
 COLUMNS = [
     "benchmark",
@@ -95,20 +96,21 @@ def write(params: Params, folder: Path, root: Path = ROOT) -> None:
 
 def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str:
     """The table of benchmarks in the README: what to download, room, time, and how to run it."""
-    hours = {row["benchmark"]: row["suite_flops"] for row in table(params, root).data.to_dict("records")}
+    planned = {row["benchmark"]: row["suite_flops"] for row in table(params, root).data.to_dict("records")}
     measured = {results.benchmark: results.finished for results in every}
-    lines = ["| benchmark | what to download | disk | time | in `suite` |", "|---|---|--:|---|---|"]
+    lines = ["| benchmark | what to download | disk, about | time | in `suite` |", "|---|---|--:|---|---|"]
     for name, benchmark in params.benchmarks.items():
         module = config.dataset_module(benchmark.data, name)
         if records := measured.get(name):
             spent = sum(record.run["seconds"]["wall"] for record in records) / 3600
             devices = ", ".join(sorted({record.run["hardware"]["device"] for record in records}))
             time = f"{spent:.1f} h measured for {len(records)} trainings, one after the other ({devices})"
-        elif pd.isna(hours[name]):
+        elif pd.isna(planned[name]):
             time = "not known"
         else:
-            time = f"{_cost(hours[name])[1]} GPU hours, estimated"
-        texts = (f"`{name}`", module.NEEDS, module.DISK, time, f"`benchmarks: [{name}]`")
+            time = f"{_cost(planned[name])[1]} GPU hours, estimated"
+        room = "–" if module.GIGABYTES is None else f"{COPIES * module.GIGABYTES:.1f} GB"
+        texts = (f"`{name}`", module.NEEDS, room, time, f"`benchmarks: [{name}]`")
         lines.append(f"| {' | '.join(texts)} |")
     return "\n".join(lines)
 
