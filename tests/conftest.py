@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 from pipelines import config
 from pipelines.results import records
@@ -70,11 +70,12 @@ def tiny(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_params(root: Path = ROOT) -> dict[str, Any]:
-    return dict(yaml.safe_load((root / "params.yaml").read_text()))
+    return dict(config.read_yaml(root / "params.yaml"))
 
 
 def write_params(root: Path, raw: dict[str, Any]) -> None:
-    (root / "params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    with (root / "params.yaml").open("w") as file:
+        YAML().dump(raw, file)
 
 
 def rewrite(folder: Path, run: dict[str, Any] | None = None, **files: bytes) -> None:
