@@ -70,7 +70,10 @@ def sentences(results: Results, student: str) -> list[str]:
             f"against {REFERENCE} over seeds, {between(others[HEADLINE].over_images)} over test images."
         )
     n = min(len(s.scores) for s in standings.values())
-    return [*found, f"For {tables.power(n)}."]
+    found.append(f"For {tables.power(n)}.")
+    if tested := tables.significance(results, student, results.methods):
+        found.append(f"{tested[0].upper()}{tested[1:]}.")
+    return found
 
 
 def _best(results: Results, student: str, standings: dict[str, Standing]) -> str:

@@ -7,10 +7,9 @@ twice gives the same bytes.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from pipelines.results.statistics import Interval
 from pipelines.results.tracking import metric_name
 
 LEAD = 3.0  # mIoU by which a teacher has to beat the undistilled student before a comparison says much
+ALPHA = 0.05  # of a test
 SLACK = 0.01  # share of the dearest method's compute that MATCHED may fall short of
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -53,18 +53,25 @@ class Table:
 
 
 def comparison(results: Results) -> Table:
-    """Student × method: scores, gains over the undistilled student with both uncertainties, compute."""
+    """Student × method: scores, gains over the undistilled student with both uncertainties, compute, and
+    what the deployed student costs."""
     data, text = [], []
     for student in results.students:
         standings = results.standings(student, results.methods)
         for method in results.methods:
             row = {"student": student, "method": label(method)}
             row |= _scores(results, student, method, standings[method])
-            row |= _compute(results, student, method) | {"status": results.status(student, method)}
+            row |= _compute(results, student, method) | _deployed(results, student, method)
+            row |= {"status": results.status(student, method)}
             data.append(row)
-            text.append([student, label(method), *_score_text(row), *_compute_text(row), row["status"]])
-    columns = ["student", "method", *SCORE_COLUMNS, *COMPUTE_COLUMNS, "status"]
-    return Table("comparison", "comparison of methods", pd.DataFrame(data, dtype=object), columns, text)
+            texts = [*_score_text(row), *_compute_text(row), *_size_text(row), _ratio_text(row)]
+            text.append([student, label(method), *texts, row["status"]])
+    columns = ["student", "method", *SCORE_COLUMNS, *COMPUTE_COLUMNS, *SIZE_COLUMNS, RATIO_COLUMN, "status"]
+    frame, notes = (
+        pd.DataFrame(data, dtype=object),
+        [*_tests(results, results.methods), *_deployed_notes(results)],
+    )
+    return Table("comparison", "comparison of methods", frame, columns, text, notes)
 
 
 def cost(results: Results) -> Table:
@@ -72,25 +79,18 @@ def cost(results: Results) -> Table:
     data, text = [], []
     for student in results.students:
         for method in results.methods:
-            row = {"student": student, "method": label(method)} | _costs(results, student, method)
-            row |= {"status": results.status(student, method)}
+            row = {"student": student, "method": label(method)} | _deployed(results, student, method)
+            row |= _costs(results, student, method) | {"status": results.status(student, method)}
             data.append(row)
             text.append([student, label(method), *_cost_text(row), row["status"]])
     columns = ["student", "method", *COST_COLUMNS, "status"]
-    size = " or ".join(
-        "×".join(map(str, json.loads(value)))
-        for value in results.distinct("tags.student.input", students_only=True)
-    )
     notes = [
-        f"parameters, GFLOPs, latency: of the exported student, one image of {size or '?'} pixels.",
+        *_deployed_notes(results),
         "GFLOPs a step, ms a step (median), training: teacher and method included, validation not.",
-        "times: median over seeds, under the load of the machine then; the student, so its latency, is the "
-        "same for all.",
+        "times of training: median over seeds, under the load of the machine then.",
         "memory: peak of the training process, largest of the seeds.",
         "trials: of the search for the loss weights, the same number for every method (`make tune`).",
     ]
-    if results.exports:
-        _add_exports(results, data, text, columns, notes)
     return Table("cost", "cost of methods", pd.DataFrame(data, dtype=object), columns, text, notes)
 
 
@@ -111,7 +111,10 @@ def ablation(results: Results) -> Table:
             texts = [*shown, *_score_text(row), *_compute_text(row)]
             text.append([student, variant(method), *texts, row["status"]])
     columns = ["student", "variant", *weights, *SCORE_COLUMNS, *COMPUTE_COLUMNS, "status"]
-    notes = ["A weight of 0 switches a term off; the weights are those of params.yaml."]
+    notes = [
+        "A weight of 0 switches a term off; the weights are those of params.yaml.",
+        *_tests(results, methods),
+    ]
     return Table("ablation", f"ablation of {PAPER}", pd.DataFrame(data, dtype=object), columns, text, notes)
 
 
@@ -228,7 +231,8 @@ def facts(results: Results) -> list[tuple[str, str]]:
             "over images",
             f"95 % interval of the same difference from {RESAMPLES:,} bootstrap resamples of {images}, "
             "paired over methods, the trained networks held fixed: another uncertainty than that over seeds, "
-            "never pooled with it",
+            "never pooled with it; images count as independent, which the frames of one video are not, so "
+            "there it is too narrow",
         ),
         (
             "≈ best",
@@ -332,10 +336,14 @@ SCORE_COLUMNS = [
     "best val mIoU",
 ]
 COMPUTE_COLUMNS = ["training TFLOP", f"× {REFERENCE}"]
+SIZE_COLUMNS = ["student parameters (M)", "student GFLOPs"]
+RATIO_COLUMN = f"latency × {REFERENCE}"
 COST_COLUMNS = [
-    "parameters (M)",
-    "GFLOPs",
-    "latency (ms)",
+    *SIZE_COLUMNS,
+    "ONNX latency (ms)",
+    RATIO_COLUMN,
+    "torch latency (ms)",
+    "largest difference",
     "steps",
     "GFLOPs a step",
     "ms a step",
@@ -343,8 +351,6 @@ COST_COLUMNS = [
     "memory (MB)",
     "trials",
 ]
-
-EXPORT_COLUMNS = ["ONNX latency (ms)", f"ONNX × {REFERENCE}", "largest difference"]
 
 
 def _scores(results: Results, student: str, method: str, standing: Standing) -> dict[str, Any]:
@@ -391,20 +397,16 @@ def _compute(results: Results, student: str, method: str) -> dict[str, Any]:
 
 
 def _costs(results: Results, student: str, method: str) -> dict[str, Any]:
+    """What the training of a row cost."""
+
     def values(metric: str) -> list[float]:
         return list(results.by_seed(student, method, metric).values())
-
-    def whole(metric: str) -> int | None:
-        return next((int(value) for value in values(metric)), None)
 
     step = statistics.median(values("seconds/step_median"))
     return _rounded(
         {
-            "parameters": whole("student/parameters"),
-            "flops": whole("student/flops"),
-            "latency_ms": statistics.median(values("student/latency_ms")),
-            "steps": whole("steps"),
-            "step_flops": whole("compute/step_flops"),
+            "steps": _whole(values("steps")),
+            "step_flops": _whole(values("compute/step_flops")),
             "step_ms": None if step is None else 1000 * step,
             "training_s": statistics.median(values("seconds/training")),
             "memory_mb": max(values("memory_peak_mb"), default=None),
@@ -413,37 +415,33 @@ def _costs(results: Results, student: str, method: str) -> dict[str, Any]:
     )
 
 
-def _add_exports(
-    results: Results, data: list[dict[str, Any]], text: list[list[str]], columns: list[str], notes: list[str]
-) -> None:
-    """Complete the table of costs by what the records of exports say."""
-    for row, line, (student, method) in zip(
-        data, text, itertools.product(results.students, results.methods), strict=True
-    ):
-        status = row.pop("status")
-        record = results.exported(student, method)
-        for runtime in exports.RUNTIMES:
-            timing = record and exports.timing(record, method, REFERENCE, runtime)
-            spread = timing.interval if timing else None
-            row |= _rounded(
-                {
-                    f"{runtime}_ms": timing.median if timing else None,
-                    f"{runtime}_ms_q1": timing.low if timing else None,
-                    f"{runtime}_ms_q3": timing.high if timing else None,
-                    f"{runtime}_ratio": timing.ratio if timing else None,
-                    f"{runtime}_ratio_low": spread.low if spread else None,
-                    f"{runtime}_ratio_high": spread.high if spread else None,
-                }
-            )
-        apart = None if record is None else exports.difference(record, method)
-        row |= {"largest_difference": None if apart is None else float(f"{apart:.6g}"), "status": status}
-        quartiles = Interval(row["onnxruntime_ms_q1"], row["onnxruntime_ms_q3"]) if record else None
-        line[-1:-1] = [
-            f"{number(row['onnxruntime_ms'], '.2f')} {between(quartiles, '.2f')}" if record else "–",
-            _ratio_text(row, "onnxruntime"),
-            number(apart, ".1e"),
-        ]
-    columns[-1:-1] = EXPORT_COLUMNS
+def _deployed(results: Results, student: str, method: str) -> dict[str, Any]:
+    """What the student of a row costs where it is used: counts of its cells, times of its export record."""
+    row: dict[str, Any] = {
+        name: _whole(results.by_seed(student, method, f"student/{name}").values())
+        for name in ("parameters", "flops")
+    }
+    record = results.exported(student, method)
+    for runtime in exports.RUNTIMES:
+        timing = exports.timing(record, method, REFERENCE, runtime) if record else None
+        spread = timing.interval if timing else None
+        row |= {
+            f"{runtime}_ms": timing.median if timing else None,
+            f"{runtime}_ms_q1": timing.low if timing else None,
+            f"{runtime}_ms_q3": timing.high if timing else None,
+            f"{runtime}_ratio": timing.ratio if timing else None,
+            f"{runtime}_ratio_low": spread.low if spread else None,
+            f"{runtime}_ratio_high": spread.high if spread else None,
+        }
+    apart = exports.difference(record, method) if record else None
+    return _rounded(row) | {"largest_difference": None if apart is None else float(f"{apart:.6g}")}
+
+
+def _deployed_notes(results: Results) -> list[str]:
+    size = " or ".join(
+        "×".join(map(str, json.loads(value)))
+        for value in results.distinct("tags.student.input", students_only=True)
+    )
     measured = [
         f"{student}: seed {record['seed']}, {record['rounds']} rounds, "
         f"{'×'.join(map(str, record['input']))} pixels, {record['hardware']['threads']} threads of "
@@ -451,17 +449,38 @@ def _add_exports(
         f"{record['versions']['onnxruntime']}"
         for student, record in results.exports.items()
     ]
-    notes += [
-        "ONNX latency: median [quartiles] of single inferences with onnxruntime in float32, all methods by "
-        f"turns in every round; {'; '.join(measured)}.",
-        f"ONNX × {REFERENCE}: ratio of the medians, 95 % bootstrap interval over rounds; noise, "
-        "as all methods have the same ONNX graph.",
+    return [
+        f"student parameters and GFLOPs: of the exported student, one image of {size or '?'} pixels, without "
+        "teacher, adapters and auxiliary head.",
+        "latency: of single inferences of the exported student in float32 after a warm-up, all methods by "
+        "turns in every round, median [quartiles]; × none: ratio of the medians with onnxruntime, 95 % "
+        "bootstrap interval over rounds, noise of the machine where the ONNX graphs are equal; "
+        f"{'; '.join(measured) or 'the stage `export` has not run'}.",
         "largest difference: of a logit between the trained network and its ONNX or torch.export form, over "
         "the largest absolute logit, on test images.",
     ]
 
 
-def _ratio_text(row: Mapping[str, Any], runtime: str) -> str:
+def _whole(values: Iterable[float]) -> int | None:
+    """The number that all seeds of a row share."""
+    return next((int(value) for value in values), None)
+
+
+def _size_text(row: Mapping[str, Any]) -> list[str]:
+    return [
+        number(None if row["parameters"] is None else row["parameters"] / 1e6, ".2f"),
+        number(None if row["flops"] is None else row["flops"] / 1e9, ".2f"),
+    ]
+
+
+def _latency_text(row: Mapping[str, Any], runtime: str) -> str:
+    if (median := row[f"{runtime}_ms"]) is None:
+        return "–"
+    quartiles = Interval(row[f"{runtime}_ms_q1"], row[f"{runtime}_ms_q3"])
+    return f"{median:.2f} {between(quartiles, '.2f')}"
+
+
+def _ratio_text(row: Mapping[str, Any], runtime: str = "onnxruntime") -> str:
     if row[f"{runtime}_ratio"] is None:
         return "–"
     return f"{row[f'{runtime}_ratio']:.2f} {between(interval(row, f'{runtime}_ratio'), '.2f')}"
@@ -494,9 +513,11 @@ def _compute_text(row: dict[str, Any]) -> list[str]:
 
 def _cost_text(row: dict[str, Any]) -> list[str]:
     return [
-        number(None if row["parameters"] is None else row["parameters"] / 1e6, ".2f"),
-        number(None if row["flops"] is None else row["flops"] / 1e9, ".2f"),
-        number(row["latency_ms"], ".1f"),
+        *_size_text(row),
+        _latency_text(row, "onnxruntime"),
+        _ratio_text(row),
+        _latency_text(row, "torch"),
+        number(row["largest_difference"], ".1e"),
         number(row["steps"], "d"),
         number(None if row["step_flops"] is None else row["step_flops"] / 1e9, ".1f"),
         number(row["step_ms"], ".0f"),
@@ -531,6 +552,28 @@ def power(n: int) -> str:
     """What so few seeds can show at all."""
     text = f"n = {n}: the smallest p that a sign-flip test can reach is {statistics.smallest_p(n):.2g}"
     return text + (", exploratory" if n < statistics.SEEDS_FOR_SIGNIFICANCE else "")
+
+
+def significance(results: Results, student: str, methods: Sequence[str]) -> str | None:
+    """Which methods of one table differ from the undistilled student after Holm's adjustment, and whether any
+    could; None where nothing was tested."""
+    tested = {m: s for m, s in results.standings(student, methods).items() if s.p_holm is not None}
+    if not tested:
+        return None
+    below = [label(m) for m, s in tested.items() if s.p_holm is not None and s.p_holm < ALPHA]
+    n = max(s.gain.n for s in tested.values())
+    least = min(1.0, len(tested) * statistics.smallest_p(n))
+    text = (
+        f"sign-flip test, adjusted by Holm for {len(tested)} comparisons: "
+        f"{', '.join(below) if below else 'nothing'} below {ALPHA:g}; with n = {n} the first could reach "
+        f"{least:.2g}"
+    )
+    return text + (", so no method can be significant with so few seeds" if least >= ALPHA else "")
+
+
+def _tests(results: Results, methods: Sequence[str]) -> list[str]:
+    found = {student: significance(results, student, methods) for student in results.students}
+    return [f"{student}, {text}." for student, text in found.items() if text]
 
 
 def _training(results: Results) -> str:
