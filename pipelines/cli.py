@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sqlite3
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -28,6 +29,11 @@ def run(main: Callable[[], None]) -> NoReturn:
         main()
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    except sqlite3.OperationalError as error:
+        sys.exit(
+            f"error: a database could not be written: {error}. Make room or allow writing there, then run "
+            "the same command again."
+        )
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise

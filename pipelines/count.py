@@ -26,7 +26,7 @@ def count(params: Params, root: Path = ROOT) -> None:
     known = old["networks"] if old.get("mark") == mark else {}
     found = {key: known.get(key) or measure(network) for key, (network, _) in sizes.networks(params).items()}
     content = {"mark": mark, "versions": {name: version(name) for name in LIBRARIES}, "networks": found}
-    records.write_bytes(root / sizes.COUNTS, records.json_bytes(content))
+    records.write_bytes(root / sizes.COUNTS, records.json_bytes(records.sealed(content)))
 
 
 def measure(network: Network) -> list[dict[str, Any]]:

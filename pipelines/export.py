@@ -19,6 +19,7 @@ from typing import Any
 
 from pipelines import cli, config
 from pipelines.config import PAPER, ROOT, ConfigError, Params, Size
+from pipelines.engine import lock
 from pipelines.results import exports, records
 from pipelines.results.gathered import REFERENCE
 from pipelines.results.records import Cell, Record
@@ -88,6 +89,12 @@ def check(benchmark: str, student: str, params: Params, root: Path = ROOT) -> di
     has not, when a runtime computes something else, and when a method's student costs more than the
     reference's.
     """
+    place = root / ".scratch" / "locks" / f"{benchmark}--exports--{student}.lock"
+    with lock.hold(place, f"The export of {benchmark}, {student}"):
+        return _check(benchmark, student, params, root)
+
+
+def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str, Any]:
     from pipelines.datasets import folder as data_folder
     from pipelines.engine import deploy
     from pipelines.engine.cell import git_state, hardware, set_up, versions

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import logging
 import os
@@ -28,9 +29,11 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipelines import cli, config
-from pipelines.config import ROOT, ConfigError
-from pipelines.results.records import write_bytes
+from pipelines import cli, config, report
+from pipelines.config import PAPER, ROOT, ConfigError, Params
+from pipelines.engine import lock
+from pipelines.results import records
+from pipelines.results.records import Cell, write_bytes
 
 WAVES = (
     ("fetch", "fetch_weights", "count"),
@@ -39,6 +42,8 @@ WAVES = (
     ("export",),
 )  # the stages of a wave do not need each other
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
+
+BUSY = "it is being blocked by"  # what DVC says of a stage that another process of it has, and does not wait
 
 log = logging.getLogger(__name__)
 
@@ -54,26 +59,55 @@ class Launcher:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.guard = threading.RLock()  # re-entrant: a signal may come while this thread has it
         self.stopped = False
+        self.cells: dict[str, Cell] = {}
 
     def run(self) -> list[str]:
         """Run what is not up to date; the stages that failed."""
         stages = self._ask("stage", "list", "--name-only").split()
+        params = config.load(self.root / "params.yaml", methods=False)
+        self.cells, owners = stages_of(params)
         failed: list[str] = []
+        broken: dict[str, str] = {}  # benchmarks without data or teacher, and the stage that failed
         for wave in WAVES:
             own = [stage for stage in stages if stage.split("@")[0] in wave]
             if self.stopped or not own:
                 continue
             changed = json.loads(self._ask("status", "--json", *own))
-            failed += self._all([stage for stage in own if stage in changed])
+            own = [stage for stage in own if stage in changed]
+            for name, stage in broken.items():
+                if blocked := [other for other in own if owners.get(other) == name]:
+                    log.error("%s: %d stages are not tried, because %s failed.", name, len(blocked), stage)
+                    own = [other for other in own if other not in blocked]
+            failed += self._all(own)
+            if "distill" in wave:
+                failed += self._match_again(params)
+            else:
+                broken |= {owners[stage]: stage for stage in failed if stage in owners}
         if not self.stopped and not self._stage("report", 1):
             failed.append("report")
         return failed
 
-    def _all(self, stages: list[str]) -> list[str]:
+    def _all(self, stages: list[str], *options: str) -> list[str]:
         """Run stages side by side; those that failed."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            done = list(pool.map(lambda stage: self._stage(stage, len(stages)), stages))
+            done = list(pool.map(lambda stage: self._stage(stage, len(stages), *options), stages))
         return [stage for stage, good in zip(stages, done, strict=True) if not good]
+
+    def _match_again(self, params: Params) -> list[str]:
+        """Train the controls of equal compute again whose partners now cost something else, which DVC cannot
+        see; those that failed."""
+        try:
+            found = report.finished(params, self.root)
+        except ConfigError:  # a damaged record: the report says so
+            return []
+        old = {
+            cell
+            for own in found.values()
+            for cell, parts in records.outdated(own, params).items()
+            if parts == [records.TO_MATCH]
+        }
+        again = [stage for stage, cell in self.cells.items() if cell in old]
+        return [] if self.stopped else self._all(again, "--force")
 
     def stop(self) -> None:
         """Start nothing more, and interrupt what runs: a cell resumes from its last state next time."""
@@ -85,8 +119,8 @@ class Launcher:
                 except ProcessLookupError:
                     continue
 
-    def _stage(self, stage: str, of: int) -> bool:
-        gpu = self.slots.get()
+    def _stage(self, stage: str, of: int, *options: str) -> bool:
+        gpu, before = self.slots.get(), self._record(stage)
         try:
             environment = dict(os.environ)
             if gpu is not None:
@@ -99,7 +133,7 @@ class Launcher:
                     if self.stopped:
                         return False
                     process = subprocess.Popen(
-                        [*DVC, "repro", "-s", stage],
+                        [*DVC, "repro", "-s", *options, stage],
                         cwd=self.root,
                         env=environment,
                         stdin=subprocess.DEVNULL,
@@ -111,8 +145,13 @@ class Launcher:
                 status = process.wait()
             with self.guard:
                 del self.running[stage]
+            if status and not all(file.is_file() for file in before):
+                for file, content in before.items():
+                    write_bytes(file, content)
             if status and not self.stopped:
-                log.error("%s failed: %s", stage, reason(place))
+                why = reason(place)
+                log.error("%s failed: %s", stage, why)
+                self._note(stage, why)
             elif not status:
                 with self.guard:
                     keep(self.root)
@@ -121,11 +160,65 @@ class Launcher:
         finally:
             self.slots.put(gpu)
 
+    def _note(self, stage: str, why: str) -> None:
+        """Why a cell stopped, where it could not say so itself: one that the system has killed, for want of
+        memory perhaps."""
+        cell = self.cells.get(stage)
+        if cell is not None and records.failure(cell, self.root) is None:
+            text = f"it was stopped, perhaps by the system for want of memory ({why})"
+            write_bytes(cell.scratch(self.root) / "failure.txt", f"{text}\n".encode())
+
+    def _record(self, stage: str) -> dict[Path, bytes]:
+        """The files of the record that a stage makes anew. DVC deletes them first: they are kept until it is
+        through, so that a failure or Ctrl-C loses no result."""
+        if (cell := self.cells.get(stage)) is None:
+            return {}
+        files = [cell.folder(self.root) / name for name in records.RECORD_FILES]
+        return {file: file.read_bytes() for file in files if file.is_file()}
+
     def _ask(self, *command: str) -> str:
-        done = subprocess.run([*DVC, *command], cwd=self.root, capture_output=True, text=True, check=False)
+        waited = False
+        while True:
+            done = subprocess.run(
+                [*DVC, *command],
+                cwd=self.root,
+                capture_output=True,
+                text=True,
+                check=False,
+                start_new_session=True,  # Ctrl-C is for stop()
+            )
+            if not done.returncode or BUSY not in done.stderr or self.stopped:
+                break
+            if not waited:
+                log.warning(
+                    "another dvc is at work here: waiting until it ends. %s", done.stderr.strip()[-300:]
+                )
+            waited = True
+            time.sleep(3)
+        if done.returncode and self.stopped:
+            sys.exit(130)
         if done.returncode:
             raise ConfigError(f"`dvc {' '.join(command[:2])}` failed: {done.stderr.strip()[-500:]}")
         return done.stdout
+
+
+def stages_of(params: Params) -> tuple[dict[str, Cell], dict[str, str]]:
+    """The stages of the suite that train a cell, with the cell, and all that belong to a benchmark, with its
+    name; as dvc.yaml calls them."""
+    suite = params.suite
+    cells, owners = {}, {}
+    for name in suite.benchmarks:
+        cells[f"train_teacher@{name}"] = records.teacher_cell(params, name)
+        for student, seed in itertools.product(suite.students, suite.seeds):
+            stage = f"{name}-{student}"
+            cells |= {f"distill@{stage}-{m}-{seed}": Cell(name, student, m, seed) for m in params.methods}
+            cells |= {
+                f"{PAPER}@{stage}-{variant}-{seed}": Cell(name, student, f"{PAPER}-{variant}", seed)
+                for variant in suite.variants
+            }
+            owners[f"export@{stage}"] = name
+        owners[f"fetch@{name}"] = name
+    return cells, owners | {stage: cell.benchmark for stage, cell in cells.items()}
 
 
 def heal(root: Path = ROOT) -> None:
@@ -140,18 +233,14 @@ def heal(root: Path = ROOT) -> None:
         busy.unlink(missing_ok=True)
     if not place.is_file():
         return
-    if _content(place) is not None:
+    last = _kept(root)
+    if (found := _content(place)) is not None and _whole(found, last, place.read_bytes()):
         write_bytes(root / ".scratch" / "dvc.lock", place.read_bytes())
         return
     text = place.read_text(encoding="utf-8", errors="replace")
     parts = re.split(r"^(?=  \S)", text, flags=re.MULTILINE)[1:-1]  # the last stage is cut off
-    found = [content for part in parts if isinstance(content := _parsed(part), dict)]
-    committed = subprocess.run(["git", "show", "HEAD:./dvc.lock"], cwd=root, capture_output=True, check=False)
-    kept = _content(root / ".scratch" / "dvc.lock", tries=1) or _parsed(
-        committed.stdout.decode(errors="replace")
-    )
-    stages = dict(kept.get("stages", {})) if isinstance(kept, dict) else {}
-    for name, stage in (item for content in found for item in content.items()):
+    stages = dict(last)
+    for name, stage in (item for part in parts for item in (_parsed(part) or {}).items()):
         if isinstance(stage, dict) and "cmd" in stage:
             stages[name] = stage
     write_bytes(place.with_name("dvc.lock.damaged"), place.read_bytes())
@@ -161,11 +250,31 @@ def heal(root: Path = ROOT) -> None:
     log.warning("dvc.lock is damaged: it is kept as dvc.lock.damaged, %d stages were restored.", len(stages))
 
 
+def _kept(root: Path) -> dict[str, Any]:
+    """The stages of the last dvc.lock that was whole: noted here, or else committed."""
+    committed = subprocess.run(["git", "show", "HEAD:./dvc.lock"], cwd=root, capture_output=True, check=False)
+    found = _content(root / ".scratch" / "dvc.lock", tries=1) or _parsed(
+        committed.stdout.decode(errors="replace")
+    )
+    stages = found.get("stages") if isinstance(found, dict) else None
+    return dict(stages) if isinstance(stages, dict) else {}
+
+
+def _whole(content: dict[str, Any], last: dict[str, Any], text: bytes) -> bool:
+    """Whether a dvc.lock is not cut off, though most of its beginnings are valid YAML: DVC takes no stage
+    out, so all are there, and the end of the last one."""
+    stages = content.get("stages")
+    if not isinstance(stages, dict) or not last.keys() <= stages.keys() or not text.endswith(b"\n"):
+        return False
+    outs = [stage.get("outs") if isinstance(stage, dict) else None for stage in stages.values()][-1:]
+    return all(isinstance(own, list) and all("size" in out for out in own) for own in outs)
+
+
 def keep(root: Path) -> None:
     """Note dvc.lock while it is whole; another process may be writing it just now."""
-    old, new = (_content(path, tries=1) for path in (root / ".scratch" / "dvc.lock", root / "dvc.lock"))
-    if new is not None and len(new.get("stages", ())) >= len((old or {}).get("stages", ())):
-        write_bytes(root / ".scratch" / "dvc.lock", (root / "dvc.lock").read_bytes())
+    new = _content(root / "dvc.lock", tries=1)
+    if new is not None and _whole(new, _kept(root), content := (root / "dvc.lock").read_bytes()):
+        write_bytes(root / ".scratch" / "dvc.lock", content)
 
 
 def _content(file: Path, tries: int = 3) -> dict[str, Any] | None:
@@ -181,17 +290,43 @@ def _content(file: Path, tries: int = 3) -> dict[str, Any] | None:
     return None
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str) -> dict[str, Any] | None:
     try:
-        return config.parse_yaml(text, "dvc.lock")
+        found = config.parse_yaml(text, "dvc.lock")
     except ConfigError:
         return None
+    return found if isinstance(found, dict) else None
+
+
+def check_networks(params: Params, root: Path = ROOT) -> None:
+    """Before anything is fetched or trained: the encoder weights that the suite needs are there, or will be
+    fetched. :class:`ConfigError` for the first that is not; a warning for a student that starts from random
+    weights beside a teacher that does not."""
+    suite = params.suite
+    teachers = {name: params.benchmark(name).teacher.network.weights for name in suite.benchmarks}
+    students = {name: params.student(name).weights for name in suite.students}
+    for key in dict.fromkeys(filter(None, [*teachers.values(), *students.values()])):
+        if key not in suite.weights and not (root / params.encoder_weights(key).file).is_file():
+            raise ConfigError(
+                f"The suite needs the encoder weights '{key}' ({params.encoder_weights(key).file}), which "
+                f"are not there: add {key} to suite.weights in params.yaml, which downloads them, or put the "
+                "file there."
+            )
+    for name in (name for name, key in teachers.items() if key):
+        if random := [student for student, key in students.items() if key is None]:
+            log.warning(
+                "the teacher of %s starts from ImageNet and %s from random weights, which is not the "
+                "published protocol: take the students `…-imagenet`.",
+                name,
+                ", ".join(random),
+            )
 
 
 def reason(output: Path) -> str:
     """The sentence that a failed stage ended with."""
     lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
-    errors = [line.split("error: ", 1)[1] for line in lines if line.startswith("error: ")]
+    errors = [line.split(": ", 1)[1] for line in lines if line.startswith("ERROR: ")][:1]
+    errors += [line.split(": ", 1)[1] for line in lines if line.startswith("error: ")]
     return (
         errors[-1] if errors else f"see {output.relative_to(ROOT) if output.is_relative_to(ROOT) else output}"
     )
@@ -213,8 +348,11 @@ def main() -> None:
         "--jobs", type=int, help="cells at a time; else one a GPU, or as many as the CPU has room for"
     )
     params, gpus = config.load(), visible_gpus()
+    check_networks(params)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = parser.parse_args().jobs or len(gpus) or max(1, cores // params.suite.threads)
+    jobs = parser.parse_args().jobs
+    if jobs is None:
+        jobs = len(gpus) or max(1, cores // params.suite.threads)
     if jobs < 1:
         raise ConfigError(f"JOBS = {jobs}: it must be 1 or more.")
     launcher = Launcher(jobs, gpus)
@@ -225,8 +363,9 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    heal()
-    failed = launcher.run()
+    with lock.hold(ROOT / ".scratch" / "locks" / "launch.lock", "`make repro`"):
+        heal()
+        failed = launcher.run()
     if launcher.stopped:
         sys.exit(130)
     if failed:

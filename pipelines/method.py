@@ -123,9 +123,13 @@ def method_class(key: str) -> type[Distiller]:
     module = f"{PAPER}.method" if key.startswith(f"{PAPER}-") else f"baselines.{key}"
     try:
         found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name not in (module, module.split(".")[0]):
-            raise
+    except Exception as error:  # whatever stands in the file
+        if not (isinstance(error, ModuleNotFoundError) and error.name in (module, module.split(".")[0])):
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(
+                f"{module.replace('.', '/')}.py cannot be imported ({reason}): correct it, or take its entry "
+                "out of params.yaml."
+            ) from error
         have = sorted(p.stem for p in (ROOT / "baselines").glob("[a-z]*.py"))
         raise ConfigError(
             f"There is no method file baselines/{key}.py; the methods that exist: {', '.join(have)}."

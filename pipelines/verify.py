@@ -59,7 +59,7 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
     for own in found.values():
         listed += _same_inputs(own, root)
     listed += exported
-    for check in (_lock(everything, root), _sizes(params, root), _tuning(params, root)):
+    for check in (_lock(everything, params, root), _sizes(params, root), _tuning(params, root)):
         try:
             listed += check
         except ConfigError as error:  # a damaged file
@@ -131,6 +131,7 @@ def _same_inputs(own: Sequence[Record], root: Path) -> Iterator[str]:
         yield f"{benchmark}: data/{benchmark} is not the data of the records."
     teacher = next((record for record in own if record.cell.is_teacher), None)
     costs = {(r.cell.student, r.cell.method): r.run["compute"]["step_flops"] for r in own}
+    yield from _alike(own)
     for record in own:
         run, cell = record.run, record.cell
         if (used := run["teacher"]) is not None and teacher is not None:
@@ -138,16 +139,38 @@ def _same_inputs(own: Sequence[Record], root: Path) -> Iterator[str]:
             wanted |= {f"{split}_miou": teacher.metrics[split]["miou"] for split in ("val", "test")}
             if used != wanted:
                 yield f"{cell.path}: its teacher is not the one of runs/{benchmark}/{TEACHER}."
-        dearest = costs.get((cell.student, run["compute"]["matched"]))
-        if dearest is not None:
-            base = run["config"]["training"]["steps"]
-            steps = max(base, round(base * dearest / run["compute"]["step_flops"]))
-            if steps != run["steps"]:
-                matched = run["compute"]["matched"]
-                yield f"{cell.path}: {run['steps']} steps, but {steps} have the compute of {matched}."
+        if (steps := records.matching_steps(record, costs)) not in (None, run["steps"]):
+            yield f"{cell.path}: {run['steps']} steps, but {steps} have the compute that it is to match."
         weights = record.folder / "weights.safetensors"
         if weights.is_file() and _sum(weights, "sha256") != run["weights_sha256"]:
             yield f"{cell.path}: weights.safetensors is not the file of the record."
+
+
+def _alike(own: Sequence[Record]) -> Iterator[str]:
+    """Whether what must be equal over the cells of a benchmark is, and what must differ does."""
+    first: dict[Any, tuple[str, Any]] = {}
+    seen: dict[str, str] = {}
+    for record in own:
+        run, cell = record.run, record.cell
+        truth = record.confusion("test").sum(axis=2)
+        parts = [
+            ("test images", "test", record.test_names()),
+            ("labelled test pixels", "pixels", truth.tolist()),
+            ("FLOPs of a step", (cell.student, cell.method), run["compute"]["step_flops"]),
+        ]
+        if not cell.is_teacher:
+            size = (run["student"]["parameters"], run["student"]["flops"])
+            parts.append(("parameters or FLOPs of the student", ("size", cell.student), size))
+        for what, key, value in parts:
+            known = first.setdefault((what, key), (cell.path, value))
+            if known[1] != value:
+                yield f"{cell.path}: has other {what} than {known[0]}."
+        for what, total in (
+            ("weights", run["weights_sha256"]),
+            ("confusion.npz", run["files"]["confusion.npz"]),
+        ):
+            if (other := seen.setdefault(total, cell.path)) != cell.path:
+                yield f"{cell.path}: has the same {what} as {other}, and no two trainings end alike."
 
 
 def _exports(params: Params, found: Mapping[str, list[Record]], root: Path) -> Iterator[str]:
@@ -190,7 +213,15 @@ def _export_files(root: Path) -> list[Path]:
     return sorted((root / "runs").glob(f"*/{EXPORTS}/*.json"))
 
 
-def _lock(everything: Sequence[Record], root: Path) -> Iterator[str]:
+def _planned(path: str, params: Params) -> bool:
+    """Whether a run.json is that of a cell of params.yaml, and not of a student or method taken out since."""
+    _, benchmark, student, *rest = Path(path).parent.parts
+    if benchmark not in params.benchmarks:
+        return False
+    return student == TEACHER or (student in params.students and rest[0] in params.method_keys)
+
+
+def _lock(everything: Sequence[Record], params: Params, root: Path) -> Iterator[str]:
     """Whether dvc.lock has every record, as it is now, made with the parameters that params.yaml has now."""
     stages = _stages(root)
     if not stages:
@@ -200,6 +231,9 @@ def _lock(everything: Sequence[Record], root: Path) -> Iterator[str]:
     made = {out.path: (name, out) for name, stage in stages.items() for out in stage.outs}
     raw = config.read_yaml(root / "params.yaml")
     used: set[str] = set()
+    for path, (name, _) in made.items():
+        if path.endswith("/run.json") and not (root / path).is_file() and _planned(path, params):
+            yield f"{path} is missing, while dvc.lock says that {name} has run: restore it with git."
     for record in everything:
         for name in RECORD_FILES:
             path = f"runs/{record.cell.path}/{name}"
@@ -248,8 +282,18 @@ def _tuning(params: Params, root: Path) -> Iterator[str]:
         budget.trials(params, root)
     except ConfigError as error:
         yield str(error)
-    if len({(row["steps"], row["seed"]) for row in rows}) > 1:
-        yield f"{path.relative_to(root)}: trials of different lengths or seeds."
+    tuning, name = params.tuning, path.relative_to(root)
+    if not rows:
+        if any((root / "reports").glob("*/comparison.md")):
+            yield f"{name} is missing: restore it with git, or run `make tune`."
+        return
+    if {(int(row["steps"]), int(row["seed"])) for row in rows} != {(tuning.steps, tuning.seed)}:
+        yield f"{name}: trials of other lengths or seeds than tuning.steps and tuning.seed of params.yaml."
+    if {row["method"] for row in rows} != set(tuning.methods):
+        yield f"{name}: has not the methods of tuning.methods of params.yaml."
+    for method in tuning.methods:
+        if [int(row["trial"]) for row in rows if row["method"] == method] != [*range(tuning.trials)]:
+            yield f"{name}: has not the {tuning.trials} trials (tuning.trials of params.yaml) of {method}."
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method and row["val_miou"]]
         chosen = [row for row in own if row["chosen"]]
@@ -292,14 +336,15 @@ def _figures(every: Sequence[Results], root: Path) -> Iterator[str]:
         elif not path.is_file():
             yield f"{name} is missing: run `make tables`."
         elif _origin(path) != wanted[path]:
-            yield f"{name} was drawn from other records: run `make tables`."
+            yield f"{name} was drawn from other records, or changed: run `make tables`."
 
 
 def _origin(path: Path) -> str | None:
+    """The records that a figure says it was drawn from; None where its pixels are not what was drawn."""
     try:
         with Image.open(path) as image:
-            image.load()
-            return image.info.get(figures.SOURCE)
+            same = figures.pixels(image) == image.info.get(figures.PIXELS)
+            return image.info.get(figures.SOURCE) if same else None
     except Exception:  # a broken file: Pillow has no one family of errors for it
         return None
 

@@ -3,9 +3,9 @@
 ``python killable.py cell|fetch|report ROOT KILLS SEED``, ROOT being a folder with params.yaml and what the
 part needs. Events are the moments at which a kill could hurt: before a file is synced, before and after it
 takes its name, before a step, before an evaluation, around a run in MLflow. A child is forked from this
-process, in which everything is imported but nothing has run, and sends SIGKILL to itself at a random event.
-Whenever one gets through, the outcome is noted and the part starts from nothing, until there were KILLS
-kills. The last line is the sum of the outcome.
+process, in which everything is imported but nothing has run, and sends SIGKILL to itself at a random event
+of each kind in turn. Whenever one gets through, the outcome is noted and the part starts from nothing, until
+there were KILLS kills and the last one was survived. The last line is the sum of the outcome.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import random
 import shutil
 import signal
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -72,26 +73,27 @@ def watch(event: Callable[[str], None]) -> None:
     fit.SAVE_EVERY, fit.LOG_EVERY = 0.0, 1
 
 
-def child(name: str, root: Path, at: int | None, note: Path) -> int:
-    """Fork; the child runs the part and dies at event ``at``. Its wait status."""
+def child(name: str, root: Path, at: tuple[str, int] | None, note: Path) -> int:
+    """Fork; the child runs the part and dies at the n-th event of a name, or notes all names. Its wait
+    status."""
     pid = os.fork()
     if pid:
         return os.waitpid(pid, 0)[1]
-    seen = 0
+    seen: list[str] = []
 
     def event(label: str) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == at:
-            note.write_text(label)
+        seen.append(label)
+        if at is not None and (label, seen.count(label)) == at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     status = 1
     try:
         watch(event)
         part(name, root)
-        note.write_text(str(seen))
+        note.write_text("\n".join(seen))
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(status)
@@ -124,21 +126,24 @@ def main() -> None:
     if name == "report":
         importlib.import_module("mlflow")
     note, draw, places = root / ".event", random.Random(seed), Counter[str]()
-    outcomes: set[str] = set()
-    reach = 10  # events ahead that a kill may be: grows, so that every part gets through in the end
-    while sum(places.values()) < kills or not outcomes:
-        at = draw.randint(1, reach) if sum(places.values()) < kills else None
+    if child(name, root, None, note):
+        sys.exit("the part failed before any kill")
+    events, outcomes = Counter(note.read_text().splitlines()), {outcome(name, root)}
+    labels = draw.sample(sorted(events), len(events))
+    through = True
+    while sum(places.values()) < kills or not through:  # the last kill too must be survived
+        if through and kills:
+            clear(name, root)
+        label = labels[sum(places.values()) % len(labels)]  # each kind of moment in its turn
+        at = (label, draw.randint(1, events[label])) if sum(places.values()) < kills else None
         status = child(name, root, at, note)
-        if os.WIFSIGNALED(status):
-            places[note.read_text()] += 1
-            reach += 2
+        through = not os.WIFSIGNALED(status)
+        if not through:
+            places[label] += 1
         elif os.WEXITSTATUS(status):
             sys.exit(f"the part failed after {dict(places)}")
         else:
             outcomes.add(outcome(name, root))
-            if sum(places.values()) < kills:
-                clear(name, root)
-            reach = 10
     note.unlink(missing_ok=True)
     if len(outcomes) > 1:
         sys.exit(f"{len(outcomes)} different outcomes after {dict(places)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import shutil
 import sys
@@ -249,3 +251,17 @@ def test_wrong_orders_are_one_sentence(trained: Path, tmp_path: Path) -> None:
     refused("run.json is damaged or was changed by hand")
     (folder / "run.json").unlink()
     refused("no run.json beside")
+
+
+@pytest.mark.parametrize("name", ["ade20k", "camvid", "cityscapes", "streets", "voc"])
+def test_every_data_set_has_a_legend(name: str) -> None:
+    """A class name is one line, and there is one of each."""
+    module = importlib.import_module(f"pipelines.datasets.{name}")
+    meta = next(
+        module.meta(config.dataset(own.data, key)[1])
+        for key, own in config.load(methods=False).benchmarks.items()
+        if own.data["dataset"] == name
+    )
+    assert len(set(meta.classes)) == len(meta.classes) == len(meta.palette)
+    assert all(text == " ".join(text.split()) and text for text in meta.classes)
+    assert Image.open(io.BytesIO(predict.legend_png(meta))).size[0] > 100

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT, TALLY, copy_repository, read_params, tiny, write_params
@@ -69,12 +70,16 @@ def weights(root: Path) -> dict[str, bytes]:
 
 
 def tables(root: Path) -> dict[str, bytes]:
-    """The tables that hold no times."""
-    return {
+    """What the tables say, without times: the comparison has a column of latencies."""
+    folder = root / "reports" / "streets"
+    found = {
         path.name: path.read_bytes()
-        for name in ("comparison", "ablation", "per_class")
-        for path in (root / "reports" / "streets").glob(f"{name}.[cmt]*")  # a figure names its records
+        for name in ("ablation", "per_class")
+        for path in folder.glob(f"{name}.[cmt]*")  # a figure names its records
     }
+    rows = pd.read_csv(folder / "comparison.csv", dtype=str)
+    times = [name for name in rows if name.startswith(("onnxruntime", "torch", "largest"))]
+    return found | {"comparison.csv": rows.drop(columns=times).to_csv().encode()}
 
 
 def mlflow_runs(root: Path) -> list[str]:
@@ -141,6 +146,10 @@ def new_suite(folder: Path) -> Path:
             shutil.rmtree(made)
     for made in (root / "reports").iterdir():
         shutil.rmtree(made) if made.is_dir() else made.unlink()
+    (root / "dvc.lock").unlink()  # of hundreds of stages, which every command of DVC would read
+    subprocess.run(["git", "rm", "-q", "--cached", "dvc.lock"], cwd=root, check=True)
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", *identity, "commit", "-qm", "no lock"], cwd=root, check=True)
     raw = tiny(read_params(root))
     raw["methods"] = {key: raw["methods"][key] for key in RIVALS}
     raw["tuning"]["methods"] = ["acfd-full"]
@@ -231,7 +240,8 @@ def test_the_files_that_dvc_does_not_write_whole(
 ) -> None:
     """A kill of dvc can cut off dvc.lock and its list of busy files."""
     lock, busy = tmp_path / "dvc.lock", tmp_path / ".dvc" / "tmp" / "rwlock"
-    whole = "schema: '2.0'\nstages:\n  report:\n    cmd: python\n"
+    outs = "    outs:\n    - path: reports\n      md5: 1\n      size: 1\n"
+    whole = f"schema: '2.0'\nstages:\n  report:\n    cmd: python\n{outs}"
     lock.write_text(whole)
     cut = "schema: '2.0'\nstages:\n  fetch:\n    cmd: fetch\n  report:\n    deps:\n    - path: 'pipel"
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
@@ -250,10 +260,34 @@ def test_the_files_that_dvc_does_not_write_whole(
     assert (tmp_path / "dvc.lock.damaged").read_text() == cut
     found = yaml.safe_load(lock.read_text())["stages"]
     assert found["fetch"] == {"cmd": "fetch"}  # whole in the damaged one
-    assert found.get("report") == (None if kept == "by nobody" else {"cmd": "python"})
+    assert found.get("report", {}).get("cmd") == (None if kept == "by nobody" else "python")
     busy.write_text('{"write": {}, "read": {}}')
     launcher.heal(tmp_path)
     assert busy.exists()
+
+
+def test_a_dvc_lock_that_is_cut_off_anywhere_is_seen(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Most beginnings of a YAML file are YAML."""
+    stages = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    content = yaml.safe_dump(
+        {"schema": "2.0", "stages": dict(list(stages.items())[:12])}, sort_keys=False
+    ).encode()
+    lock = tmp_path / "dvc.lock"
+    lock.write_bytes(content)
+    launcher.heal(tmp_path)
+    assert not caplog.text
+    draw = random.Random(0)
+    cuts = [*range(64, len(content), 1024), *(draw.randrange(40, len(content)) for _ in range(KILLS * 3))]
+    for cut in cuts:
+        lock.write_bytes(content[:cut])
+        launcher.heal(tmp_path)
+        assert yaml.safe_load(lock.read_text())["stages"] == yaml.safe_load(content)["stages"], cut
+        assert "dvc.lock is damaged" in caplog.text
+        caplog.clear()
+    assert yaml.safe_load((tmp_path / ".scratch" / "dvc.lock").read_text()) == yaml.safe_load(content)
+    TALLY.append(f"corruption, dvc.lock cut off: {len(cuts)} places: seen and made whole each")
 
 
 @slow
@@ -386,6 +420,55 @@ def test_ctrl_c_stops_everything_and_loses_nothing(suite: Path, tmp_path: Path) 
     assert process.returncode == 0, text
     assert weights(root) == weights(suite)
     TALLY.append(f"parallel, Ctrl-C: {stops} stops: nothing goes on running, the next run finishes")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_nothing_is_tried_or_lost_without_data(suite: Path, tmp_path: Path) -> None:
+    """No mirror, no network: the stages behind the data are left alone, and so are their records."""
+    root = tmp_path / "suite"
+    shutil.copytree(suite, root, symlinks=True)
+    raw = read_params(root)
+    raw["benchmarks"]["streets"]["data"] = {
+        "dataset": "cityscapes", "mirror": None, "holdout": ["ulm"], "size": [32, 48]
+    }  # fmt: skip
+    write_params(root, raw)
+    before = weights(root)
+    process = launch(root, 2)
+    _, text = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert "fetch@streets failed: " in text and "leftImg8bit_trainvaltest.zip" in text
+    assert "stages are not tried, because fetch@streets failed." in text
+    assert "train_teacher@streets failed" not in text
+    assert weights(root) == before
+
+
+def test_the_record_of_a_cell_that_fails_again_comes_back(suite: Path, tmp_path: Path) -> None:
+    root = tmp_path / "suite"
+    shutil.copytree(suite, root, symlinks=True)
+    with (root / "baselines" / "none.py").open("a") as file:
+        file.write("\n    def losses(self, student, teacher, batch):\n")
+        file.write("        import os\n        os.kill(os.getpid(), 9)\n")
+    before = weights(root)
+    params = config.load(root / "params.yaml", methods=False)
+    running = launcher.Launcher(1, [], root)
+    running.cells, _ = launcher.stages_of(params)
+    stage = "distill@streets-pspnet-resnet18-none-0"
+    environment_before = dict(os.environ)
+    os.environ |= environment(root)
+    try:
+        assert not running._stage(stage, 1)
+    finally:
+        os.environ.clear()
+        os.environ.update(environment_before)
+    after = weights(root)
+    assert {k: v for k, v in before.items() if not k.endswith("safetensors")} == {
+        k: v for k, v in after.items() if not k.endswith("safetensors")
+    }
+    cell = running.cells[stage]
+    assert "stopped, perhaps by the system" in (records.failure(cell, root) or "")
+    report.report(params, root)
+    status = pd.read_csv(root / "reports/streets/comparison.csv").set_index("method").loc["none", "status"]
+    assert status.startswith("1 of 1; seed 0: an earlier record, a new training failed: it was stopped")
 
 
 # ---- no room

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, rewrite
 from PIL import Image
 
 from pipelines import config, report
@@ -51,11 +51,14 @@ def make_params(**suite: Any) -> Params:
     """The project's parameters, cut down to one student and few methods."""
     base = config.load(methods=False)
     wanted = {"students": [STUDENT], "seeds": SEEDS} | suite
+    streets = base.benchmarks["streets"]
+    schedule = streets.training.model_copy(update={"steps": 300})  # of the records below
+    streets = streets.model_copy(update={"training": schedule})
     return base.model_copy(
         update={
             "suite": base.suite.model_copy(update=wanted),
             "students": {STUDENT: base.students["pspnet-resnet18"]},
-            "benchmarks": {name: base.benchmarks["streets"] for name in ("streets", "camvid-small")},
+            "benchmarks": dict.fromkeys(("streets", "camvid-small"), streets),
             "methods": {
                 "none": {},
                 "none_matched": {"match": ["acfd-full"]},
@@ -325,7 +328,7 @@ def test_significance_is_said_after_holm_and_whether_it_could_be_reached(done: P
     more = pd.concat([cells.assign(seed=seed) for seed in range(8)], ignore_index=True)
     more.loc[more["method"] == "cwd", SCORE] += 5 + more["seed"]
     text = tables.significance(replace(results, cells=more), STUDENT, ["none", "cwd"]) or ""
-    assert text.endswith("for 1 comparisons: cwd below 0.05; with n = 8 the first could reach 0.0078")
+    assert text.endswith("for 1 comparison: cwd below 0.05; with n = 8 the first could reach 0.0078")
     assert "Sign-flip test, adjusted by Holm" in (done / "README.md").read_text()
 
 
@@ -573,38 +576,59 @@ def test_a_lead_that_is_small_or_missing_is_a_warning(cut: str, tmp_path: Path) 
     assert row(tmp_path, "cwd")["miou_mean"] == ""
 
 
-def test_cells_of_other_settings_are_a_warning(done: Path, tmp_path: Path) -> None:
+def test_cells_of_other_settings_are_left_out_with_a_warning(done: Path, tmp_path: Path) -> None:
     shutil.copytree(done / "runs", tmp_path / "runs")
     report.report(make_params(), tmp_path)
-    table = tmp_path / "reports/streets/comparison.md"
-    assert "other settings" not in table.read_text(encoding="utf-8")
+    table_file = tmp_path / "reports/streets/comparison.md"
+    assert "left out" not in table_file.read_text(encoding="utf-8")
+    before = row(tmp_path, "cwd")
     params = make_params()
     changed = params.model_copy(update={"methods": params.methods | {"kd": {"weight": 2.0}}})
     report.report(changed, tmp_path)
-    text = table.read_text(encoding="utf-8")
-    assert "2 cells were trained with other settings" in text  # kd has two
-    warning = next(line for line in text.splitlines() if "other settings" in line)
+    text = table_file.read_text(encoding="utf-8")
+    assert "2 cells are left out" in text  # kd has two
+    warning = next(line for line in text.splitlines() if "Warning" in line and "left out" in line)
     assert "kd/0: method" in warning and "cwd/" not in warning
+    kd = row(tmp_path, "kd")
+    assert (kd["n"], kd["miou_mean"], kd["diff_none_mean"]) == ("0", "", "")
+    assert kd["status"].startswith("0 of 3; seed 0: left out, other method; seed 1: not run")
+    assert row(tmp_path, "cwd")["miou_mean"] == before["miou_mean"]
 
 
-def test_cells_of_another_teacher_are_a_warning(done: Path) -> None:
-    params = make_params()
-    records = report.finished(params, done)["streets"]
-    assert (
-        tables.warnings(gather(params, "streets", tracking.frame(map(tracking.entry, records)), done)) == []
-    )
-    (kd,) = [record for record in records if record.cell.path.endswith("kd/0")]
-    kd.run["teacher"]["sha256"] = "0" * 64
-    kd.run["data_sha256"] = "1" * 64
-    found = tables.warnings(gather(params, "streets", tracking.frame(map(tracking.entry, records)), done))
-    assert len(found) == 2
-    assert "different versions of the data" in found[0]
-    assert "different teachers" in found[1]
+@pytest.mark.parametrize("what", ["data", "weights of the teacher", "training of the teacher"])
+def test_cells_of_other_data_or_another_teacher_are_left_out(done: Path, tmp_path: Path, what: str) -> None:
+    """Seeds beyond the suite's stay from an earlier teacher: no mean may have both."""
+    shutil.copytree(done / "runs", tmp_path / "runs")
+    params, folder = make_params(), tmp_path / f"runs/streets/{STUDENT}/cwd/0"
+    wanted = {f"streets/{STUDENT}/cwd/0": ["data" if what == "data" else "weights of the teacher"]}
+    if what == "data":
+        rewrite(folder, {"data_sha256": "1" * 64})
+    elif what == "weights of the teacher":
+        used = json.loads((folder / "run.json").read_text())["teacher"]
+        rewrite(folder, {"teacher": used | {"sha256": "0" * 64}})
+    else:
+        streets = params.benchmark("streets")
+        longer = streets.teacher.training.model_copy(update={"steps": streets.teacher.training.steps + 1})
+        teacher = streets.teacher.model_copy(update={"training": longer})
+        streets = streets.model_copy(update={"teacher": teacher})
+        params = params.model_copy(update={"benchmarks": params.benchmarks | {"streets": streets}})
+    records = report.finished(params, tmp_path)["streets"]
+    results = gather(params, "streets", tracking.frame(map(tracking.entry, records)), tmp_path, None, records)
+    if what == "training of the teacher":  # all that learned from it
+        assert results.stale.keys() == {r.cell for r in records if r.cell.is_teacher or r.run["teacher"]}
+        assert set(results.cells["method"]) == {"none", "none_matched"}
+        return
+    assert {cell.path: parts for cell, parts in results.stale.items()} == wanted
+    assert results.by_seed(STUDENT, "cwd").keys() == {1, 2}
+    assert {r.cell.seed for r in results.finished if r.cell.method == "cwd"} == {1, 2}
+    assert any("1 cells are left out" in text for text in tables.warnings(results))
 
 
 def test_readme_block(done: Path) -> None:
     text = (done / "README.md").read_text(encoding="utf-8")
-    assert text.startswith("# A\n<!-- results:begin -->\n### streets\n")
+    assert text.startswith(
+        "# A\n<!-- results:begin -->\n### In short\n\n- Does distillation help here? Of 3 "
+    )
     assert text.endswith("<!-- results:end -->\nafter\n")
     assert "\nold\n" not in text
     acfd = row(done, "acfd")
@@ -629,8 +653,8 @@ def test_sentences_follow_the_scores(tmp_path: Path) -> None:
     better, worse, rest = (
         text.split(f"{name}: ")[1].split("]. ")[0]
         for name in (
-            "Better than none, by both 95 % intervals",
-            "Worse than none, by both 95 % intervals",
+            "Above none by both 95 % intervals, each by itself",
+            "Below none by both 95 % intervals, each by itself",
             "Not told apart from none",
         )
     )

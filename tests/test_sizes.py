@@ -203,3 +203,18 @@ def test_a_mistake_in_what_is_published_is_one_sentence(
     with pytest.raises(ConfigError, match=sentence) as error:
         report.write_texts(load(root), [], root, root)
     assert "networks.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_changed_digit_of_a_count_is_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    whole = (ROOT / sizes.COUNTS).read_text()
+    place = tmp_path / sizes.COUNTS
+    place.write_text(whole)
+    params = config.load(methods=False)
+    assert sizes.missing(params, tmp_path) == []
+    place.write_text(whole.replace('"macs": 1', '"macs": 2', 1))
+    assert len(sizes.missing(params, tmp_path)) == len(sizes.networks(params))
+    rows = [{"size": [1, 1], "classes": 1, "parameters": 1, "macs": 1}]
+    monkeypatch.setattr(count, "measure", lambda network: rows)
+    count.count(params, tmp_path)
+    assert all(own == rows for own in sizes.read(tmp_path)["networks"].values())

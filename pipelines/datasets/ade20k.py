@@ -42,7 +42,7 @@ NAMES = """
     sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate,
     monitor, bulletin board, shower, radiator, glass, clock, flag
 """  # the first word for each in objectInfo150.txt of the archive
-CLASSES = tuple(name.strip() for name in NAMES.split(","))
+CLASSES = tuple(" ".join(name.split()) for name in NAMES.split(","))
 
 NEEDS = "nothing by hand (ADEChallengeData2016)"
 GIGABYTES = 0.9  # to fetch, as the authors state them

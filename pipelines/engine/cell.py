@@ -478,12 +478,13 @@ def hardware() -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        processor = names[0] if names else processor
+        about = dict(
+            (key.strip(), value.strip())
+            for key, _, value in (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        )
+        if "model name" in about:  # which may hide what kernels depend on
+            numbers = [f"{key} {about[key]}" for key in ("cpu family", "model") if key in about]
+            processor = ", ".join([about["model name"], *numbers, torch.backends.cpu.get_cpu_capability()])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "device": device,

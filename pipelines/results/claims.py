@@ -1,7 +1,7 @@
 """Published against measured: what papers report (``reports/claims.yaml``) beside what the run records say.
 
 A verdict is computed from the claim, params.yaml and the finished cells, never typed. The rule is ``RULE``,
-printed with the tables. Only cells that were trained with the settings of params.yaml count.
+printed with the tables. Cells that the tables leave out do not count.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pipelines import config
 from pipelines.config import PAPER, ROOT, ConfigError, Key, Model, Network, Params, Positive, Size
 from pipelines.results import exports, records, statistics
-from pipelines.results.gathered import HEADLINE, REFERENCE, SCORE, Results
+from pipelines.results.gathered import HEADLINE, REFERENCE, SCORE, Results, label
 from pipelines.results.tables import Table, escape_markdown
 
 FILE = Path("reports") / "claims.yaml"
@@ -32,12 +32,13 @@ COST = {"student/parameters": "parameters", "student/flops": "FLOPs"}  # of one 
 
 RULE = [
     f"**{NOT_COMPARABLE}**: the source does not state the data set, the unit of the gain or the student's "
-    "baseline; or no benchmark of params.yaml has the data set; or each of them differs from the source in a "
-    "stated condition: student, teacher, image size, crop, batch size, steps, ImageNet weights of the "
-    "student, split, loss. What the source does not state is listed and does not count as a difference; nor "
-    "do the training images that this suite holds out for validation where the published validation split is "
-    "its test split. The differences named are those of the benchmark that was measured, else of the closest "
-    "one.",
+    "baseline; or no benchmark of params.yaml has the data set; or each of them differs from the source "
+    "in a stated condition: student, teacher, image size, crop, batch size, steps, learning rate, weight "
+    "decay, ImageNet weights of the student, split, loss. Not compared are loss weights, temperatures and "
+    "which checkpoint is reported: sources mostly take the best on validation, this suite the last. What "
+    "the source does not state is listed and does not count as a difference; nor do the training images "
+    "that this suite holds out for validation where the published validation split is its test split. The "
+    "differences named are those of the benchmark that was measured, else of the closest one.",
     f"**{NOT_RUN}**: a benchmark of params.yaml is comparable, but there is no seed for which both the "
     f"method and `{REFERENCE}` have finished.",
     f"**{REPRODUCED}**: the 95 % t-interval of the gain over `{REFERENCE}`, paired by seed, lies above 0 and "
@@ -45,7 +46,7 @@ RULE = [
     f"**{NOT_REPRODUCED}**: every other outcome, fewer than two seeds included.",
     f"A claim of unchanged inference cost is **{REPRODUCED}** if the exported students of the method and of "
     f"`{REFERENCE}` have equal numbers of parameters and FLOPs in all finished cells.",
-    "Cells trained with other settings than those of params.yaml do not count.",
+    "Cells trained with other settings, data or another teacher than today's do not count.",
 ]
 
 
@@ -70,6 +71,8 @@ class Protocol(Entry):
     crop: Annotated[Size, Field(strict=False)] | None  # YAML has lists, not tuples
     batch_size: Positive | None
     steps: Positive | None
+    lr: Annotated[float, Field(gt=0)] | None
+    weight_decay: Annotated[float, Field(ge=0)] | None
     pretrained: bool | None
 
 
@@ -383,22 +386,27 @@ def directions(claims: Claims, every: Sequence[Results]) -> Table:
 def sentences(claims: Claims, every: Sequence[Results], params: Params) -> list[str]:
     """The outcome in a few plain sentences, without Markdown; the claims of the paper itself one by one."""
     verdicts = {claim.id: judge(claim, claims, every, params) for claim in claims.claims}
-    words = [verdict.word for verdict in verdicts.values()]
+    words = [verdicts[claim.id].word for claim in claims.claims if claim.kind == "gain"]
     counts = [f"{words.count(word)} {word}" for word in VERDICTS]
     found = [
-        f"Of {len(words)} published claims about the methods of this suite, {', '.join(counts[:-1])} and "
+        f"Of {len(words)} published gains by the methods of this suite, {', '.join(counts[:-1])} and "
         f"{counts[-1]}."
     ]
     for claim in claims.claims:
         if claim.method == HEADLINE:
             verdict = verdicts[claim.id]
             reasons = "; ".join(verdict.reasons)
+            if (claim.kind, verdict.word) == ("cost", REPRODUCED):
+                reasons = f"it holds by construction, as adapters are dropped: {reasons}"
             found.append(f"{PAPER}'s {_claimed_text(claim)}: {verdict.word} ({reasons}).")
     measured = [item for item in _directions(claims, every) if item.measured is not None]
     seen = [item for item in measured if item.word == GAIN]
     unseen = [item for item in measured if item.word != GAIN]
     if seen:
-        found.append(f"A gain over {REFERENCE}, as published, is seen here for {_listed(seen)}.")
+        found.append(
+            f"A gain over {REFERENCE}, as published, is seen here, by the interval over seeds alone and "
+            f"at equal steps, for {_listed(seen)}."
+        )
     if unseen:
         found.append(f"No gain over {REFERENCE} is shown here for {_listed(unseen)}.")
     if not measured:
@@ -485,8 +493,7 @@ def _latency(results: Results, student: str, method: str) -> list[str]:
 
 def _cost(results: Results, student: str, method: str, column: str) -> set[float]:
     """The different values of a cost over the cells of a row."""
-    stale = _stale(results, student, method)
-    return {value for seed, value in results.by_seed(student, method, column).items() if seed not in stale}
+    return set(results.by_seed(student, method, column).values())
 
 
 def _numbers(values: Iterable[float]) -> str:
@@ -497,10 +504,12 @@ def _outcome(measured: Measured, claimed: float) -> tuple[str, str]:
     """The verdict on a comparable measurement, and why."""
     interval = measured.interval
     if interval is None:
-        return NOT_REPRODUCED, "only one seed"
+        return NOT_REPRODUCED, "not decided: only one seed"
     text = f"{interval.low:+.2f} to {interval.high:+.2f}"
     if not interval.excludes_zero:
-        return NOT_REPRODUCED, f"the interval holds 0: {text}"
+        if interval.contains(claimed):
+            return NOT_REPRODUCED, f"not decided with n = {measured.n}: {text} holds 0 and the claim"
+        return NOT_REPRODUCED, f"the interval holds 0 and not the claim: {text}"
     low, high, wanted = interval.low, interval.high, claimed
     if claimed < 0:  # a claimed loss: the same rule, mirrored
         low, high, wanted = -interval.high, -interval.low, -claimed
@@ -535,6 +544,10 @@ def _differences(
         found["batch size"] = f"batches of {training.batch_size} images instead of {protocol.batch_size}"
     if protocol.steps not in (None, training.steps):
         found["steps"] = f"{training.steps:,} steps instead of {protocol.steps:,}"
+    for name, text in (("lr", "learning rate"), ("weight_decay", "weight decay")):
+        wanted, here = getattr(protocol, name), getattr(params.student(student).recipe or training, name)
+        if wanted not in (None, here):
+            found[text] = f"{text} {here:g} instead of {wanted:g}"
     pretrained = params.student(student).weights is not None
     if protocol.pretrained not in (None, pretrained):
         found["weights"] = "ImageNet weights instead of none" if pretrained else "no ImageNet weights"
@@ -562,6 +575,8 @@ def _unstated(claim: Claim, claims: Claims, params: Params) -> list[str]:
         "crop": protocol.crop,
         "batch size": protocol.batch_size,
         "steps": protocol.steps,
+        "learning rate": protocol.lr,
+        "weight decay": protocol.weight_decay,
         "ImageNet weights": protocol.pretrained,
         "split": claim.split,
     }
@@ -582,16 +597,9 @@ def _measurements(method: str, every: Iterable[Results]) -> list[Measured]:
     found = []
     for results in every:
         for student in results.students:
-            stale = _stale(results, student, method, REFERENCE)
-            differences = results.paired(student, method).by_seed
-            if by_seed := {seed: value for seed, value in differences.items() if seed not in stale}:
+            if by_seed := results.paired(student, method).by_seed:
                 found.append(Measured(results.benchmark, student, by_seed))
     return found
-
-
-def _stale(results: Results, student: str, *methods: str) -> set[int]:
-    """The seeds whose cells were trained with other settings than params.yaml has now."""
-    return {cell.seed for cell in results.stale if cell.student == student and cell.method in methods}
 
 
 def _directions(claims: Claims, every: Sequence[Results]) -> list[Direction]:
@@ -660,7 +668,7 @@ def _published_text(item: Direction) -> str:
 def _listed(items: Sequence[Direction]) -> str:
     """Methods with where and what was measured, joined to the part of a sentence."""
     return "; ".join(
-        f"{item.method} on {_place(item.measured)}: {_measured_text(item.measured)}"
+        f"{label(item.method)} on {_place(item.measured)}: {_measured_text(item.measured)}"
         + ("" if item.word == GAIN else f", {item.word}")
         for item in items
         if item.measured is not None
@@ -675,6 +683,8 @@ def _protocol_text(protocol: Protocol) -> str:
             (f"crop {_pixels(protocol.crop or ())}", protocol.crop),
             (f"batches of {protocol.batch_size} images", protocol.batch_size),
             (f"{protocol.steps or 0:,} steps", protocol.steps),
+            (f"learning rate {protocol.lr or 0:g}", protocol.lr),
+            (f"weight decay {protocol.weight_decay or 0:g}", protocol.weight_decay),
             ("ImageNet weights" if protocol.pretrained else "no ImageNet weights", protocol.pretrained),
         )
         if value is not None

@@ -22,6 +22,8 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipelines.results import records, statistics
 from pipelines.results.gathered import (
@@ -47,6 +49,7 @@ STYLE: dict[Any, Any] = {
 }
 GREY = "0.45"
 SOURCE = "Source"  # the PNG text chunk with the digest of the records
+PIXELS = "Comment"  # and the one with the sum of the pixels (RGBA)
 
 
 def write(results: Results, folder: Path) -> None:
@@ -153,8 +156,8 @@ def per_class(results: Results) -> Figure:
             cmap=sns.color_palette("vlag_r", as_cmap=True),
             vmin=-limit,
             vmax=limit,
-            annot=True,
-            fmt="+.1f",
+            annot=np.vectorize(_difference, otypes=[object])(grid),
+            fmt="",
             annot_kws={"fontsize": 9},
             linewidths=1,
             xticklabels=[label(key) for key in methods],
@@ -168,6 +171,11 @@ def per_class(results: Results) -> Figure:
         axis.set_title(student)
     _title(figure, results, f"IoU on the test split minus that of {REFERENCE}, mean over paired seeds")
     return figure
+
+
+def _difference(value: float) -> str:
+    """``+1.3``; ``0`` for what rounds to nothing, as for a class that neither network finds."""
+    return "" if np.isnan(value) else "0" if abs(value) < 0.05 else f"{value:+.1f}"
 
 
 def learning_curves(results: Results) -> Figure:
@@ -203,8 +211,8 @@ def compute(results: Results) -> Figure:
     _title(
         figure,
         results,
-        "score against training compute; large is the mean over seeds, small a seed; dotted: the student "
-        "alone, trained longer",
+        "score against training compute; large is the mean over seeds, small a seed; dotted: straight "
+        "between the student alone and the same trained longer",
     )
     return figure
 
@@ -322,10 +330,21 @@ def _title(figure: Figure, results: Results, text: str) -> None:
 
 def _save(figure: Figure, path: Path, origin: str) -> None:
     sns.despine(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None, SOURCE: origin})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
     plt.close(figure)
-    records.write_bytes(path, buffer.getvalue())
+    with Image.open(drawn) as image:
+        about = PngInfo()
+        about.add_text(SOURCE, origin)
+        about.add_text(PIXELS, pixels(image))
+        content = io.BytesIO()
+        image.save(content, format="png", pnginfo=about, dpi=image.info["dpi"])
+    records.write_bytes(path, content.getvalue())
+
+
+def pixels(image: Image.Image) -> str:
+    """sha256 of the pixels of an image."""
+    return records.sha256(image.convert("RGBA").tobytes())
 
 
 NAMES = {draw.__name__: draw for draw in (scores, compute, per_class, learning_curves, cost)}

@@ -44,7 +44,7 @@ class Standing:
     p_holm: float | None  # the same, adjusted for the methods of one table
     over_matched: Paired  # gain over MATCHED
     matched_over_seeds: Interval | None
-    place: str  # ``best``, ``≈`` where it cannot be told apart from the best, else nothing
+    place: str  # ``best`` on the seeds that all have, ``≈`` where not told apart from it, else nothing
 
     @property
     def verdict(self) -> str:
@@ -65,14 +65,13 @@ class Results:
     students: list[str]
     methods: list[str]  # of the comparison: the baselines, then HEADLINE
     variants: list[str]  # of the paper's method, HEADLINE among them
+    planned: list[str]  # the variants of the suite; others are shown where they have a cell
     seeds: list[int]  # of the suite: a row without one of them is not complete; there may be more
     weights: dict[str, dict[str, Any]]  # per method: its loss weights in params.yaml
-    cells: pd.DataFrame  # finished cells, in the form of tracking.frame
+    cells: pd.DataFrame  # today's finished cells, in the form of tracking.frame
     finished: Sequence[Record] = ()
     failures: dict[Cell, str] = field(default_factory=dict)
-    stale: dict[Cell, list[str]] = field(
-        default_factory=dict
-    )  # trained with other settings than params.yaml's
+    stale: dict[Cell, list[str]] = field(default_factory=dict)  # left out of all these, and why
     trials: dict[str, int] = field(default_factory=dict)  # of tuning, by method
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)  # records of exports, by student
     untuned: list[str] = field(default_factory=list)  # methods whose weights are not those that tuning chose
@@ -95,6 +94,12 @@ class Results:
             return {}
         values = zip(found["seed"], found[metric], strict=True)
         return {int(seed): float(value) for seed, value in values if not pd.isna(value)}
+
+    def shown(self, student: str) -> list[str]:
+        """The variants with a row for a student: those of the suite, and those with a cell."""
+        rows = {method for of, method in self._rows if of == student}
+        rows |= {cell.method for cell in (*self.failures, *self.stale) if cell.student == student}
+        return [key for key in self.variants if key in rows or key in self.planned]
 
     def mean(self, student: str, method: str, metric: str = SCORE) -> float | None:
         return statistics.mean(self.by_seed(student, method, metric).values())
@@ -148,17 +153,23 @@ class Results:
     def status(self, student: str, method: str) -> str:
         """``complete``, ``not run``, or how many cells there are and what became of the others."""
         done = set(self.by_seed(student, method))
-        missing = [seed for seed in self.seeds if seed not in done]
-        if not missing:
-            return "complete"
-        failed = {
-            s: note for s in missing if (note := self.failures.get(Cell(self.benchmark, student, method, s)))
+        cells = {seed: Cell(self.benchmark, student, method, seed) for seed in sorted(done.union(self.seeds))}
+        why = {seed: f"failed: {note}" for seed, cell in cells.items() if (note := self.failures.get(cell))}
+        why |= {seed: f"an earlier record, a new training {why[seed]}" for seed in why if seed in done}
+        why |= {
+            seed: f"left out, other {' and '.join(parts)}"
+            for seed, cell in cells.items()
+            if seed not in why and (parts := self.stale.get(cell))
         }
-        if not done and not failed:
-            return "not run"
-        parts = [f"{len(done)} of {len(self.seeds)}"]
-        parts += [f"seed {s}: " + (f"failed: {failed[s]}" if s in failed else "not run") for s in missing]
-        return "; ".join(parts)
+        missing = set(self.seeds) - done
+        if not why:
+            if not missing:
+                return "complete"
+            if not done:
+                return "not run"
+        why |= {seed: "not run" for seed in missing if seed not in why}
+        parts = [f"{len(done.intersection(self.seeds))} of {len(self.seeds)}"]
+        return "; ".join([*parts, *(f"seed {seed}: {why[seed]}" for seed in sorted(why))])
 
     @cached_property
     def bootstraps(self) -> dict[str, ImageBootstrap]:
@@ -178,7 +189,12 @@ class Results:
 
     def standings(self, student: str, methods: Sequence[str]) -> dict[str, Standing]:
         """How every method of one table stands; the family of Holm's adjustment is ``methods``."""
-        means = {m: mean for m in methods if (mean := self.mean(student, m)) is not None}
+        scores = {m: own for m in methods if (own := self.by_seed(student, m))}
+        shared = set.intersection(*map(set, scores.values())) if scores else set()
+        means = {  # of the seeds that all rows have: one with more of them may have drawn better ones
+            m: statistics.mean([by_seed[seed] for seed in shared or by_seed]) or 0.0
+            for m, by_seed in scores.items()
+        }
         best = max(means, key=lambda m: means[m], default=None)
         images = self.bootstraps.get(student)
         gains = {m: self.paired(student, m) for m in methods if m != REFERENCE}
@@ -221,11 +237,15 @@ def gather(
     tracking: str | None = None,
     finished: Sequence[Record] = (),
 ) -> Results:
-    """Bring together the finished cells of a benchmark with the ones that there should be.
+    """Bring together the finished cells of a benchmark with the ones that there should be. Cells that were
+    trained with other settings, data or another teacher than today's are left out.
 
     :class:`~pipelines.config.ConfigError` when the methods were tuned with unequal numbers of trials.
     """
     students = records.students(params, benchmark, root)
+    stale = records.outdated(finished, params)
+    old = {(cell.student, cell.method, cell.seed) for cell in stale}
+    keys = zip(cells["student"], cells["method"], cells["seed"], strict=True)
     notes = {cell: records.failure(cell, root) for cell in records.expected_cells(params, benchmark, root)}
     weights = {
         key: {
@@ -240,14 +260,15 @@ def gather(
         students=students,
         methods=[key for key in params.method_keys if key == HEADLINE or not records.is_variant(key)],
         variants=[key for key in params.method_keys if records.is_variant(key)],
+        planned=[f"{PAPER}-{name}" for name in params.suite.variants],
         seeds=list(params.suite.seeds),
         weights=weights,
-        cells=cells,
-        finished=finished,
+        cells=cells[[key not in old for key in keys]],
+        finished=[record for record in finished if record.cell not in stale],
         failures={
             cell: " ".join(note.replace(f"{root}/", "").split()) for cell, note in notes.items() if note
         },
-        stale={record.cell: parts for record in finished if (parts := records.stale(record, params))},
+        stale=stale,
         trials=budget.trials(params, root),
         exports={
             student: record

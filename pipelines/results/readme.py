@@ -11,9 +11,11 @@ from pipelines.results.gathered import COMPUTE, HEADLINE, MATCHED, REFERENCE, SC
 from pipelines.results.ranks import Ranks
 from pipelines.results.statistics import Interval
 from pipelines.results.tables import between, escape_markdown, plus_minus
+from pipelines.results.tracking import metric_name
 
 RESULTS = ("<!-- results:begin -->", "<!-- results:end -->")
 PLANS = ("<!-- benchmarks:begin -->", "<!-- benchmarks:end -->")
+UNLEARNT = 1.0  # IoU in percent below which a class is not found at all
 TABLES = ("comparison", "cost", "ablation", "per_class")
 
 
@@ -35,6 +37,8 @@ def update(path: Path, markers: tuple[str, str], text: str) -> bool:
 def block(every: Sequence[Results], ranked: Ranks | None, claimed: Sequence[str]) -> str:
     """The whole of the results; ``claimed`` are the sentences about what was published."""
     parts = [_benchmark(results) for results in every]
+    if short := in_short(every):
+        parts.insert(0, "\n".join(["### In short", "", *(f"- {escape_markdown(text)}" for text in short)]))
     if ranked:
         lines = ["### All benchmarks and students", "", escape_markdown(ranks.sentence(ranked)), ""]
         lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in ranks.warnings(ranked)]
@@ -47,6 +51,61 @@ def block(every: Sequence[Results], ranked: Ranks | None, claimed: Sequence[str]
     return "\n\n".join(parts)
 
 
+def in_short(every: Sequence[Results]) -> list[str]:
+    """What holds over all benchmarks and students, in plain words."""
+    blocks = {
+        (results.benchmark, student): (results, {m: s for m, s in standings.items() if s.gain.n})
+        for results in every
+        for student in results.students
+        if (standings := results.standings(student, results.methods))
+    }
+    gains = [(place, m, s) for place, (_, own) in blocks.items() for m, s in own.items()]
+    if not gains:
+        return []
+    distilled = [(place, m, s) for place, m, s in gains if m != MATCHED]
+
+    def listed(found: Sequence[tuple[tuple[str, str], str, str]]) -> str:
+        return "; ".join(f"{label(m)} on {', '.join(place)}: {text}" for place, m, text in found)
+
+    above = [
+        (place, m, _gain(m, s).removeprefix(f"{label(m)} "))
+        for place, m, s in distilled
+        if s.verdict == "gain"
+    ]
+    below = [
+        (place, m, _gain(m, s).removeprefix(f"{label(m)} "))
+        for place, m, s in distilled
+        if s.verdict == "loss"
+    ]
+    total = f"{len(distilled)} comparisons (method, benchmark, student)"
+    found = [
+        f"Does distillation help here? Of {total} with the undistilled student at equal steps, {len(above)} "
+        f"are above it and {len(below)} below it by both 95 % intervals, each taken by itself"
+        + "".join(f"; {word}: {listed(own)}" for word, own in (("above", above), ("below", below)) if own)
+        + "."
+    ]
+    matched = [(place, m, s) for place, m, s in distilled if s.over_matched.n]
+    if matched:
+        sides = [_side(s.matched_over_seeds) for _, _, s in matched]
+        found.append(
+            f"And at equal compute? Against {MATCHED}, the student alone trained longer, {sides.count(1)} of "
+            f"{len(matched)} are better over seeds, {sides.count(-1)} worse, {sides.count(0)} not told apart."
+        )
+    tested = [(place, m, s.p_holm) for place, m, s in gains if s.p_holm is not None]
+    below_alpha = [(place, m, f"{p:.2g}") for place, m, p in tested if p < tables.ALPHA]
+    found.append(
+        f"How sure is that? After Holm's adjustment for the comparisons of a table, {len(below_alpha)} of "
+        f"{len(tested)} sign-flip tests are below {tables.ALPHA:g}"
+        + (
+            f" ({listed(below_alpha)})"
+            if below_alpha
+            else ": with these numbers of seeds all of it is exploratory"
+        )
+        + "."
+    )
+    return found
+
+
 def sentences(results: Results, student: str) -> list[str]:
     """Who is better than the undistilled student, who than longer training, and how sure that is."""
     standings = {m: s for m, s in results.standings(student, results.methods).items() if s.scores}
@@ -54,9 +113,10 @@ def sentences(results: Results, student: str) -> list[str]:
         return [f"No cell of {student} has finished yet."]
     found = [_best(results, student, standings)]
     others = {m: s for m, s in standings.items() if m != REFERENCE and s.gain.n}
+    alone = ", each by itself" if len(others) > 1 else ""
     for verdict, text in (
-        ("gain", f"Better than {REFERENCE}, by both 95 % intervals"),
-        ("loss", f"Worse than {REFERENCE}, by both 95 % intervals"),
+        ("gain", f"Above {REFERENCE} by both 95 % intervals{alone}"),
+        ("loss", f"Below {REFERENCE} by both 95 % intervals{alone}"),
         ("undecided", f"Not told apart from {REFERENCE}"),
     ):
         if named := [_gain(m, s) for m, s in others.items() if s.verdict == verdict]:
@@ -73,7 +133,25 @@ def sentences(results: Results, student: str) -> list[str]:
     found.append(f"For {tables.power(n)}.")
     if tested := tables.significance(results, student, results.methods):
         found.append(f"{tested[0].upper()}{tested[1:]}.")
-    return found
+    return found + _unlearnt(results, student, list(standings))
+
+
+def _unlearnt(results: Results, student: str, methods: Sequence[str]) -> list[str]:
+    """The classes that no method finds: mIoU moves on the others alone."""
+    names = results.classes()
+    lost = []
+    for name in names:
+        scores = [results.mean(student, m, f"test/iou/{metric_name(name)}") for m in methods]
+        known = [score for score in scores if score is not None]
+        if known and max(known) < UNLEARNT:
+            lost.append(name)
+    if not lost:
+        return []
+    return [
+        f"{len(lost)} of {len(names)} classes have a mean IoU below {UNLEARNT:g} % with every method "
+        f"({', '.join(lost)}): the students are far from the end of their training, and mIoU moves on the "
+        "other classes."
+    ]
 
 
 def _best(results: Results, student: str, standings: dict[str, Standing]) -> str:
@@ -125,9 +203,9 @@ def _benchmark(results: Results) -> str:
     folder = f"reports/{results.benchmark}"
     lines = [f"### {results.benchmark}", ""]
     lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in tables.warnings(results)]
-    columns = ["student", "method", "n", "test mIoU", "≈ best", f"Δ {REFERENCE}", "over seeds", "over images"]
-    columns += [f"Δ {MATCHED}", f"compute (× {REFERENCE})", "status"]
-    lines += ["| " + " | ".join(columns) + " |", "|---|---|--:|--:|---|--:|--:|--:|--:|--:|---|"]
+    columns = ["student", "method", "n", "test mIoU", "≈ best", f"Δ {REFERENCE}", "over seeds", "p (Holm)"]
+    columns += ["over images", f"Δ {MATCHED}", f"compute (× {REFERENCE})", "status"]
+    lines += ["| " + " | ".join(columns) + " |", "|---|---|--:|--:|---|--:|--:|--:|--:|--:|--:|---|"]
     for row in tables.comparison(results).data.to_dict("records"):
         cells = [
             row["student"],
@@ -137,6 +215,7 @@ def _benchmark(results: Results) -> str:
             row["near_best"],
             tables.number(row["diff_none_mean"], "+.2f"),
             between(tables.interval(row, "over_seeds")),
+            tables.number(row["p_holm"], ".2g"),
             between(tables.interval(row, "over_images")),
             tables.number(row["diff_matched_mean"], "+.2f"),
             tables.number(row["compute_ratio"], ".2f"),

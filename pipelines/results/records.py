@@ -17,7 +17,7 @@ import os
 import sqlite3
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from pipelines.config import PAPER, ROOT, TEACHER, ConfigError, Params
 
 log = logging.getLogger(__name__)
 
+TO_MATCH = "compute to match"  # what differs where a method now costs more or less than its control
 RECORD_FILES = ("metrics.json", "history.csv", "confusion.npz", "run.json")
 
 
@@ -216,6 +217,40 @@ def stale(record: Record, params: Params) -> list[str]:
         }
     recorded = {**record.run["config"], "network": _unresolved(record.run["config"]["network"], params)}
     return [part for part, value in wanted.items() if recorded.get(part) != value]
+
+
+def outdated(own: Sequence[Record], params: Params) -> dict[Cell, list[str]]:
+    """Of the records of a benchmark those that are none of today's, with what differs: a part of the
+    configuration, or the data or the teacher of which the record is beside them. No table counts them in."""
+    teacher = next((record for record in own if record.cell.is_teacher), None)
+    found = {record.cell: stale(record, params) for record in own}
+    if teacher is not None:
+        for record in own:
+            if record.run["data_sha256"] != teacher.run["data_sha256"]:
+                found[record.cell].append("data")
+            used = record.run["teacher"]
+            if used and (found[teacher.cell] or used["sha256"] != teacher.run["weights_sha256"]):
+                found[record.cell].append("weights of the teacher")
+    costs = {
+        (r.cell.student, r.cell.method): r.run["compute"]["step_flops"] for r in own if not found[r.cell]
+    }
+    for record in own:
+        if matching_steps(record, costs) not in (None, record.run["steps"]):
+            found[record.cell].append(TO_MATCH)
+    return {cell: parts for cell, parts in found.items() if parts}
+
+
+def matching_steps(record: Record, costs: Mapping[tuple[str, str], int]) -> int | None:
+    """The steps in which a cell has the compute of the dearest method that it is to match; ``costs``: FLOPs
+    of a step by student and method. None for a cell that matches none, or where a method has no cost yet."""
+    run = record.run
+    if run["compute"]["matched"] is None:
+        return None
+    keys = [(record.cell.student, method) for method in run["config"]["method"].get("match", ())]
+    if any(key not in costs for key in keys):
+        return None
+    base = int(run["config"]["training"]["steps"])
+    return max(base, round(base * max(costs[key] for key in keys) / run["compute"]["step_flops"]))
 
 
 def _unresolved(network: dict[str, Any], params: Params) -> dict[str, Any]:

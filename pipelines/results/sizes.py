@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from pipelines import config
 from pipelines.config import ROOT, ConfigError, Model, Network, Params, Positive, Size
+from pipelines.results import records
 from pipelines.results.tables import Table, number, render
 
 PUBLISHED = Path("reports") / "networks.yaml"
@@ -81,7 +81,7 @@ def load(path: Path) -> Published:
 def read(root: Path = ROOT) -> dict[str, Any]:
     """``runs/networks.json``; without any network where it is not there or damaged: it can be made again."""
     try:
-        found = json.loads((root / COUNTS).read_bytes())
+        found = records.unseal((root / COUNTS).read_bytes())
         return found if isinstance(found["networks"], dict) else {"networks": {}}
     except (OSError, ValueError, KeyError, TypeError):
         return {"networks": {}}

@@ -55,9 +55,10 @@ class Table:
 def comparison(results: Results) -> Table:
     """Student × method: scores, gains over the undistilled student with both uncertainties, compute, and
     what the deployed student costs."""
-    data, text = [], []
+    data, text, notes = [], [], list[str]()
     for student in results.students:
         standings = results.standings(student, results.methods)
+        notes += _tests(results, student, results.methods)
         for method in results.methods:
             row = {"student": student, "method": label(method)}
             row |= _scores(results, student, method, standings[method])
@@ -67,11 +68,10 @@ def comparison(results: Results) -> Table:
             texts = [*_score_text(row), *_compute_text(row), *_size_text(row), _ratio_text(row)]
             text.append([student, label(method), *texts, row["status"]])
     columns = ["student", "method", *SCORE_COLUMNS, *COMPUTE_COLUMNS, *SIZE_COLUMNS, RATIO_COLUMN, "status"]
-    frame, notes = (
-        pd.DataFrame(data, dtype=object),
-        [*_tests(results, results.methods), *_deployed_notes(results)],
+    notes += _deployed_notes(results)
+    return Table(
+        "comparison", "comparison of methods", pd.DataFrame(data, dtype=object), columns, text, notes
     )
-    return Table("comparison", "comparison of methods", frame, columns, text, notes)
 
 
 def cost(results: Results) -> Table:
@@ -97,9 +97,10 @@ def cost(results: Results) -> Table:
 def ablation(results: Results) -> Table:
     """The variants of the paper's method, with the undistilled student as the reference."""
     weights = list(dict.fromkeys(name for key in results.variants for name in results.weights[key]))
-    methods = [key for key in results.methods if key == REFERENCE] + results.variants
-    data, text = [], []
+    data, text, notes = [], [], ["A weight of 0 switches a term off; the weights are those of params.yaml."]
     for student in results.students:
+        methods = [key for key in results.methods if key == REFERENCE] + results.shown(student)
+        notes += _tests(results, student, methods)
         standings = results.standings(student, methods)
         for method in methods:
             row: dict[str, Any] = {"student": student, "method": variant(method)}
@@ -111,10 +112,6 @@ def ablation(results: Results) -> Table:
             texts = [*shown, *_score_text(row), *_compute_text(row)]
             text.append([student, variant(method), *texts, row["status"]])
     columns = ["student", "variant", *weights, *SCORE_COLUMNS, *COMPUTE_COLUMNS, "status"]
-    notes = [
-        "A weight of 0 switches a term off; the weights are those of params.yaml.",
-        *_tests(results, methods),
-    ]
     return Table("ablation", f"ablation of {PAPER}", pd.DataFrame(data, dtype=object), columns, text, notes)
 
 
@@ -166,21 +163,17 @@ def warnings(results: Results) -> list[str]:
                 f"the teacher leads the undistilled {student} by {lead:+.2f} mIoU on validation, "
                 f"less than {LEAD:g}: there is little to distil, so the differences say little about methods."
             )
-    if len(results.distinct("tags.data_sha256")) > 1:
-        found.append("the cells were trained on different versions of the data; run `dvc repro`.")
     if results.stale:
         named = "; ".join(
             f"{cell.path}: {', '.join(parts)}" for cell, parts in list(results.stale.items())[:5]
         )
         found.append(
-            f"{len(results.stale)} cells were trained with other settings than params.yaml has ({named}); "
-            "run `dvc repro`."
+            f"{len(results.stale)} cells are left out, because their settings, data or teacher are not those "
+            f"of today ({named}); run `make repro`, or delete their folders in runs/."
         )
-    current = results.cells[results.cells["student"] == TEACHER]
-    known = {str(value) for value in current.get("tags.weights_sha256", pd.Series(dtype=str)).dropna()}
-    used = set(results.distinct("tags.teacher.sha256", students_only=True))
-    if len(used) > 1 or (known and used - known):
-        found.append("the cells were trained with different teachers; run `dvc repro`.")
+    for tag, kind in (("data_sha256", "versions of the data"), ("teacher.sha256", "teachers")):
+        if len(results.distinct(f"tags.{tag}", students_only=True)) > 1:  # there is no record of the teacher
+            found.append(f"the cells were trained with different {kind}; run `make repro`.")
     found += _unmatched(results)
     if results.untuned:
         found.append(
@@ -564,16 +557,26 @@ def significance(results: Results, student: str, methods: Sequence[str]) -> str 
     n = max(s.gain.n for s in tested.values())
     least = min(1.0, len(tested) * statistics.smallest_p(n))
     text = (
-        f"sign-flip test, adjusted by Holm for {len(tested)} comparisons: "
+        f"sign-flip test, adjusted by Holm for {len(tested)} comparison{'s' * (len(tested) > 1)}: "
         f"{', '.join(below) if below else 'nothing'} below {ALPHA:g}; with n = {n} the first could reach "
         f"{least:.2g}"
     )
     return text + (", so no method can be significant with so few seeds" if least >= ALPHA else "")
 
 
-def _tests(results: Results, methods: Sequence[str]) -> list[str]:
-    found = {student: significance(results, student, methods) for student in results.students}
-    return [f"{student}, {text}." for student, text in found.items() if text]
+def _tests(results: Results, student: str, methods: Sequence[str]) -> list[str]:
+    """The notes of a table about the tests of one student, and about rows that differ in their seeds."""
+    found = []
+    if text := significance(results, student, methods):
+        found.append(f"{student}, {text}.")
+    seeds = {tuple(s) for m in methods if (s := results.by_seed(student, m))}
+    if len(seeds) > 1:
+        shared = sorted(set.intersection(*map(set, seeds)))
+        found.append(
+            f"{student}, the rows have different seeds: compare Δ {REFERENCE}, not the means; best is the "
+            f"highest mean over the seeds that all have ({', '.join(map(str, shared)) or 'none'})."
+        )
+    return found
 
 
 def _training(results: Results) -> str:
