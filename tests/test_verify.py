@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, rewrite
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipelines import config, report, verify
 from pipelines.results import budget, figures
@@ -110,6 +112,29 @@ def last_line_of_history(root: Path) -> None:
     rewrite(root / "runs" / CELL, history=text.encode())
 
 
+def best_seeds(root: Path) -> None:
+    """A seed deleted, and the tables made anew."""
+    shutil.rmtree(root / "runs" / f"{CELL[:-1]}2")
+    report.report(config.load(root / "params.yaml", methods=False), root)
+
+
+def seed_twice(root: Path) -> None:
+    target = root / "runs" / f"{CELL[:-1]}2"
+    shutil.copytree(root / "runs" / CELL, target, dirs_exist_ok=True)
+    run = json.loads((target / "run.json").read_text())
+    rewrite(target, {"cell": run["cell"] | {"seed": 2}})
+
+
+def painted(root: Path) -> None:
+    path = root / f"reports/{BENCHMARK}/scores.png"
+    with Image.open(path) as image:
+        about = PngInfo()
+        for key in (figures.SOURCE, figures.PIXELS):
+            about.add_text(key, image.info[key])
+        image.putpixel((200, 200), (255, 0, 0, 255))
+        image.save(path, pnginfo=about)
+
+
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a digit in a table": (lambda r: one_digit(r, f"{TABLE}.csv"), f"{TABLE}.csv, line 2: has "),
     "a digit in a Markdown table": (lambda r: one_digit(r, f"{TABLE}.md", "|---|"), f"{TABLE}.md, line "),
@@ -176,6 +201,25 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: change(r, "reports/camvid-small/tuning.csv", ",yes,", ",,"),
         "reports/camvid-small/tuning.csv: the chosen trial of ",
     ),
+    "a deleted seed with its tables": (
+        best_seeds,
+        f"runs/{CELL[:-1]}2/run.json is missing, while dvc.lock says that distill@{BENCHMARK}-",
+    ),
+    "a seed twice": (seed_twice, f"{CELL[:-1]}2: has the same weights as {CELL}, and no two"),
+    "other test pixels": (confusion, f"{CELL}: has other labelled test pixels than "),
+    "a cheaper step": (
+        lambda r: edit(r, lambda run: run["compute"].update(step_flops=1)),
+        f"{CELL}: has other FLOPs of a step than ",
+    ),
+    "another number of trials": (
+        lambda r: change(r, "params.yaml", "trials: 8", "trials: 9"),
+        "reports/camvid-small/tuning.csv: has not the 9 trials (tuning.trials of params.yaml) of kd.",
+    ),
+    "the length of the trials": (
+        lambda r: change(r, "reports/camvid-small/tuning.csv", ",80,100,", ",8000,100,"),
+        "reports/camvid-small/tuning.csv: trials of other lengths or seeds than tuning.steps",
+    ),
+    "a painted figure": (painted, f"reports/{BENCHMARK}/scores.png was drawn from other records, or changed"),
     "no lock": (lambda r: (r / "dvc.lock").unlink(), "dvc.lock is missing or empty"),
     "a broken record": (
         lambda r: (r / "runs" / CELL / "metrics.json").write_text('{"test": '),
