@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pipelines.method import Search
 
 STARTUP = 4  # trials at the middle or at random before the sampler learns from scores
+ATTEMPTS = 20  # to propose weights that have not been tried
 DATABASE = "tuning.db"
 
 log = logging.getLogger(__name__)
@@ -171,11 +172,17 @@ def _run(task: Task, study: optuna.Study, number: int, params: Params, root: Pat
         study.enqueue_trial(
             {name: _exponent(math.sqrt(mark.low * mark.high)) for name, mark in task.ranges.items()}
         )
-    # seeded per trial, so that a search that was killed proposes what it would have proposed
-    seed = derive(params.tuning.seed, "tune", task.method, number) % 2**32
-    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
-    trial = study.ask(fixed_distributions=distributions)
-    weights = {name: _value(trial.params[name]) for name in task.ranges}
+    tried = [{name: _value(old.params[name]) for name in task.ranges} for old in _counted(study)]
+    for attempt in range(ATTEMPTS):
+        # seeded per trial, so that a search that was killed proposes what it would have proposed
+        seed = derive(params.tuning.seed, "tune", task.method, number, attempt) % 2**32
+        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
+        trial = study.ask(fixed_distributions=distributions)
+        weights = {name: _value(trial.params[name]) for name in task.ranges}
+        if weights not in tried:
+            break
+        if attempt + 1 < ATTEMPTS:  # the same again would teach nothing
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
     try:
         trained, _ = train(task.plan(weights), params, root)
     except ConfigError as error:  # a term was not finite: a trial as any other, but without a score

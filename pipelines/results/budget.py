@@ -72,6 +72,13 @@ def trials(params: Params, root: Path = ROOT) -> dict[str, int]:
     return dict(counts)
 
 
+def different(params: Params, root: Path = ROOT) -> dict[str, int]:
+    """By method: how many of its trials had weights of their own, where some had the same."""
+    rows = read(path(params, root))
+    own = {m: [row["weights"] for row in rows if row["method"] == m] for m in trials(params, root)}
+    return {m: len(set(tried)) for m, tried in own.items() if len(set(tried)) < len(tried)}
+
+
 def untuned(params: Params, root: Path = ROOT) -> dict[str, dict[str, Any]]:
     """Methods whose weights in params.yaml are not those that their search chose, with the chosen ones."""
     found = {}

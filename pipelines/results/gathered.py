@@ -73,6 +73,7 @@ class Results:
     failures: dict[Cell, str] = field(default_factory=dict)
     stale: dict[Cell, list[str]] = field(default_factory=dict)  # left out of all these, and why
     trials: dict[str, int] = field(default_factory=dict)  # of tuning, by method
+    different: dict[str, int] = field(default_factory=dict)  # of them, where some had the same weights
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)  # records of exports, by student
     untuned: list[str] = field(default_factory=list)  # methods whose weights are not those that tuning chose
     tracking: str | None = None  # why the numbers do not come from MLflow, if they do not
@@ -270,6 +271,7 @@ def gather(
         },
         stale=stale,
         trials=budget.trials(params, root),
+        different=budget.different(params, root),
         exports={
             student: record
             for student in students

@@ -98,7 +98,10 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
     """The table of benchmarks in the README: what to download, room, time, and how to run it."""
     planned = {row["benchmark"]: row["suite_flops"] for row in table(params, root).data.to_dict("records")}
     measured = {results.benchmark: results.finished for results in every}
-    lines = ["| benchmark | what to download | disk, about | time | in `suite` |", "|---|---|--:|---|---|"]
+    lines = [
+        "| benchmark | what to download | disk, about | time | `make repro`, with this under `suite` |",
+        "|---|---|--:|---|---|",
+    ]
     for name, benchmark in params.benchmarks.items():
         module = config.dataset_module(benchmark.data, name)
         if records := measured.get(name):
@@ -110,9 +113,32 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
         else:
             time = f"{_cost(planned[name])[1]} GPU hours, estimated"
         room = "–" if module.GIGABYTES is None else f"{COPIES * module.GIGABYTES:.1f} GB"
-        texts = (f"`{name}`", module.NEEDS, room, time, f"`benchmarks: [{name}]`")
+        settings, weights = _settings(params, name)
+        needs = module.NEEDS + (f"; ImageNet weights {', '.join(weights)}" if weights else "")
+        texts = (f"`{name}`", needs, room, time, f"`{settings}`")
         lines.append(f"| {' | '.join(texts)} |")
     return "\n".join(lines)
+
+
+def _settings(params: Params, name: str) -> tuple[str, list[str]]:
+    """What to change in ``suite`` for a benchmark, and the encoder weights that it needs: where its teacher
+    starts from ImageNet, so does the student."""
+    first, teacher = params.suite.students[0], params.benchmark(name).teacher.network
+    found = f"benchmarks: [{name}]"
+    if teacher.weights is None:
+        return found, []
+    plain = params.student(first)
+    same = (plain.architecture, plain.encoder)
+    student = next(
+        (
+            key
+            for key, network in params.students.items()
+            if network.weights and (network.architecture, network.encoder) == same
+        ),
+        first,
+    )
+    weights = list(dict.fromkeys(filter(None, (params.student(student).weights, teacher.weights))))
+    return f"{found}, students: [{student}], weights: [{', '.join(weights)}]", weights
 
 
 def _flops(training: Training, macs: float) -> float:

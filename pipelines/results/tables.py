@@ -89,7 +89,9 @@ def cost(results: Results) -> Table:
         "GFLOPs a step, ms a step (median), training: teacher and method included, validation not.",
         "times of training: median over seeds, under the load of the machine then.",
         "memory: peak of the training process, largest of the seeds.",
-        "trials: of the search for the loss weights, the same number for every method (`make tune`).",
+        "trials: of the search for the loss weights, the same number for every method (`make tune`)"
+        + "".join(f"; {label(m)}: {n} different ones" for m, n in results.different.items())
+        + ".",
     ]
     return Table("cost", "cost of methods", pd.DataFrame(data, dtype=object), columns, text, notes)
 
