@@ -233,7 +233,10 @@ def _lock(everything: Sequence[Record], params: Params, root: Path) -> Iterator[
     used: set[str] = set()
     for path, (name, _) in made.items():
         if path.endswith("/run.json") and not (root / path).is_file() and _planned(path, params):
-            yield f"{path} is missing, while dvc.lock says that {name} has run: restore it with git."
+            yield (
+                f"{path} is missing, while dvc.lock says that {name} has run: restore it with git, or take "
+                "the stage out of dvc.lock too."
+            )
     for record in everything:
         for name in RECORD_FILES:
             path = f"runs/{record.cell.path}/{name}"
@@ -283,9 +286,7 @@ def _tuning(params: Params, root: Path) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
     tuning, name = params.tuning, path.relative_to(root)
-    if not rows:
-        if any((root / "reports").glob("*/comparison.md")):
-            yield f"{name} is missing: restore it with git, or run `make tune`."
+    if not rows:  # nothing was tuned here, and no table says so
         return
     if {(int(row["steps"]), int(row["seed"])) for row in rows} != {(tuning.steps, tuning.seed)}:
         yield f"{name}: trials of other lengths or seeds than tuning.steps and tuning.seed of params.yaml."
