@@ -118,6 +118,8 @@ def outcome(name: str, root: Path) -> str:
 def clear(name: str, root: Path) -> None:
     for folder in {"fetch": ["data"], "cell": ["runs", ".scratch"], "report": ["reports"]}[name]:
         shutil.rmtree(root / folder, ignore_errors=True)
+    if name == "report":
+        (root / "mlflow.db").unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -130,11 +132,12 @@ def main() -> None:
         sys.exit("the part failed before any kill")
     events, outcomes = Counter(note.read_text().splitlines()), {outcome(name, root)}
     labels = draw.sample(sorted(events), len(events))
-    through = True
+    through, attempts = True, 0
     while sum(places.values()) < kills or not through:  # the last kill too must be survived
         if through and kills:
             clear(name, root)
-        label = labels[sum(places.values()) % len(labels)]  # each kind of moment in its turn
+        label = labels[attempts % len(labels)]  # each kind of moment in its turn
+        attempts += 1
         at = (label, draw.randint(1, events[label])) if sum(places.values()) < kills else None
         status = child(name, root, at, note)
         through = not os.WIFSIGNALED(status)
