@@ -14,8 +14,8 @@ export PYTHONPATH := $(CURDIR)
 repro: $(READY)  ## run every experiment of params.yaml that is not up to date, JOBS at a time, then the report
 	python -m pipelines.launch $(if $(JOBS),--jobs $(JOBS))
 
-test: $(READY)  ## the tests
-	python -m pytest
+test: $(READY)  ## the tests, a file on each core
+	python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 tables: $(READY)  ## regenerate tables and figures from the committed run records: no weights, no GPU
 	python -m pipelines.report
