@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_OFFLINE := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: repro test lint tables verify ui tune bench smoke torture clean lock
+.PHONY: repro test lint tables verify ui tune bench speed smoke torture clean lock
 
 repro: $(READY)  ## run every experiment of params.yaml that is not up to date, JOBS at a time, then the report
 	python -m pipelines.launch $(if $(JOBS),--jobs $(JOBS))
@@ -28,6 +28,9 @@ tune: $(READY)  ## the same trials of loss weights for every method, on the vali
 
 bench: $(READY)  ## time and memory of the default benchmark from nothing, in a temporary clone
 	python tests/bench.py
+
+speed: $(READY)  ## steps a second and memory of BENCHMARK's protocol on this machine, without its data
+	python -m pipelines.speed --benchmark $(BENCHMARK) $(if $(BATCH),--batch-size $(BATCH))
 
 smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
 	python -m pytest -m smoke

@@ -13,7 +13,7 @@ import pandas as pd
 from pipelines import config
 from pipelines.config import Params
 from pipelines.engine import lock
-from pipelines.results import claims, figures, plans, ranks, readme, records, sizes, tables, tracking
+from pipelines.results import claims, figures, plans, ranks, readme, records, sizes, speeds, tables, tracking
 from pipelines.results.gathered import Results, gather
 from pipelines.results.records import Record
 
@@ -71,6 +71,7 @@ def write_texts(params: Params, every: Sequence[Results], root: Path, target: Pa
         said = claims.sentences(published, every, params)
     if (root / sizes.PUBLISHED).is_file():
         sizes.write(sizes.load(root / sizes.PUBLISHED), params, folder, root)
+        speeds.write(params, folder, root)
         plans.write(params, folder, root)
     readme.update(target / "README.md", readme.RESULTS, readme.block(every, ranked, said))
     readme.update(target / "README.md", readme.PLANS, plans.overview(params, every, root))

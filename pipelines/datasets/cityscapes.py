@@ -54,6 +54,7 @@ CLASSES = {  # label id: name, colour
 }
 
 NEEDS = f"{' and '.join(file for file, _ in ARCHIVES)} from cityscapes-dataset.com, with an account"
+IMAGES = (2975, 1024, 2048)  # to train on, their height and width
 GIGABYTES = 11.2  # to fetch, as the authors state them
 
 

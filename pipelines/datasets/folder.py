@@ -70,10 +70,15 @@ class Description(Meta):
     @property
     def streamed(self) -> bool:
         """Whether the set is read from disk sample by sample: decided by the data, not by the machine."""
-        return self.size is None or 4 * max(self.splits.values()) * self.size[0] * self.size[1] > IN_MEMORY
+        return self.size is None or streams(max(self.splits.values()), self.size)
 
 
 READ = TypeAdapter(Description)
+
+
+def streams(count: int, size: tuple[int, int]) -> bool:
+    """Whether a set whose largest split has ``count`` images of one size is too large for the memory."""
+    return 4 * count * size[0] * size[1] > IN_MEMORY
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ TEST = "val"  # what the field calls the split that is `test` here
 NAME = re.compile(r"\d{4}_\d{6}")
 
 NEEDS = "nothing by hand (PASCAL VOC 2012, SBD)"
+IMAGES = (10582, 375, 500)  # to train on, their usual height and width
 GIGABYTES = 3.4  # to fetch, as the authors state them
 
 

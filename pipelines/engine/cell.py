@@ -443,7 +443,7 @@ def _write(
         "method_parameters": trained.method_parameters,
         "started": started.isoformat(timespec="seconds"),
         "seconds": {name: round(value, 4) for name, value in {"wall": wall, **trained.seconds}.items()},
-        "memory_peak_mb": round(_memory_peak_mb(), 1),
+        "memory_peak_mb": round(memory_peak_mb(), 1),
         "hardware": hardware(),
         "versions": versions(),
         "git": code,
@@ -467,7 +467,8 @@ def file_sha256_of(network: torch.nn.Module) -> str:
     return total.hexdigest()
 
 
-def _memory_peak_mb() -> float:
+def memory_peak_mb() -> float:
+    """Of the GPU, or of this process on the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

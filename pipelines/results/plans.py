@@ -10,11 +10,11 @@ import pandas as pd
 
 from pipelines import config
 from pipelines.config import ROOT, Params, Training
-from pipelines.results import sizes
+from pipelines.results import sizes, speeds
 from pipelines.results.gathered import Results
 from pipelines.results.tables import Table, number, render
 
-SUSTAINED = 40e12  # FLOP/s that a large GPU is assumed to reach here in bf16; not measured
+SUSTAINED = 40e12  # FLOP/s that a large GPU is assumed to reach here in bf16, until one was measured
 COPIES = 3  # of a data set on disk: its archives, data/<benchmark>, DVC's cache
 (HEIGHT, WIDTH), _ = sizes.SIZES[0]  # at which the networks were counted
 COLUMNS = [
@@ -31,6 +31,7 @@ COLUMNS = [
     "h",
     "cells of the suite",
     "h",
+    "h, by measured steps",
 ]
 
 
@@ -47,6 +48,7 @@ def table(params: Params, root: Path = ROOT) -> Table:
     student = macs(key)
     methods = len(params.methods) + len(params.suite.variants)
     cells = methods * len(params.suite.seeds)
+    rate, source = _rate(params, root)
     data: list[dict[str, Any]] = []
     text: list[list[str]] = []
     for name, benchmark in params.benchmarks.items():
@@ -69,17 +71,21 @@ def table(params: Params, root: Path = ROOT) -> Table:
             "cells": cells,
             "suite_flops": whole,
         }
+        measured = speeds.hours(name, params, root)
+        row |= dict(zip(("measured_hours", "device"), measured or (None, None), strict=True))
         data.append(row)
         steps = f"{row['teacher_steps']:,}", f"{row['steps']:,}"
-        parts = (steps[0], *_cost(learned), steps[1], *_cost(alone), *_cost(guided), str(cells))
-        text.append([name, str(row["crop"]), str(row["batch_size"]), *parts, _cost(whole)[1]])
+        costs = [_cost(flops, rate) for flops in (learned, alone, guided, whole)]
+        parts = (steps[0], *costs[0], steps[1], *costs[1], *costs[2], str(cells), costs[3][1])
+        last = f"{_hours(measured[0])} ({measured[1]})" if measured else "–"
+        text.append([name, str(row["crop"]), str(row["batch_size"]), *parts, last])
     notes = [
         "Estimated, not measured: multiply-adds of the networks (networks.md), scaled from "
         f"{HEIGHT}×{WIDTH} pixels to the crop; a training step costs 3 forward passes of what is trained and "
         "1 of the teacher. The terms of a method and validation are not in it.",
         f"Student: {key}. PFLOP: 10¹⁵ operations, 2 per multiply-add. h: hours of one GPU that sustains "
-        f"{SUSTAINED / 1e12:.0f} TFLOP/s, which is an assumption: scale it by what the first steps of your "
-        "machine show (the progress bar has the steps a second, the cost table the measured times).",
+        f"{rate / 1e12:.3g} TFLOP/s, {source}. {speeds.COMMAND} measures the steps of a benchmark on your "
+        "GPU, before any data is there; they then stand in the last column and in speed.md.",
         "cells of the suite: the methods and seeds of params.yaml, each counted as one with its teacher; h: "
         "of the teacher and of these. none_matched costs as much as the dearest of them.",
     ]
@@ -98,6 +104,7 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
     """The table of benchmarks in the README: what to download, room, time, and how to run it."""
     planned = {row["benchmark"]: row["suite_flops"] for row in table(params, root).data.to_dict("records")}
     measured = {results.benchmark: results.finished for results in every}
+    rate, source = _rate(params, root)
     lines = [
         "| benchmark | what to download | disk, about | time | `make repro`, with this under `suite` |",
         "|---|---|--:|---|---|",
@@ -108,10 +115,14 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
             spent = sum(record.run["seconds"]["wall"] for record in records) / 3600
             devices = ", ".join(sorted({record.run["hardware"]["device"] for record in records}))
             time = f"{spent:.1f} h measured for {len(records)} trainings, one after the other ({devices})"
+        elif found := speeds.hours(name, params, root):
+            time = f"{_hours(found[0])} GPU hours, from measured steps ({found[1]})"
         elif pd.isna(planned[name]):
             time = "not known"
         else:
-            time = f"{_cost(planned[name])[1]} GPU hours, estimated"
+            time = (
+                f"{_cost(planned[name], rate)[1]} GPU hours, estimated at {rate / 1e12:.3g} TFLOP/s, {source}"
+            )
         room = "–" if module.GIGABYTES is None else f"{COPIES * module.GIGABYTES:.1f} GB"
         settings, weights = _settings(params, name)
         needs = module.NEEDS + (f"; ImageNet weights {', '.join(weights)}" if weights else "")
@@ -147,10 +158,19 @@ def _flops(training: Training, macs: float) -> float:
     return 2 * macs * (height * width) / (HEIGHT * WIDTH) * training.batch_size * training.steps
 
 
-def _cost(flops: float | None) -> tuple[str, str]:
+def _rate(params: Params, root: Path) -> tuple[float, str]:
+    """Operations a second of a GPU, and how that is known."""
+    if found := speeds.sustained(params, root):
+        return found[0], f"measured on {found[1]}"
+    return SUSTAINED, "assumed"
+
+
+def _cost(flops: float | None, rate: float) -> tuple[str, str]:
     """In PFLOP and in hours."""
     if flops is None:
         return "–", "–"
-    hours = flops / SUSTAINED / 3600
-    spent = "<0.1" if hours < 0.1 else number(hours, ".1f" if hours < 10 else ",.0f")
-    return number(flops / 1e15, ".3g" if flops < 1e18 else ",.0f"), spent
+    return number(flops / 1e15, ".3g" if flops < 1e18 else ",.0f"), _hours(flops / rate / 3600)
+
+
+def _hours(spent: float) -> str:
+    return "<0.1" if spent < 0.1 else number(spent, ".1f" if spent < 10 else ",.0f")
