@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
+import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf, nan, sqrt
 
 import numpy as np
@@ -431,6 +432,28 @@ def test_a_resample_without_a_labelled_pixel_does_not_count() -> None:
     assert found.difference("a", "b") == Interval(0, 0)
 
 
+def test_the_bootstrap_holds_the_counts_of_one_cell_at_a_time() -> None:
+    """A hundred cells of 150 classes would not fit into memory."""
+    alive = list[weakref.ref[np.ndarray]]()
+
+    class Files(Mapping[tuple[str, int], np.ndarray]):
+        def __getitem__(self, key: tuple[str, int]) -> np.ndarray:
+            assert sum(ref() is not None for ref in alive) <= 1  # the one before, which is let go next
+            counts = small_counts(1)["a", 0].copy()
+            alive.append(weakref.ref(counts))
+            return counts
+
+        def __iter__(self) -> Iterator[tuple[str, int]]:
+            return iter([("a", seed) for seed in range(6)])
+
+        def __len__(self) -> int:
+            return 6
+
+    found = image_bootstrap(Files(), 5, 0)
+    assert len(alive) == 6  # each was read once
+    np.testing.assert_array_equal(found.scores["a", 3], image_bootstrap(small_counts(1), 5, 0).scores["a", 0])
+
+
 def test_a_difference_is_over_the_seeds_that_both_have() -> None:
     counts = small_counts(6)
     counts["a", 7] = small_counts(1, seed=9)["a", 0]
@@ -478,7 +501,7 @@ def test_methods_are_scored_on_the_same_resamples() -> None:
     [
         ([(3, 4, 4), (2, 4, 4)], "same images and classes"),
         ([(3, 4, 4), (3, 5, 5)], "same images and classes"),
-        ([], "same images and classes"),
+        ([], "no cell"),
         ([(3, 4, 5)], "images, C, C"),
         ([(4, 4)], "images, C, C"),
         ([(0, 4, 4)], "images, C, C"),

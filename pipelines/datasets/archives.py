@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import logging
+import lzma
 import os
 import re
 import tarfile
@@ -29,6 +30,7 @@ LARGEST = 2**27  # bytes of one member; the largest real ones (annotations, imag
 TIMEOUT = 60  # seconds without a byte
 TRIES = 5
 CHUNK = 2**20
+BROKEN = (zlib.error, lzma.LZMAError, EOFError)  # what damaged compression raises
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +52,20 @@ class Folder:
         self.path = path
 
     def names(self) -> list[str]:
-        return sorted(
-            (Path(folder) / name).relative_to(self.path).as_posix()
-            for folder, _, names in os.walk(self.path, followlinks=True)
-            for name in names
-        )
+        return sorted(path.relative_to(self.path).as_posix() for path in self._walk(self.path, ()))
+
+    def _walk(self, folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+        """Also through links, unless they lead back to a folder that they lie in."""
+        real = folder.resolve()
+        if real in above:
+            return
+        with os.scandir(folder) as found:
+            entries = list(found)
+        for entry in entries:
+            if entry.is_dir():
+                yield from self._walk(folder / entry.name, (*above, real))
+            elif entry.is_file():  # a pipe or a device would never end
+                yield folder / entry.name
 
     def files(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
         for name in sorted(wanted):
@@ -72,6 +83,8 @@ class Zip:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 return [_safe(self.path, info.filename) for info in archive.infolist() if not info.is_dir()]
+        except ConfigError:
+            raise
         except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
             raise _damaged(self.path, error) from None
 
@@ -83,7 +96,7 @@ class Zip:
                     if info.filename in wanted:
                         with archive.open(info) as member:
                             yield info.filename, _content(self.path, info.filename, member)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, *BROKEN, RuntimeError, NotImplementedError) as error:
             raise _damaged(self.path, error) from None
 
 
@@ -102,7 +115,7 @@ class Tar:
             if member.name in left and (opened := archive.extractfile(member)) is not None:
                 try:
                     yield member.name, _content(self.path, member.name, opened)
-                except (tarfile.TarError, zlib.error, EOFError) as error:
+                except (tarfile.TarError, *BROKEN) as error:
                     raise _damaged(self.path, error) from None
                 left.remove(member.name)
                 if not left:
@@ -115,7 +128,9 @@ class Tar:
                 for member in archive:
                     if member.isreg():
                         yield member, archive
-        except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        except ConfigError:
+            raise
+        except (tarfile.TarError, *BROKEN, OSError, ValueError, OverflowError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise _damaged(self.path, error) from None
@@ -137,8 +152,15 @@ def locate(places: Collection[Path], archive: str, folder: str) -> Source | None
 def obtain(
     mirror: Path | None, configured: Path | None, dataset: str, archive: tuple[str, str], url: str, md5: str
 ) -> Source:
-    """A published archive (its file, its top folder), from where it lies or else from ``url``."""
+    """A published archive (its file, its top folder), from where it lies or else from ``url``; the folder
+    that it extracts to will do. ConfigError when the archive has another sum."""
     if (source := locate(places(mirror, configured, dataset), *archive)) is not None:
+        if source.path.is_file() and (found := _digest(source.path, "md5")) != md5:
+            raise ConfigError(
+                f"{source.path} has the md5 {found} instead of {md5}: it is truncated, damaged or another "
+                f"version. Fetch {url} again, or put the folder {archive[1]} that it extracts to in its "
+                f"place."
+            )
         return source
     place = DOWNLOADS / dataset
     download(url, place / archive[0], "md5", md5)
@@ -200,17 +222,22 @@ def download(url: str, target: Path, kind: Literal["md5", "sha256"], digest: str
             problem = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
     else:
         raise ConfigError(_failed(url, target, problem))
-    with part.open("rb") as file:
-        found = hashlib.file_digest(file, kind).hexdigest()
-        os.fsync(file.fileno())
+    found = _digest(part, kind)
     if not found.startswith(digest):
         part.unlink()
         raise ConfigError(
             f"{url} gave a file with {kind} {found} instead of {digest}: it was altered on the way or has a "
             f"new version. Put the right file at {target}."
         )
+    with part.open("rb") as file:
+        os.fsync(file.fileno())  # before it takes its name
     part.replace(target)
     return target
+
+
+def _digest(path: Path, kind: Literal["md5", "sha256"]) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def _transfer(url: str, part: Path) -> None:

@@ -1,7 +1,8 @@
 """A data set of your own: a folder of images, a folder of labels, a list of classes, three split files.
 
 Labels are PNGs with 8 bits and one channel, gray or with a palette: the value is the class, in the order of
-``classes``, or ``ignore_index``. A split file has one sample a line: the name of its image, with or without
+``classes``, or ``ignore_index``. Images are turned as their camera noted (EXIF), which is how they were seen
+when they were labelled. A split file has one sample a line: the name of its image, with or without
 folders below ``images`` and with or without its ending; the label has the same name below ``labels``.
 """
 
@@ -60,7 +61,7 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> None:
     images, labels = _folder(base / config.images, "images"), _folder(base / config.labels, "labels")
     stems: dict[str, list[Path]] = {}
     for file in sorted(images.rglob("*")):
-        if file.suffix.lower() in ENDINGS:
+        if file.suffix.lower() in ENDINGS and file.is_file():
             stems.setdefault(file.relative_to(images).with_suffix("").as_posix(), []).append(file)
 
     table = np.full(256, -1, np.int16)
@@ -87,7 +88,7 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> None:
     if len(set(flat.values())) < len(flat):
         raise ConfigError("Two samples have one name when '/' is written '__': rename one of them.")
 
-    writer = Writer(target, config.size)
+    writer = Writer(target, config.size, upright=True)
     for stem, (split, _) in chosen.items():
         writer.image(split, flat[stem], stems[stem][0].read_bytes(), str(stems[stem][0]))
         file = labels / f"{stem}.png"

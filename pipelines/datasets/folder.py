@@ -116,6 +116,11 @@ class Stream:
     def names(self) -> list[str]:
         return [image for image, _ in self.pairs]
 
+    @property
+    def processes(self) -> int:
+        """How many read: no more than there are cores."""
+        return min(self.workers, os.cpu_count() or 1)
+
     def to(self, device: Any) -> Stream:
         """The same: samples come from disk on the CPU."""
         return self
@@ -138,15 +143,14 @@ class Stream:
         import torch
         from torch.utils.data import DataLoader
 
-        workers = min(self.workers, os.cpu_count() or 1)
         loader: DataLoader[Any] = DataLoader(
             _Reader(read),  # type: ignore[arg-type]
             batch_size=size,
             sampler=indices,
-            num_workers=workers,
+            num_workers=self.processes,
             collate_fn=_together,
             pin_memory=torch.cuda.is_available(),
-            prefetch_factor=AHEAD if workers else None,
+            prefetch_factor=AHEAD if self.processes else None,
             generator=torch.Generator(),  # or it draws from the stream that dropout draws from
         )
         for batch in loader:

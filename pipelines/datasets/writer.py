@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pipelines.config import ConfigError
 from pipelines.datasets.folder import SPLITS, few
@@ -17,11 +17,12 @@ class Writer:
     """``image`` and ``label`` of every sample in any order, then ``close``.
 
     ``size`` (height, width) resizes: images by area averaging, labels by the nearest neighbour. None keeps
-    8-bit RGB files byte for byte; other images become RGB PNGs.
+    8-bit RGB files byte for byte; other images become RGB PNGs. ``upright`` turns images as their EXIF
+    orientation says; else it is not looked at, as by the readers that published labels were made for.
     """
 
-    def __init__(self, root: Path, size: tuple[int, int] | None) -> None:
-        self.root, self.size = root, size
+    def __init__(self, root: Path, size: tuple[int, int] | None, upright: bool = False) -> None:
+        self.root, self.size, self.upright = root, size, upright
         self.images: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
         self.labels: dict[str, set[str]] = {split: set() for split in SPLITS}
         for split in SPLITS:
@@ -33,17 +34,18 @@ class Writer:
         try:
             with Image.open(io.BytesIO(content), formats=["PNG", "JPEG"]) as opened:
                 eight_bit = opened.format == "JPEG" or content[24] == 8
-                if self.size is None and opened.mode == "RGB" and eight_bit:
+                turned = self.upright and opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+                if self.size is None and opened.mode == "RGB" and eight_bit and not turned:
                     end = "jpg" if opened.format == "JPEG" else "png"
                 else:
                     end, output = "png", io.BytesIO()
-                    pixels = opened.convert("RGB")
+                    pixels = (ImageOps.exif_transpose(opened) if turned else opened).convert("RGB")
                     if self.size is not None:
                         pixels = pixels.resize(self.size[::-1], Image.Resampling.BOX)
                     pixels.save(output, "PNG")
                     content = output.getvalue()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ConfigError(f"{origin} is no whole PNG or JPEG image: {error}.") from None
+            raise ConfigError(f"{origin} is no whole PNG or JPEG image{_why(error)}.") from None
         file = f"{split}/{name}.{end}"
         (self.root / file).write_bytes(content)
         self.images[split][name] = file
@@ -78,7 +80,12 @@ def indices(content: bytes, origin: str) -> np.ndarray:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{origin} is no whole PNG file: {error}.") from None
+        raise ConfigError(f"{origin} is no whole PNG file{_why(error)}.") from None
+
+
+def _why(error: Exception) -> str:
+    """The text of an error, unless it holds nothing but the address of a buffer."""
+    return "" if isinstance(error, UnidentifiedImageError) else f": {' '.join(str(error).split())[:200]}"
 
 
 def mapped(values: np.ndarray, table: np.ndarray, origin: str) -> np.ndarray:

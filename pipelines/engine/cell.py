@@ -241,13 +241,14 @@ def _train(prepared: Prepared, root: Path) -> Trained:
 
     data = data_folder.load(root / "data" / cell.benchmark, "train", prepared.workers)
     if isinstance(data, data_folder.Stream):
-        crop, ahead = plan.training.crop, data_folder.AHEAD * prepared.workers + 1
+        crop, ahead = plan.training.crop, data_folder.AHEAD * data.processes + 1
         log.info(
-            "%s: %d images stay on disk, %d processes read them, batches of %d MB at most are in memory.",
+            "%s: %d images stay on disk, %d processes read them, up to %d batches of %.1f MB are in memory.",
             cell.path,
             len(data.names),
-            prepared.workers,
-            ahead * plan.training.batch_size * crop[0] * crop[1] * (3 * 4 + 8) // 2**20,
+            data.processes,
+            ahead,
+            plan.training.batch_size * crop[0] * crop[1] * (3 * 4 + 8) / 2**20,
         )
     data = data.to(next(network.parameters()).device)  # so that the augmentation runs there too
     history = fit(

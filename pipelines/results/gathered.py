@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pipelines.config import PAPER, TEACHER, Params
@@ -179,8 +180,7 @@ class Results:
         for student in self.students:
             own = [r for r in self.finished if r.cell.student == student]
             if own and len({(r.run["data_sha256"], tuple(r.test_names())) for r in own}) == 1:
-                counts = {(r.cell.method, r.cell.seed): r.confusion("test") for r in own}
-                found[student] = statistics.image_bootstrap(counts, RESAMPLES, RESAMPLING_SEED)
+                found[student] = statistics.image_bootstrap(_Counts(own), RESAMPLES, RESAMPLING_SEED)
         return found
 
     @property
@@ -228,6 +228,23 @@ class Results:
                 place="best" if method == best else "≈" if method in means and not apart else "",
             )
         return found
+
+
+class _Counts(Mapping[tuple[str, int], np.ndarray]):
+    """The test counts of records by method and seed, read when asked for: those of a large set would
+    not fit into memory together."""
+
+    def __init__(self, own: Sequence[Record]) -> None:
+        self.own = {(record.cell.method, record.cell.seed): record for record in own}
+
+    def __getitem__(self, key: tuple[str, int]) -> np.ndarray:
+        return self.own[key].confusion("test")
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return iter(self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)
 
 
 def gather(

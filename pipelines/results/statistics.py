@@ -184,19 +184,22 @@ def image_bootstrap(
     without those that no image of the resample has (NaN if it has none). ValueError when there is no cell,
     when cells differ in the number of images or classes, and when no pixel of a cell carries a label.
     """
-    shapes = sorted({array.shape for array in counts.values()})
-    if len(shapes) != 1:
-        raise ValueError(
-            f"All cells must have counts of the same images and classes, not of shapes {shapes}."
-        )
-    (shape,) = shapes
-    if len(shape) != 3 or shape[0] == 0 or shape[1] != shape[2]:
-        raise ValueError(f"Counts must be (images, C, C), not {shape}.")
-    if empty := [cell for cell, array in counts.items() if not array.any()]:
-        raise ValueError(f"No pixel of cell {empty[0]} carries a label: there is nothing to score.")
-    images = shape[0]
-    sums = {cell: _image_sums(array) for cell, array in counts.items()}
-    scores = {cell: np.empty(resamples) for cell in counts}
+    sums, shapes = {}, set[tuple[int, ...]]()
+    for cell, array in counts.items():  # one at a time: a mapping may read them from files
+        shapes.add(array.shape)
+        if len(shapes) > 1:
+            raise ValueError(
+                f"All cells must have counts of the same images and classes, not of shapes {sorted(shapes)}."
+            )
+        if array.ndim != 3 or array.shape[0] == 0 or array.shape[1] != array.shape[2]:
+            raise ValueError(f"Counts must be (images, C, C), not {array.shape}.")
+        if not array.any():
+            raise ValueError(f"No pixel of cell {cell} carries a label: there is nothing to score.")
+        sums[cell] = _image_sums(array)
+    if not sums:
+        raise ValueError("There is no cell to score.")
+    images = len(next(iter(sums.values())))
+    scores = {cell: np.empty(resamples) for cell in sums}
     random = np.random.default_rng(seed)
     for start in range(0, resamples, CHUNK):
         part = slice(start, min(start + CHUNK, resamples))
