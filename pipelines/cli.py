@@ -29,19 +29,30 @@ def run(main: Callable[[], None]) -> NoReturn:
         main()
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    except sqlite3.OperationalError as error:
-        sys.exit(
-            f"error: a database could not be written: {error}. Make room or allow writing there, then run "
-            "the same command again."
-        )
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        place = f" ({error.filename})" if error.filename else ""
-        sys.exit(
-            f"error: a file could not be written{place}: {error.strerror}. Make room or allow writing there, "
-            "then run the same command again; nothing was left half written."
-        )
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if (refused := _refused(error)) is None:
+            raise
+        if isinstance(refused, sqlite3.OperationalError):
+            sys.exit(
+                f"error: a database could not be written: {refused}. Make room or allow writing there, then "
+                "run the same command again."
+            )
+        place = f" ({refused.filename})" if refused.filename else ""
+        sys.exit(
+            f"error: a file could not be written{place}: {refused.strerror}. Make room or allow writing "
+            "there, then run the same command again; nothing was left half written."
+        )
     sys.exit(0)
+
+
+def _refused(error: BaseException | None) -> OSError | sqlite3.OperationalError | None:
+    """The refusal to write that an error is, or comes from: libraries wrap those of a database."""
+    while error is not None:
+        if isinstance(error, sqlite3.OperationalError):
+            return error
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return error
+        error = error.__cause__
+    return None

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipelines import cli, config
 from pipelines.config import ROOT, Network, Params
+from pipelines.engine import lock
 from pipelines.results import records, sizes
 
 LIBRARIES = ("torch", "timm", "segmentation-models-pytorch")
@@ -21,6 +22,12 @@ LIBRARIES = ("torch", "timm", "segmentation-models-pytorch")
 
 def count(params: Params, root: Path = ROOT) -> None:
     """Bring ``runs/networks.json`` up to date. :class:`ConfigError` when a network cannot be built."""
+    with lock.hold(root / ".scratch" / "locks" / "count.lock", "The count of networks"):
+        records.clear_parts(root / "runs", below=False)
+        _count(params, root)
+
+
+def _count(params: Params, root: Path) -> None:
     mark = _mark()
     old = sizes.read(root)
     known = old["networks"] if old.get("mark") == mark else {}

@@ -91,6 +91,8 @@ def check(benchmark: str, student: str, params: Params, root: Path = ROOT) -> di
     """
     place = root / ".scratch" / "locks" / f"{benchmark}--exports--{student}.lock"
     with lock.hold(place, f"The export of {benchmark}, {student}"):
+        for part in exports.path(benchmark, student, root).parent.glob(f".{student}.json.*.part"):
+            part.unlink(missing_ok=True)  # of one that was killed
         return _check(benchmark, student, params, root)
 
 

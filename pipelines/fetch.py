@@ -40,7 +40,12 @@ def _build(data: Path, benchmark: str, module: Any, checked: Any, mirror: Path |
             target.rename(f"{part}-old")  # a rename cannot be interrupted half way, a removal can
         part.rename(target)
     except OSError as error:
-        raise ConfigError(f"{target.parent.name}/{benchmark} could not be made: {error}.") from None
+        if error.errno in cli.NO_ROOM:
+            raise
+        raise ConfigError(
+            f"{target.parent.name}/{benchmark} could not be made: {error}. Nothing half was left: run the "
+            "same command again."
+        ) from None
     finally:
         for rest in (part, Path(f"{part}-old")):
             shutil.rmtree(rest, ignore_errors=True)
@@ -51,18 +56,8 @@ def clear_leftovers(data: Path, benchmark: str) -> None:
     """Remove the unfinished folders of runs that are no longer alive."""
     for rest in data.glob(f"{benchmark}.part-*"):
         pid = rest.name.removeprefix(f"{benchmark}.part-").removesuffix("-old")
-        if not (pid.isdigit() and int(pid) != os.getpid() and _alive(int(pid))):
+        if not (pid.isdigit() and int(pid) != os.getpid() and lock.alive(int(pid))):
             shutil.rmtree(rest, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # alive, but another user's
-        return True
-    return True
 
 
 def main() -> None:

@@ -25,10 +25,11 @@ from conftest import ROOT, TALLY, read_params, write_params
 from pipelines import config, report, tune, verify
 from pipelines.config import ConfigError, Params
 from pipelines.datasets import folder, transforms
+from pipelines.engine import cell as cell_module
 from pipelines.engine import checkpoint, fit
 from pipelines.engine.cell import run_cell
 from pipelines.fetch import fetch
-from pipelines.results import budget, records, tracking
+from pipelines.results import budget, exports, records, sizes, tracking
 from pipelines.results.records import Cell, teacher_cell
 
 TORTURE = bool(os.environ.get("ACFD_TORTURE"))
@@ -179,6 +180,37 @@ def test_nothing_learns_from_a_damaged_teacher(name: str, root: Path) -> None:
     tally(f"the teacher's {name}", count, "one sentence each")
 
 
+def test_a_damaged_record_of_an_export_is_one_sentence(root: Path) -> None:
+    name = "runs/streets/exports/pspnet-resnet18.json"
+    shutil.copytree((ROOT / name).parent, (root / name).parent)
+    before, count = exports.read("streets", "pspnet-resnet18", root), 0
+    for how in damages(root / name, MANY):
+        count += 1
+        found = list[Any]()
+        said = sentence(lambda found=found: found.append(exports.read("streets", "pspnet-resnet18", root)))
+        if how == "deleted":
+            assert found == [None]
+        elif said is None:  # space between the values
+            assert found == [before], how
+        else:
+            assert f"{name} is damaged" in said and "git checkout" in said, how
+    tally("the record of an export", count, "one sentence each, no other number")
+
+
+def test_damaged_counts_of_networks_are_counted_again(root: Path) -> None:
+    params, place = load(root), root / sizes.COUNTS
+    shutil.copy(ROOT / sizes.COUNTS, place)
+    before, count = sizes.read(root)["networks"], 0
+    assert before and not sizes.missing(params, root)
+    for how in damages(place, MANY):
+        count += 1
+        found = sizes.read(root)["networks"]
+        assert found in ({}, before), how
+        if not found:
+            assert sizes.missing(params, root)
+    tally("the counts of networks", count, "taken as not there, the next run counts again; no other number")
+
+
 # ---- resume state
 
 
@@ -200,9 +232,13 @@ def interrupted(root: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> 
     return state.read_bytes()
 
 
-@pytest.mark.parametrize("what", ["teacher", *(["params", "data"] if TORTURE else [])])
+@pytest.mark.parametrize("what", ["teacher", *(["params", "data", "code"] if TORTURE else ["code"])])
 def test_an_old_resume_file_is_ignored_with_a_message(
-    what: str, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    what: str,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     content = interrupted(root, config.load(root / "params.yaml"), monkeypatch)
     raw = read_params(root)
@@ -210,13 +246,20 @@ def test_an_old_resume_file_is_ignored_with_a_message(
         raw["methods"]["kd"]["temperature"] += 1
     elif what == "data":
         raw["benchmarks"]["streets"]["data"]["seed"] += 1
+    elif what == "code":
+        for name in cell_module.CODE:
+            (tmp_path / "code" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / "code" / name)
+        with (tmp_path / "code" / "pipelines" / "engine" / "fit.py").open("a") as file:
+            file.write("# a change\n")
+        monkeypatch.setattr(cell_module, "ROOT", tmp_path / "code")
     else:
         raw["benchmarks"]["streets"]["teacher"]["seed"] += 1
     write_params(root, raw)
     params = config.load(root / "params.yaml")
     if what == "data":
         fetch(root / "data", "streets", params.benchmark("streets"))
-    if what != "params":
+    if what in ("data", "teacher"):
         run_cell(teacher_cell(params, "streets"), params, root)
     run_cell(KD, params, root)
     fresh = trained(root)

@@ -7,6 +7,7 @@ A few inputs run with the other tests; with ACFD_TORTURE thousands.
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import os
@@ -24,7 +25,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TALLY, read_params, tiny, write_params
+from conftest import OFFLINE, ROOT, TALLY, read_params, tiny, write_params
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -686,25 +687,10 @@ def test_a_hostile_note_of_a_failure_stays_in_its_cell(place: Path) -> None:
 
 # ---- no network
 
-NO_NETWORK = """
-import os, socket
-def refuse(self, address, *args):
-    if self.family != socket.AF_UNIX:
-        with open(os.environ["ATTEMPTS"], "a") as file:
-            file.write(repr(address) + "\\n")
-        raise OSError("no network here")
-socket.socket.connect = socket.socket.connect_ex = refuse
-def nowhere(host, *args, **kwargs):
-    with open(os.environ["ATTEMPTS"], "a") as file:
-        file.write(repr(host) + "\\n")
-    raise OSError("no network here")
-socket.getaddrinfo = nowhere
-"""
-
 EVERYTHING = """
 import os, sys
 from pathlib import Path
-from pipelines import config, report, tune, verify
+from pipelines import config, count, fetch_weights, predict, report, tune, verify
 from pipelines.config import ConfigError
 from pipelines.datasets import camvid
 from pipelines.engine.cell import run_cell
@@ -721,6 +707,10 @@ tune.tune(params, root)
 params = config.load(root / "params.yaml")
 run_cell(Cell("streets", "pspnet-resnet18", "kd", 0), params, root)
 report.report(params, root)
+count.count(params, root)
+weights = root / "runs" / "streets" / "pspnet-resnet18" / "kd" / "0" / "weights.safetensors"
+predict.predict(weights, root / "data" / "streets" / "test", root / "out", None, root)
+fetch_weights.fetch("resnet18", params.encoder_weights("resnet18"), root)
 print(verify.problems(params, root))
 del os.environ["ACFD_MIRROR"]
 try:
@@ -735,15 +725,17 @@ def test_everything_works_with_sockets_blocked(tmp_path: Path, monkeypatch: pyte
     raw = tiny(read_params())
     raw["benchmarks"]["camvid-small"]["data"]["size"] = None
     raw["tuning"].update(benchmark="streets", methods=["kd"], trials=1, steps=2)
+    own = tmp_path / raw["weights"]["resnet18"]["file"]
+    own.parent.mkdir()
+    own.write_bytes(b"weights that are there")
+    raw["weights"]["resnet18"]["sha256"] = hashlib.sha256(own.read_bytes()).hexdigest()
     write_params(tmp_path, raw)
     (tmp_path / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
-    (tmp_path / "blocked").mkdir()
-    (tmp_path / "blocked" / "sitecustomize.py").write_text(NO_NETWORK)
     environment = {
         key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "DO_NOT_TRACK")
     }
     environment |= {
-        "PYTHONPATH": f"{tmp_path / 'blocked'}{os.pathsep}{ROOT}",
+        "PYTHONPATH": f"{OFFLINE}{os.pathsep}{ROOT}",
         "ATTEMPTS": str(tmp_path / "attempts"),
         "ACFD_MIRROR": str(source),
         "https_proxy": "http://127.0.0.1:9",  # git is another process
@@ -760,4 +752,7 @@ def test_everything_works_with_sockets_blocked(tmp_path: Path, monkeypatch: pyte
     assert found == "['dvc.lock is missing or empty: restore it with git, or run `dvc commit`.']"
     assert said.startswith("CamVid could not be fetched") and "set ACFD_MIRROR to a folder" in said
     assert not (tmp_path / "attempts").exists(), (tmp_path / "attempts").read_text()
-    TALLY.append("sockets blocked: fetch, train_teacher, distill, tune, report, verify: all work, no attempt")
+    TALLY.append(
+        "sockets blocked: fetch, fetch_weights, train_teacher, distill, tune, report, count, predict, "
+        "verify: all work, no attempt"
+    )

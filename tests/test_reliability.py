@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, TALLY, copy_repository, read_params, tiny, write_params
+from conftest import OFFLINE, ROOT, TALLY, copy_repository, read_params, tiny, write_params
 
 from pipelines import config, report
 from pipelines import launch as launcher
@@ -35,6 +35,7 @@ KILLS = 20 if TORTURE else 1
 slow = pytest.mark.skipif(not TORTURE, reason="`make torture` runs it")
 RIVALS = ("none", "kd") if TORTURE else ("none",)  # of the suites, beside the paper's method and the teacher
 CELL = Cell("streets", "pspnet-resnet18", "skd", 0)
+ATTEMPTS = ".scratch/attempts"  # to connect, noted by tests/offline
 
 # the commands of a clone, with its own modules
 RUN_CELL = (
@@ -46,8 +47,13 @@ RUN_CELL = (
 
 
 def environment(root: Path = ROOT, **more: str) -> dict[str, str]:
+    """Of a process in a clone, with the network blocked; analytics are off by its own settings."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PYTHONPATH": str(root), "PATH": path, "DVC_NO_ANALYTICS": "1", **more}
+    modules = f"{OFFLINE}{os.pathsep}{root}"
+    clean = {
+        key: value for key, value in os.environ.items() if key not in ("DVC_NO_ANALYTICS", "DO_NOT_TRACK")
+    }
+    return {**clean, "PYTHONPATH": modules, "PATH": path, "ATTEMPTS": str(root / ATTEMPTS), **more}
 
 
 def killable(part: str, root: Path, kills: int, **more: str) -> tuple[str, str]:
@@ -374,7 +380,8 @@ def test_parallel_cells_give_the_tables_of_a_serial_run(suite: Path, tmp_path: P
     assert tables(root) == tables(suite)
     assert mlflow_runs(root) == ["FINISHED"] * (len(RIVALS) + 2)
     assert subprocess.run(dvc("status", "-q"), cwd=root, env=environment(root), check=False).returncode == 0
-    TALLY.append("parallel, JOBS=4: tables and weights are those of the serial run")
+    assert not (root / ATTEMPTS).exists(), (root / ATTEMPTS).read_text()
+    TALLY.append("parallel, JOBS=4: tables and weights are those of the serial run; no attempt to connect")
 
 
 @slow
@@ -403,22 +410,50 @@ def test_a_failing_cell_stops_no_other(suite: Path, tmp_path: Path) -> None:
 
 @slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
-def test_ctrl_c_stops_everything_and_loses_nothing(suite: Path, tmp_path: Path) -> None:
+def test_a_stopped_launcher_loses_nothing(suite: Path, tmp_path: Path) -> None:
+    """By Ctrl-C, which a terminal sends to its whole group; by a signal to it alone; killed, so that what it
+    started goes on and the next launcher begins beside that."""
     root = new_suite(tmp_path / "suite")
-    draw = random.Random(3)
-    stops = 4
-    for _ in range(stops):
+    draw, orphans = random.Random(3), 0
+    ways = (
+        lambda process: os.killpg(process.pid, signal.SIGINT),
+        lambda process: process.send_signal(signal.SIGTERM),
+        lambda process: process.kill(),
+    )
+    for stop in (*ways, ways[2], ways[0]):
         process = launch(root, 2)
-        time.sleep(draw.uniform(6, 20))
-        process.send_signal(signal.SIGINT)
+        time.sleep(draw.uniform(4, 14))
+        stop(process)
         process.communicate(timeout=60)
-        assert process.returncode in (0, 130)
-        assert processes_in(root) == []
+        if stop is ways[2]:
+            orphans += bool(processes_in(root))
+        else:
+            assert process.returncode in (0, 130)
+            assert processes_in(root) == []
     process = launch(root, 2)
     _, text = process.communicate(timeout=600)
     assert process.returncode == 0, text
     assert weights(root) == weights(suite)
-    TALLY.append(f"parallel, Ctrl-C: {stops} stops: nothing goes on running, the next run finishes")
+    assert tables(root) == tables(suite)
+    assert mlflow_runs(root) == ["FINISHED"] * (len(RIVALS) + 2)
+    TALLY.append(
+        f"parallel, the launcher stopped: 2 times Ctrl-C, 1 SIGTERM, 2 SIGKILL ({orphans} with stages left "
+        "running): the next run finishes, the same bit for bit"
+    )
+
+
+@slow
+def test_two_launchers_at_once(suite: Path, tmp_path: Path) -> None:
+    root = new_suite(tmp_path / "suite")
+    both = [launch(root, 2) for _ in range(2)]
+    texts = [process.communicate(timeout=600)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], texts
+    (waited,) = [text for text in texts if "`make repro` is being run by process" in text]
+    assert "distill@" not in waited and "train_teacher@" not in waited  # it found them up to date
+    assert weights(root) == weights(suite)
+    assert tables(root) == tables(suite)
+    assert mlflow_runs(root) == ["FINISHED"] * (len(RIVALS) + 2)
+    TALLY.append("parallel, two launchers at once: the second waits, nothing is trained twice")
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
@@ -505,18 +540,89 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half(place: Path, limite
     TALLY.append(f"full disk: {len(limits)} limits: a clear error each, nothing half written")
 
 
-@pytest.mark.skipif(os.geteuid() != 0 and not os.access("/", os.X_OK), reason="needs a folder it may lock")
-@pytest.mark.skipif(os.geteuid() == 0, reason="no permission stops root")
+OTHERS = {  # command: how it is called, a limit that it meets, what it makes
+    "fetch": ("fetch.fetch(root / 'data', 'streets', params.benchmark('streets'))", 300, "data/streets"),
+    "tune": ("tune.tune(params, root)", 4_000, "reports/streets/tuning.csv"),
+    "report": ("report.report(params, root)", 300, "reports/streets/comparison.md"),
+    "count": ("count.count(params, root)", 300, "runs/networks.json"),
+    "export": ("export.check('streets', 'pspnet-resnet18', params, root)", 300, "runs/streets/exports"),
+}
+RUN_OTHER = (
+    "import sys; from pathlib import Path; from pipelines import cli, config\n"
+    "from pipelines import count, export, fetch, report, tune\n"
+    "root = Path(sys.argv[1]); params = config.load(root / 'params.yaml')\n"
+    "cli.run(lambda: {})\n"
+)
+
+
+@pytest.mark.parametrize("command", OTHERS if TORTURE else ["fetch", "report"])
+def test_a_full_disk_stops_every_command_by_one_sentence(command: str, place: Path) -> None:
+    call, limit, made = OTHERS[command]
+    raw = read_params(place)
+    raw["tuning"].update(benchmark="streets", methods=["kd"], trials=1, steps=2)
+    raw["suite"]["variants"] = []
+    raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd")}
+    raw["students"] = {"pspnet-resnet18": raw["students"]["pspnet-resnet18"]}
+    write_params(place, raw)
+    if command == "fetch":
+        shutil.rmtree(place / "data")
+    if command in ("report", "export"):
+        run_cell(Cell("streets", "pspnet-resnet18", "none", 0), config.load(place / "params.yaml"), place)
+    before = weights(place)
+
+    def run(limit: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", RUN_OTHER.format(call), str(place)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+
+    done = run(limit)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: a "), done.stderr
+    assert "could not be written" in done.stderr and "Traceback" not in done.stderr
+    assert not list(place.rglob("*.part*")) and not (place / made).is_file()
+    done = run(resource.RLIM_INFINITY)
+    assert done.returncode == 0, done.stderr
+    assert (place / made).exists() and weights(place) == before
+    TALLY.append(f"full disk, {command}: one sentence, the next run is whole")
+
+
+def _bound_read_only(place: Path) -> list[str]:
+    """A shell in which a folder is read-only, also for root."""
+    script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && cd "$0" && exec "$@"'
+    return ["unshare", "--mount", "sh", "-c", script, str(place)]
+
+
+def _may_bind(place: Path) -> bool:
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        return False
+    return (
+        subprocess.run([*_bound_read_only(place), "true"], capture_output=True, check=False).returncode == 0
+    )
+
+
 def test_a_read_only_folder_is_one_sentence(place: Path) -> None:
-    for folder in (place, *(path for path in place.rglob("*") if path.is_dir())):
+    command, folders = [sys.executable, "-c", RUN_CELL, str(place), "none"], list[Path]()
+    if os.geteuid() == 0:  # no permission stops root
+        if not _may_bind(place):
+            pytest.skip("needs to mount a folder read-only")
+        command = [*_bound_read_only(place), *command]
+    else:
+        folders = [place, *(path for path in place.rglob("*") if path.is_dir())]
+    for folder in folders:
         folder.chmod(0o555)
-    command = [sys.executable, "-c", RUN_CELL, str(place), "none"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    for folder in (place, *(path for path in place.rglob("*") if path.is_dir())):
+    for folder in folders:
         folder.chmod(0o755)
-    assert done.returncode == 1
-    assert "error: a file could not be written (" in done.stderr and "Permission denied" in done.stderr
+    assert done.returncode == 1, done.stderr
+    assert "error: a file could not be written (" in done.stderr
+    assert "Permission denied" in done.stderr or "Read-only file system" in done.stderr
     assert "Traceback" not in done.stderr
+    TALLY.append("read-only folder: one sentence")
 
 
 def test_the_teacher_is_a_cell_like_any_other(place: Path) -> None:

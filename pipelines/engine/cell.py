@@ -197,6 +197,8 @@ def prepare(plan: Plan, params: Params, root: Path = ROOT) -> Prepared:
         "steps": training.steps,
         "threads": params.suite.threads,
         "strict": params.suite.strict,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "versions": {name: found for name, found in versions().items() if name != "python"},
         **values,
     }
     mark = checkpoint.fingerprint(inputs, [*(ROOT / name for name in CODE), *own_code])

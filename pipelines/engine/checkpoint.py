@@ -19,14 +19,13 @@ log = logging.getLogger(__name__)
 
 
 def fingerprint(inputs: dict[str, Any], code: list[Path]) -> str:
-    """A hash of everything that a training's outcome depends on: its inputs (config, data, teacher), code and
-    torch."""
+    """A hash of everything that a training's outcome depends on: its inputs (config, data, teacher,
+    libraries, device) and code."""
     content = {
         "inputs": inputs,
         "code": {
             f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in code
         },
-        "torch": torch.__version__,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -12,6 +12,17 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 
+def alive(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
 @contextmanager
 def hold(path: Path, cell: str) -> Iterator[None]:
     """Hold the lock file ``path`` for ``cell``; wait, and say for which process, while another one has it.
@@ -25,13 +36,21 @@ def hold(path: Path, cell: str) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             pid = file.read().strip() or "unknown"
-            log.warning(
-                "%s is being run by process %s: waiting until it ends. After `kill %s` this process "
-                "goes on from where that one was.",
-                cell,
-                pid,
-                pid,
-            )
+            if pid.isdigit() and not alive(int(pid)):
+                log.warning(
+                    "%s was being run by process %s, which has ended: waiting for the processes that it "
+                    "started to see that.",
+                    cell,
+                    pid,
+                )
+            else:
+                log.warning(
+                    "%s is being run by process %s: waiting until it ends. After `kill %s` this process "
+                    "goes on from where that one was.",
+                    cell,
+                    pid,
+                    pid,
+                )
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

@@ -312,7 +312,7 @@ def probe(database: Path) -> None:
         database.with_name(database.name + end).unlink(missing_ok=True)
 
 
-def clear_parts(folder: Path) -> None:
-    """Remove what killed writers have left below a folder that nobody else writes to now."""
-    for part in folder.rglob(".*.part"):
+def clear_parts(folder: Path, below: bool = True) -> None:
+    """Remove what killed writers have left in a folder, and ``below`` it, that nobody else writes to now."""
+    for part in folder.rglob(".*.part") if below else folder.glob(".*.part"):
         part.unlink(missing_ok=True)
