@@ -65,7 +65,8 @@ def tiny(raw: dict[str, Any]) -> dict[str, Any]:
     benchmark["data"] = dict(TINY_DATA)
     benchmark["training"] = {**benchmark["training"], **TINY_TRAINING}
     benchmark["teacher"]["training"] = {**benchmark["teacher"]["training"], **TINY_TRAINING, "steps": 8}
-    benchmark["teacher"]["network"]["encoder"] = "tu-resnet18"
+    for network in (benchmark["teacher"]["network"], raw["students"]["pspnet-resnet18"]):
+        network["encoder"] = "tu-test_resnet"  # of timm, half a million weights
     raw["suite"].update(benchmarks=["streets"], students=["pspnet-resnet18"], seeds=[0], variants=["full"])
     return raw
 

@@ -29,6 +29,7 @@ from pipelines import config, fetch, report
 from pipelines.datasets import transforms
 from pipelines.engine import cell as cell_module
 from pipelines.engine import eager, fit
+from pipelines.networks import SegmentationNetwork
 from pipelines.results import tracking
 from pipelines.results.records import Cell, teacher_cell
 
@@ -127,6 +128,9 @@ def main() -> None:
     eager.install()
     if name == "report":
         importlib.import_module("mlflow")
+    if name == "cell":  # what a training imports late, once for all children
+        importlib.import_module("accelerate")
+        SegmentationNetwork(config.load(root / "params.yaml").students[CELL.student], 2)
     note, draw, places = root / ".event", random.Random(seed), Counter[str]()
     if child(name, root, None, note):
         sys.exit("the part failed before any kill")
