@@ -198,7 +198,7 @@ def test_a_damaged_record_of_an_export_is_one_sentence(root: Path) -> None:
 
 
 def test_damaged_counts_of_networks_are_counted_again(root: Path) -> None:
-    params, place = load(root), root / sizes.COUNTS
+    params, place = config.load(methods=False), root / sizes.COUNTS
     shutil.copy(ROOT / sizes.COUNTS, place)
     before, count = sizes.read(root)["networks"], 0
     assert before and not sizes.missing(params, root)

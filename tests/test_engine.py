@@ -295,7 +295,7 @@ def test_a_cell_leaves_its_whole_record(place: Path) -> None:
         v.numel() for n, v in weights(place, cell).items() if "running" not in n and "num_batches" not in n
     )
     assert set(weights(place, cell)) == set(
-        SegmentationNetwork(R18, 12).exported()
+        SegmentationNetwork(params.student("pspnet-resnet18"), 12).exported()
     )  # nothing of the method, no auxiliary
 
 

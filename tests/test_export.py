@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -224,7 +225,7 @@ def test_every_round_runs_every_student_once(
     [
         (
             lambda m: m.update(parameters=m["parameters"] + 1),
-            "kd: parameters 12,020,173, none has 12,020,172",
+            r"kd: parameters ([\d,]+), none has (?!\1)[\d,]+\.$",
         ),
         (lambda m: m.update(flops=m["flops"] - 2), "kd: flops "),
         (lambda m: m.update(graph_sha256="0"), "kd: its ONNX graph is another"),
@@ -241,7 +242,7 @@ def test_unequal_students_are_named(done: Path, change: Callable[[Any], Any], se
     assert record is not None
     change(record["methods"]["kd"])
     (found,) = exports.problems(record, "none")
-    assert found.startswith(sentence)
+    assert re.match(sentence, found)
 
 
 def tables(root: Path) -> None:

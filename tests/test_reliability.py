@@ -451,6 +451,7 @@ def test_two_launchers_at_once(suite: Path, tmp_path: Path) -> None:
     TALLY.append("parallel, two launchers at once: the second waits, nothing is trained twice")
 
 
+@slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 def test_nothing_is_tried_or_lost_without_data(suite: Path, tmp_path: Path) -> None:
     """No mirror, no network: the stages behind the data are left alone, and so are their records."""
@@ -550,7 +551,7 @@ RUN_OTHER = (
 )
 
 
-@pytest.mark.parametrize("command", OTHERS if TORTURE else ["fetch", "report"])
+@pytest.mark.parametrize("command", OTHERS if TORTURE else ["fetch"])
 def test_a_full_disk_stops_every_command_by_one_sentence(command: str, place: Path) -> None:
     call, limit, made = OTHERS[command]
     raw = read_params(place)

@@ -735,6 +735,6 @@ def test_the_plan_of_a_benchmark_follows_from_counts_and_schedule() -> None:
     whole = 80_000 * 16 * 6 * teacher + cells * guided
     text = plans.overview(config.load(methods=False), [], ROOT)
     assert "| `cityscapes` | leftImg8bit_trainvaltest.zip" in text
-    assert f"| {whole / plans.SUSTAINED / 3600:,.0f} GPU hours, estimated |" in text
+    assert f"| {whole / plans.SUSTAINED / 3600:,.0f} GPU hours, estimated at 40 TFLOP/s, assumed |" in text
     settings = "benchmarks: [voc], students: [pspnet-resnet18-imagenet], weights: [resnet18, resnet101]"
     assert f"| `{settings}` |" in text and "| `benchmarks: [streets]` |" in text

@@ -91,7 +91,7 @@ def test_what_does_not_fit_into_memory_is_noted(tmp_path: Path) -> None:
     assert row == {"status": "out of memory"}
 
 
-@pytest.mark.parametrize("name", list(config.load(methods=False).benchmarks))
+@pytest.mark.parametrize("name", ["streets", "camvid-small", "camvid", "cityscapes", "voc", "ade20k"])
 def test_random_images_are_in_the_layout_and_size_of_the_real_ones(name: str, tmp_path: Path) -> None:
     own = config.load(methods=False).benchmark(name)
     count, size = speed.write_images(own, name, tmp_path / name, 1)

@@ -263,7 +263,8 @@ def test_a_cell_starts_from_its_weights_and_says_which(
 
     def write(seed: int) -> str:
         torch.manual_seed(seed)
-        save_file(encoder(SegmentationNetwork(R18, 3)).state_dict(), file)
+        network = config.load(place / "params.yaml", methods=False).student(cell.student)
+        save_file(encoder(SegmentationNetwork(network, 3)).state_dict(), file)
         return file_sha256(file)
 
     def choose(sum_: str) -> Callable[[dict[str, Any]], None]:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from pipelines.config import PAPER, ROOT, TEACHER, Benchmark, ConfigError, Params
 from pipelines.results import records
-from pipelines.results.gathered import REFERENCE, label
+from pipelines.results.gathered import MATCHED, REFERENCE, label
 from pipelines.results.tables import Table, number, render
 
 FILE = Path("runs") / "speed.json"
@@ -170,6 +170,8 @@ def table(params: Params, root: Path = ROOT) -> Table:
         "ms a step: the median. TFLOP/s: counted operations of a step over its time. memory: peak of the "
         "GPU, or of the process on the CPU. loading: by one process; processes to load: as many as a step "
         "of this time needs (`suite.workers`).",
+        f"{MATCHED} takes the same steps as {REFERENCE}, more of them: where the two differ here, that is the "
+        "noise of the machine.",
     ]
     return Table("speed", "measured steps", pd.DataFrame(data, dtype=object), COLUMNS, text, notes)
 
@@ -213,7 +215,7 @@ def _text(row: Mapping[str, Any]) -> list[str]:
         number(row["tflops"], ".3g"),
         number(row["memory_mb"], ",.0f"),
         number(row["evaluation_ms"], ",.0f"),
-        number(row["loading_ms"], ",.0f"),
+        number(row["loading_ms"], ",.1f"),
         number(row["processes"], "d"),
         str(row["status"]),
     ]
