@@ -170,7 +170,7 @@ def table(params: Params, root: Path = ROOT) -> Table:
         "ms a step: the median. TFLOP/s: counted operations of a step over its time. memory: peak of the "
         "GPU, or of the process on the CPU. loading: by one process; processes to load: as many as a step "
         "of this time needs (`suite.workers`).",
-        f"{MATCHED} takes the same steps as {REFERENCE}, more of them: where the two differ here, that is the "
+        f"{MATCHED} takes the same steps as {REFERENCE}, more of them: where the two differ here, it is the "
         "noise of the machine.",
     ]
     return Table("speed", "measured steps", pd.DataFrame(data, dtype=object), COLUMNS, text, notes)
