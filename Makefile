@@ -36,8 +36,8 @@ smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
 	python -m pytest -m smoke
 
 torture: $(READY)  ## kills, parallel runs, damaged files, hostile input: many times each; figures to RELIABILITY.md
-	ACFD_TORTURE=RELIABILITY.md python -m pytest tests/test_reliability.py tests/test_corruption.py \
-	  tests/test_hostile.py
+	ACFD_TORTURE=RELIABILITY.md python -m pytest -n auto --maxprocesses 4 --dist worksteal \
+	  tests/test_reliability.py tests/test_corruption.py tests/test_hostile.py
 
 ui: $(READY)  ## MLflow's web page
 	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db

@@ -35,7 +35,7 @@ def _build(data: Path, benchmark: str, module: Any, checked: Any, mirror: Path |
         part.mkdir(parents=True)
         module.prepare(checked, part, mirror)
         folder.write_description(part, module.meta(checked))
-        description = folder.check(part)
+        description = folder.check(part, published=hasattr(module, "TEST"))
         if target.exists():
             target.rename(f"{part}-old")  # a rename cannot be interrupted half way, a removal can
         part.rename(target)

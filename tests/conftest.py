@@ -27,17 +27,28 @@ STARTED = time.monotonic()
 TALLY: list[str] = []  # one line a case of reliability: what was tried how often, and what came of it
 
 
+def pytest_sessionfinish(session: Any) -> None:
+    """A process of pytest-xdist gives its lines to the one that prints them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tally"] = TALLY
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    TALLY.extend(getattr(node, "workeroutput", {}).get("tally", []))
+
+
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
     """`make torture` prints the cases, and when all hold puts them into the file that ACFD_TORTURE names."""
     wanted = os.environ.get("ACFD_TORTURE")
     if not wanted:
         return
-    for line in TALLY:
+    for line in sorted(TALLY):
         terminalreporter.write_line(line)
     if exitstatus == 0 and (ROOT / wanted).is_file():
         minutes = (time.monotonic() - STARTED) / 60
         head = f"The last `make torture`: {minutes:.0f} minutes on {os.cpu_count()} cores."
-        put_figures(ROOT / wanted, [head, "", *(f"- {line}" for line in TALLY)])
+        put_figures(ROOT / wanted, [head, "", *(f"- {line}" for line in sorted(TALLY))])
 
 
 def put_figures(path: Path, lines: list[str]) -> None:

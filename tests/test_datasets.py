@@ -128,7 +128,7 @@ KINDS = {
     )
 }
 COUNTS = {
-    "cityscapes": {"train": 6, "val": 2},
+    "cityscapes": {"train": 6, "val": 2, "test": 2},
     "voc": {"train_aug": 5, "val": 2},
     "ade20k": {"training": 6, "validation": 2},
 }
@@ -427,6 +427,44 @@ def test_cities_to_hold_out(kind: Kind, tmp_path: Path, change: dict[str, Any], 
     pack(tmp_path / "mirror", kind, kind.files(), "archives")
     with pytest.raises(ConfigError, match=said):
         build(tmp_path, kind.data | change)
+
+
+@pytest.mark.parametrize("kind", ["cityscapes"], indirect=True)
+def test_the_images_without_labels_are_counted_or_left_out(kind: Kind, tmp_path: Path) -> None:
+    files = kind.files()
+    names = [name for name in files if name.startswith("leftImg8bit/test/")]
+    del files[names[0]]
+    pack(tmp_path / "mirror", kind, files, "archives")
+    with pytest.raises(ConfigError, match=r"holds 1 images leftImg8bit/test/.* instead of 2"):
+        build(tmp_path, kind.data)
+    del files[names[1]]
+    pack(tmp_path / "mirror", kind, files, "archives")
+    assert build(tmp_path, kind.data).splits == SPLITS["cityscapes"]
+
+
+def test_published_splits_that_share_an_image_are_fetched_with_a_warning(
+    kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody here can change them."""
+    files = kind.files()
+    ade, voc_ = "ADEChallengeData2016/{}/{}/ADE_{}_00000001.{}", "VOCdevkit/VOC2012/{}/2007_0000{}.{}"
+    pairs = {  # image of training, image of test
+        "cityscapes": [
+            next((n for n in files if n.startswith(f"leftImg8bit/{s}/")), "") for s in ("train", "val")
+        ],
+        "ade20k": [
+            ade.format("images", *part, "jpg") for part in (("training", "train"), ("validation", "val"))
+        ],
+        "voc": [voc_.format("JPEGImages", number, "jpg") for number in (32, 33)],
+    }
+    train, test = pairs[kind.name]
+    files[test] = files[train]
+    if kind.name == "voc":  # where sizes differ, with its label
+        train, test = (voc_.format("SegmentationClass", number, "png") for number in (32, 33))
+        files[test] = files[train]
+    pack(tmp_path / "mirror", kind, files, "archives")
+    assert build(tmp_path, kind.data).splits == SPLITS[kind.name]
+    assert "data/large: the published splits share 1 images, byte for byte: " in caplog.text
 
 
 def test_held_out_images_are_spread_evenly() -> None:
