@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_OFFLINE := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: repro test lint tables verify ui tune bench speed smoke torture clean lock
+.PHONY: repro test lint tables verify ui tune bench speed spread smoke torture clean lock
 
 repro: $(READY)  ## run every experiment of params.yaml that is not up to date, JOBS at a time, then the report
 	python -m pipelines.launch $(if $(JOBS),--jobs $(JOBS))
@@ -31,6 +31,9 @@ bench: $(READY)  ## time and memory of the default benchmark from nothing, in a 
 
 speed: $(READY)  ## steps a second and memory of BENCHMARK's protocol on this machine, without its data
 	python -m pipelines.speed --benchmark $(BENCHMARK) $(if $(BATCH),--batch-size $(BATCH))
+
+spread: $(READY)  ## how far a cell of BENCHMARK moves when it is trained again with the same seed, here
+	python -m pipelines.spread --benchmark $(BENCHMARK) $(if $(METHOD),--method $(METHOD)) $(if $(REPEATS),--repeats $(REPEATS))
 
 smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
 	python -m pytest -m smoke

@@ -13,7 +13,19 @@ import pandas as pd
 from pipelines import config
 from pipelines.config import Params
 from pipelines.engine import lock
-from pipelines.results import claims, figures, plans, ranks, readme, records, sizes, speeds, tables, tracking
+from pipelines.results import (
+    claims,
+    figures,
+    plans,
+    ranks,
+    readme,
+    records,
+    sizes,
+    speeds,
+    spreads,
+    tables,
+    tracking,
+)
 from pipelines.results.gathered import Results, gather
 from pipelines.results.records import Record
 
@@ -74,6 +86,7 @@ def write_texts(params: Params, every: Sequence[Results], root: Path, target: Pa
         sizes.write(sizes.load(root / sizes.PUBLISHED), params, folder, root)
         speeds.write(params, folder, root)
         plans.write(params, folder, root)
+    spreads.write(params, every, folder, root)
     readme.update(target / "README.md", readme.RESULTS, readme.block(every, ranked, said))
     readme.update(target / "README.md", readme.PLANS, plans.overview(params, every, root))
 

@@ -54,7 +54,7 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
     listed += [
         f"{r.cell.path}: trained with other settings than params.yaml has now ({', '.join(parts)})."
         for r in everything
-        if (parts := records.stale(r, params))
+        if (parts := records.stale(r.cell, r.run["config"], params))
     ]
     for own in found.values():
         listed += _same_inputs(own, root)

@@ -280,7 +280,7 @@ def test_a_cell_of_a_streamed_set(mixed: Path, tmp_path: Path, monkeypatch: pyte
         assert record is not None
         assert record.run["student"]["input"] == list(params.benchmark("streets").training.crop)
         assert record.run["config"]["network"]["recipe"]["optimizer"] == "adamw"
-        assert records.stale(record, params) == []
+        assert records.stale(record.cell, record.run["config"], params) == []
         sums.append((record.run["weights_sha256"], record.metrics))
     assert sums[0] == sums[1]
     assert steps[5] == 2  # it went on from there

@@ -49,6 +49,7 @@ CODE = (
     "pipelines/engine/evaluate.py",
     "pipelines/engine/fit.py",
     "pipelines/engine/seeds.py",
+    "pipelines/engine/strict.py",
     "pipelines/engine/teacher.py",
     "pipelines/results/confusion.py",
 )

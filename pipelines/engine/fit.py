@@ -20,7 +20,7 @@ from tqdm import tqdm
 from pipelines.config import ConfigError, Recipe, Training
 from pipelines.datasets.folder import Split, Stream
 from pipelines.datasets.transforms import training_batches
-from pipelines.engine import checkpoint
+from pipelines.engine import checkpoint, strict
 from pipelines.engine.seeds import derive
 from pipelines.method import Batch, Distiller, Taps
 from pipelines.networks import SegmentationNetwork, upsample
@@ -195,7 +195,8 @@ def fit(
             labels = labels.to(accelerator.device, non_blocking=True)
             batch = Batch(images, labels, classes, ignore_index)
 
-            terms, student_taps, teacher_taps = step_module(batch)
+            with strict.deterministic():
+                terms, student_taps, teacher_taps = step_module(batch)
             values = dict(zip(terms, torch.stack([t.detach() for t in terms.values()]).tolist(), strict=True))
             _check_finite(values, step, label)
             loss = torch.stack(list(terms.values())).sum()
@@ -204,11 +205,12 @@ def fit(
             if step == 0:
                 _check_gradients(step_module, found["main"])
             found["main"].step()
-            extra = method.after_step(
-                {name: tap.detach() for name, tap in student_taps.items()},
-                {name: tap.detach() for name, tap in teacher_taps.items()},
-                batch,
-            )
+            with strict.deterministic():
+                extra = method.after_step(
+                    {name: tap.detach() for name, tap in student_taps.items()},
+                    {name: tap.detach() for name, tap in teacher_taps.items()},
+                    batch,
+                )
             values |= {name: float(value) for name, value in extra.items()}
             _check_finite(values, step, label)
             history.seconds.append(time.perf_counter() - began)

@@ -199,9 +199,9 @@ def _damaged(path: Path, root: Path) -> ConfigError:
     )
 
 
-def stale(record: Record, params: Params) -> list[str]:
-    """The parts of a record's configuration that stand otherwise in params.yaml now: network, training, …"""
-    cell, benchmark = record.cell, params.benchmark(record.cell.benchmark)
+def stale(cell: Cell, recorded: Mapping[str, Any], params: Params) -> list[str]:
+    """The parts of a recorded configuration that stand otherwise in params.yaml now: network, training, …"""
+    benchmark = params.benchmark(cell.benchmark)
     if cell.is_teacher:
         own = benchmark.teacher
         wanted = {
@@ -215,7 +215,7 @@ def stale(record: Record, params: Params) -> list[str]:
             "method": params.method_values(cell.method),
             "teacher": benchmark.teacher.network.written(),
         }
-    recorded = {**record.run["config"], "network": _unresolved(record.run["config"]["network"], params)}
+    recorded = {**recorded, "network": _unresolved(recorded["network"], params)}
     return [part for part, value in wanted.items() if recorded.get(part) != value]
 
 
@@ -223,7 +223,7 @@ def outdated(own: Sequence[Record], params: Params) -> dict[Cell, list[str]]:
     """Of the records of a benchmark those that are none of today's, with what differs: a part of the
     configuration, or the data or the teacher of which the record is beside them. No table counts them in."""
     teacher = next((record for record in own if record.cell.is_teacher), None)
-    found = {record.cell: stale(record, params) for record in own}
+    found = {record.cell: stale(record.cell, record.run["config"], params) for record in own}
     if teacher is not None:
         for record in own:
             if record.run["data_sha256"] != teacher.run["data_sha256"]:

@@ -1,8 +1,7 @@
 """Measured steps of the protocols (``runs/speed.json``, by ``make speed``) and what follows from them: the
 table ``reports/speed.*`` and the hours of a benchmark.
 
-The file is a list of entries, one for a benchmark, student, device and batch size; a later one replaces an
-earlier one of the same.
+There is one entry for a benchmark, student, device and batch size.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipelines.config import PAPER, ROOT, TEACHER, Benchmark, ConfigError, Params
-from pipelines.results import records
+from pipelines.config import PAPER, ROOT, TEACHER, Benchmark, Params
+from pipelines.results import measurements
 from pipelines.results.gathered import MATCHED, REFERENCE, label
+from pipelines.results.measurements import device, on_gpu
 from pipelines.results.tables import Table, number, render
 
 FILE = Path("runs") / "speed.json"
 COMMAND = "`make speed BENCHMARK=<name>`"
 OUT_OF_MEMORY = 3  # the exit status of a measurement that did not fit
-CPU = "cpu"  # the device where there is no GPU
 COLUMNS = [
     "benchmark",
     "device",
@@ -43,37 +42,16 @@ COLUMNS = [
 
 
 def read(root: Path = ROOT) -> list[dict[str, Any]]:
-    """The entries; none when nothing was measured. :class:`ConfigError` when the file is damaged."""
-    file = root / FILE
-    if not file.is_file():
-        return []
-    try:
-        return list(records.unseal(file.read_bytes())["entries"])
-    except (OSError, ValueError, KeyError, TypeError):
-        name = FILE.as_posix()
-        raise ConfigError(
-            f"{name} is damaged or was changed by hand: restore it by `git checkout -- {name}`, or delete it "
-            f"and run {COMMAND}."
-        ) from None
+    return measurements.read(FILE, COMMAND, root)
 
 
 def add(entry: Mapping[str, Any], root: Path = ROOT) -> None:
     """Add an entry in place of an older one of the same benchmark, student, device and batch size."""
-    entries = [old for old in read(root) if _key(old) != _key(entry)] + [dict(entry)]
-    content = {"entries": sorted(entries, key=_key)}
-    records.write_bytes(root / FILE, records.json_bytes(records.sealed(content)))
+    measurements.add(FILE, COMMAND, entry, _key, root)
 
 
 def _key(entry: Mapping[str, Any]) -> tuple[str, str, str, int]:
     return entry["benchmark"], entry["student"], device(entry), entry["batch_size"]
-
-
-def device(entry: Mapping[str, Any]) -> str:
-    """The GPU, or the processor with the threads that computed."""
-    about = entry["hardware"]
-    if about["device"] != CPU:
-        return str(about["device"])
-    return f"{about['processor']}, {about['threads']} of {about['cores']} cores"
 
 
 def is_current(entry: Mapping[str, Any], params: Params) -> bool:
@@ -105,7 +83,7 @@ def hours(benchmark: str, params: Params, root: Path = ROOT) -> tuple[float, str
     """
     found = []
     for entry in read(root):
-        gpu = entry["hardware"]["device"] != CPU
+        gpu = on_gpu(entry)
         same = (entry["benchmark"], entry["student"]) == (benchmark, params.suite.students[0])
         if gpu and same and is_current(entry, params) and (spent := _hours(entry, params)) is not None:
             found.append((spent, device(entry)))
@@ -135,7 +113,7 @@ def sustained(params: Params, root: Path = ROOT) -> tuple[float, str] | None:
     """Operations a second of the GPU that did most, over all that was measured on it. None without a GPU."""
     work: dict[str, list[float]] = {}
     for entry in read(root):
-        if entry["hardware"]["device"] != CPU and is_current(entry, params):
+        if on_gpu(entry) and is_current(entry, params):
             for row in _measured(entry["rows"].values()):
                 total = work.setdefault(device(entry), [0.0, 0.0])
                 total[0] += row["step_flops"]

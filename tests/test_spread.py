@@ -1,0 +1,158 @@
+"""Trainings repeated with the same seed: what differs is found, what does not is said."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, copy_repository, read_params, tiny, write_params
+
+from pipelines import config, spread
+from pipelines.engine.cell import run_cell
+from pipelines.results import records, spreads, statistics
+from pipelines.results.records import Cell
+
+KD = Cell("streets", "pspnet-resnet18", "kd", 0)
+
+# Its loss has an operation without a deterministic kernel, and noise that no seed rules.
+NOISY = """
+import os
+
+from torch.nn import functional as F
+
+from pipelines.method import Distiller, MethodConfig
+
+
+class Method(Distiller):
+    class Config(MethodConfig):
+        pass
+
+    student_taps = ("logits",)
+
+    def losses(self, student, teacher, batch):
+        pooled, places = F.max_pool2d(student["logits"], 2, return_indices=True)
+        return {"noise": os.urandom(1)[0] / 256 * F.max_unpool2d(pooled, places, 2).mean()}
+"""
+
+
+def test_on_this_machine_repeats_are_the_cell_of_the_tables(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    params = config.load(place / "params.yaml")
+    run_cell(KD, params, place)
+    record = records.read(KD, place)
+    assert record is not None
+    # the first repeat of a search that was killed after it
+    first = place / ".scratch" / "spread" / KD.path / "fast-0"
+    spread._link(KD, params, first, place)
+    spread._apart(KD, spreads.FAST, first, place)
+    capfd.readouterr()
+    spread.spread(params, "streets", "kd", 2, place)
+    said = capfd.readouterr().err
+    assert said.count("has finished before") == 1 and "fast-0" not in said
+    (entry,) = spreads.read(place)
+    fast, strict = ([again["weights_sha256"] for again in entry["repeats"][mode]] for mode in spreads.MODES)
+    assert fast == [record.run["weights_sha256"]] * 2
+    assert strict[0] == strict[1] != fast[0]  # other operations round otherwise
+    assert {again["test_miou"] for again in entry["repeats"]["fast"]} == {record.metrics["test"]["miou"]}
+    assert entry["kernels"] == [] and entry["cell"] == record.run["cell"]
+    assert not first.parent.exists() and records.read(KD, place) == record
+    row = spreads.table(params, [], place).data.iloc[0]
+    assert (row["weights"], row["sd"], row["range"], row["status"]) == (1, 0, 0, "measured")
+    # a second time replaces the first
+    spreads.add(entry | {"steps": 1}, place)
+    assert [again["steps"] for again in spreads.read(place)] == [1]
+
+
+def test_what_no_seed_repeats_is_seen(tmp_path: Path) -> None:
+    clone = copy_repository(tmp_path)
+    raw = tiny(read_params(clone))
+    raw["methods"]["noisy"] = {}
+    write_params(clone, raw)
+    (clone / "baselines" / "noisy.py").write_text(NOISY)
+    usual = {**os.environ, "PYTHONPATH": str(clone)}
+    for command in (
+        ["fetch", "--benchmark", "streets"],
+        ["train_teacher", "--benchmark", "streets"],
+        ["spread", "--benchmark", "streets", "--method", "noisy", "--repeats", "2"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", f"pipelines.{command[0]}", *command[1:]],
+            cwd=clone, env=usual, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    (entry,) = spreads.read(clone)
+    params = config.load(clone / "params.yaml", methods=False)
+    table = spreads.table(params, [], clone)
+    assert list(table.data["mode"]) == list(spreads.MODES)
+    for mode, row in zip(spreads.MODES, table.data.to_dict("records"), strict=True):
+        scores = [repeat["test_miou"] for repeat in entry["repeats"][mode]]
+        assert row["weights"] == 2 and row["repeats"] == 2
+        assert row["sd"] == pytest.approx(statistics.sd(scores), abs=1e-6)
+        assert row["range"] == pytest.approx(abs(scores[0] - scores[1]), abs=1e-6)
+    assert any("max_unpool" in name for name in entry["kernels"])
+    assert table.rows[0][-2] == "–" and table.rows[1][-2] == ", ".join(entry["kernels"])
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    """As a machine would have left it, with the settings of today."""
+    params = config.load()
+    own, student = params.benchmark("streets"), params.student("pspnet-resnet18")
+    repeat = {"weights_sha256": "a", "val_miou": 20.0, "test_miou": 20.0, "training_s": 1.0}
+    found = {
+        "cell": {"benchmark": "streets", "student": "pspnet-resnet18", "method": "kd", "seed": 0},
+        "config": {
+            "network": student.written(),
+            "training": own.training.written(),
+            "method": params.method_values("kd"),
+            "teacher": own.teacher.network.written(),
+        },
+        "repeats": {mode: [repeat, repeat | {"test_miou": 21.0}] for mode in spreads.MODES},
+        "kernels": [],
+        "hardware": {"device": "a GPU", "processor": "a processor", "threads": 1, "cores": 8},
+    }
+    return found | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, "measured"),
+        ({"config": entry()["config"] | {"method": {}}}, "other settings than params.yaml"),
+        ({"cell": entry()["cell"] | {"method": "gone"}}, "other settings than params.yaml"),
+        ({"cell": entry()["cell"] | {"student": "gone"}}, "other settings than params.yaml"),
+        ({"cell": entry()["cell"] | {"benchmark": "gone"}}, "other settings than params.yaml"),
+    ],
+)
+def test_other_settings_are_said(changes: dict[str, Any], status: str, tmp_path: Path) -> None:
+    spreads.add(entry(**changes), tmp_path)
+    rows = spreads.table(config.load(), [], tmp_path).rows
+    assert [row[-1] for row in rows] == [status] * 2
+
+
+def test_it_is_said_that_no_gpu_was_measured_until_one_is(tmp_path: Path) -> None:
+    params, processor = config.load(), entry()["hardware"] | {"device": "cpu"}
+    spreads.add(entry(hardware=processor), tmp_path)
+    assert any("No GPU" in note for note in spreads.table(params, [], tmp_path).notes)
+    spreads.add(entry(), tmp_path)
+    found = spreads.table(params, [], tmp_path)
+    assert not any("No GPU" in note for note in found.notes) and len(found.rows) == 4
+
+
+@pytest.mark.parametrize("wrong", [["--repeats", "1"], ["--method", "gone"], ["--benchmark", "gone"]])
+def test_wrong_options_are_one_sentence(wrong: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipelines.spread", "--benchmark", "streets", *wrong]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+
+
+def test_a_repeat_without_data_is_one_sentence(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (place / "data" / "streets" / "dataset.json").unlink()
+    with pytest.raises(config.ConfigError, match=r"A repeat of .*kd/0 did not finish"):
+        spread.spread(config.load(place / "params.yaml"), "streets", "kd", 2, place)
+    said = capfd.readouterr().err
+    assert "dataset.json" in said and "Traceback" not in said
