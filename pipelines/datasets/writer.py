@@ -44,7 +44,7 @@ class Writer:
                         pixels = pixels.resize(self.size[::-1], Image.Resampling.BOX)
                     pixels.save(output, "PNG")
                     content = output.getvalue()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow has no one family of errors for broken images
             raise ConfigError(f"{origin} is no whole PNG or JPEG image{_why(error)}.") from None
         file = f"{split}/{name}.{end}"
         (self.root / file).write_bytes(content)
@@ -77,15 +77,16 @@ def indices(content: bytes, origin: str) -> np.ndarray:
                     f"{origin} has the mode {opened.mode}; a label must have 8 bits and one channel (L or P)."
                 )
             return np.asarray(opened)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except Exception as error:  # as above
         raise ConfigError(f"{origin} is no whole PNG file{_why(error)}.") from None
 
 
 def _why(error: Exception) -> str:
     """The text of an error, unless it holds nothing but the address of a buffer."""
-    return "" if isinstance(error, UnidentifiedImageError) else f": {' '.join(str(error).split())[:200]}"
+    text = " ".join(str(error).split())[:200]
+    return f": {text}" if text and not isinstance(error, UnidentifiedImageError) else ""
 
 
 def mapped(values: np.ndarray, table: np.ndarray, origin: str) -> np.ndarray:
