@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import math
+import shutil
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -71,7 +72,8 @@ def tune(params: Params, root: Path = ROOT, only: str | None = None) -> Path | N
     tasks = [_task(params, method, root) for method in tuning.methods]
     path = budget.path(params, root)
     records.probe(root.resolve() / DATABASE)
-    studies = {task.method: _study(task, tuning.trials, root, path) for task in tasks}
+    with lock.hold(root / ".scratch" / "locks" / "tune.lock", f"The opening of {DATABASE}"):
+        studies = {task.method: _study(task, tuning.trials, root, path) for task in tasks}
     for number in range(tuning.trials):
         for task in tasks:
             if only in (None, task.method) and len(_counted(studies[task.method])) <= number:
@@ -133,18 +135,17 @@ def _study(task: Task, trials: int, root: Path, path: Path) -> optuna.Study:
         direction="maximize",
         load_if_exists=True,
     )
-    if not study.trials:
-        for row in budget.read(path):
-            weights = budget.weights(row)
-            if row["method"] == task.method and row["trial_id"] == task.trial_id(weights):
-                failed = {"state": optuna.trial.TrialState.FAIL, "user_attrs": {"reason": row["note"]}}
-                study.add_trial(
-                    optuna.trial.create_trial(
-                        params={name: _exponent(value) for name, value in weights.items()},
-                        distributions=_distributions(task),
-                        **({"value": float(row["val_miou"])} if row["val_miou"] else failed),
-                    )
-                )
+    own = [row for row in budget.read(path) if row["method"] == task.method]
+    logged = [row for row in own if row["trial_id"] == task.trial_id(budget.weights(row))]
+    for row in logged[len(_counted(study)) :]:  # all of them, or those that a kill has kept out
+        failed = {"state": optuna.trial.TrialState.FAIL, "user_attrs": {"reason": row["note"]}}
+        study.add_trial(
+            optuna.trial.create_trial(
+                params={name: _exponent(value) for name, value in budget.weights(row).items()},
+                distributions=_distributions(task),
+                **({"value": float(row["val_miou"])} if row["val_miou"] else failed),
+            )
+        )
     if len(_counted(study)) > trials:
         raise ConfigError(
             f"{task.method} has had {len(_counted(study))} trials, more than tuning.trials = {trials}: raise "
@@ -193,6 +194,7 @@ def _run(task: Task, study: optuna.Study, number: int, params: Params, root: Pat
     description = describe(root / "data" / params.tuning.benchmark)
     score = round(summary(trained.val, description.classes)["miou"], 4)
     study.tell(trial, score)
+    shutil.rmtree(task.planned.cell.scratch(root), ignore_errors=True)  # the state of a finished training
     log.info("%s with %s: %.4f mIoU on validation", task.method, budget.text(weights), score)
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from pipelines import config, tune
@@ -90,6 +91,28 @@ def test_a_finished_search_runs_nothing_again_also_from_the_log_alone(
     ).unlink()  # as in a fresh clone; the weights in params.yaml are the chosen ones by now
     tune.tune(config.load(place / "params.yaml"), place)
     assert rows(place) == log
+
+
+def test_an_import_of_the_log_that_was_killed_goes_on(
+    place: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune.tune(params, place)
+    log = (place / "reports/streets/tuning.csv").read_bytes()
+    (place / "tuning.db").unlink()
+    calls, add = [0], optuna.Study.add_trial
+
+    def killed(study: Any, trial: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+        add(study, trial)
+
+    monkeypatch.setattr(optuna.Study, "add_trial", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(params, place)
+    monkeypatch.setattr(cell_module, "train", lambda *_: pytest.fail("a trial of the log ran again"))
+    tune.tune(params, place)
+    assert (place / "reports/streets/tuning.csv").read_bytes() == log
 
 
 def test_a_diverged_trial_counts_and_is_never_chosen(
