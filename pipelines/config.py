@@ -114,11 +114,12 @@ class Weights(Model):
 
 
 class Recipe(Model):
-    """The optimiser of a network that SGD does not suit (transformers), in place of the protocol's."""
+    """How a network trains that the protocol does not suit (transformers), in place of its values."""
 
     optimizer: Literal["adamw"]
     lr: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
+    auxiliary_weight: Annotated[float, Field(ge=0)]
 
 
 class Network(Model):
