@@ -252,6 +252,16 @@ def root(done: Path, tmp_path: Path) -> Path:
     return copy
 
 
+def test_a_teacher_that_failed_is_in_every_table(root: Path) -> None:
+    params = make_params()
+    note = teacher_cell(params, "streets").scratch(root) / "failure.txt"
+    write_bytes(note, b"The term task is not finite at step 3.\n")
+    report.report(params, root)
+    for name in ("comparison", "cost", "ablation", "per_class"):
+        text = (root / "reports" / "streets" / f"{name}.md").read_text()
+        assert "the last training of the teacher failed: The term task is not finite at step 3" in text, name
+
+
 def test_comparison_holds_what_the_counts_say(done: Path) -> None:
     lines = table(done, "comparison")
     assert list(lines[0])[:5] == ["student", "method", "n", "miou_mean", "miou_sd"]

@@ -71,7 +71,7 @@ class Results:
     weights: dict[str, dict[str, Any]]  # per method: its loss weights in params.yaml
     cells: pd.DataFrame  # today's finished cells, in the form of tracking.frame
     finished: Sequence[Record] = ()
-    failures: dict[Cell, str] = field(default_factory=dict)
+    failures: dict[Cell, str] = field(default_factory=dict)  # of the last training of a cell, and why
     stale: dict[Cell, list[str]] = field(default_factory=dict)  # left out of all these, and why
     trials: dict[str, int] = field(default_factory=dict)  # of tuning, by method
     different: dict[str, int] = field(default_factory=dict)  # of them, where some had the same weights
@@ -264,7 +264,8 @@ def gather(
     stale = records.outdated(finished, params)
     old = {(cell.student, cell.method, cell.seed) for cell in stale}
     keys = zip(cells["student"], cells["method"], cells["seed"], strict=True)
-    notes = {cell: records.failure(cell, root) for cell in records.expected_cells(params, benchmark, root)}
+    planned = (records.teacher_cell(params, benchmark), *records.expected_cells(params, benchmark, root))
+    notes = {cell: records.failure(cell, root) for cell in planned}
     weights = {
         key: {
             name: value

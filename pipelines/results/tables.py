@@ -165,6 +165,11 @@ def warnings(results: Results) -> list[str]:
                 f"the teacher leads the undistilled {student} by {lead:+.2f} mIoU on validation, "
                 f"less than {LEAD:g}: there is little to distil, so the differences say little about methods."
             )
+    found += [
+        f"the last training of the teacher failed: {note}."
+        for cell, note in results.failures.items()
+        if cell.is_teacher
+    ]
     if results.stale:
         named = "; ".join(
             f"{cell.path}: {', '.join(parts)}" for cell, parts in list(results.stale.items())[:5]
