@@ -32,7 +32,7 @@ from ruamel.yaml import YAML
 from pipelines import cli, config, report
 from pipelines.config import PAPER, ROOT, ConfigError, Params
 from pipelines.engine import lock
-from pipelines.results import records
+from pipelines.results import exports, records
 from pipelines.results.records import Cell, write_bytes
 
 WAVES = (
@@ -56,16 +56,22 @@ class Launcher:
         self.slots: Queue[str | None] = Queue()
         for slot in range(jobs):
             self.slots.put(gpus[slot % len(gpus)] if gpus else None)
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.running: dict[str, subprocess.Popen[Any]] = {}
         self.guard = threading.RLock()  # re-entrant: a signal may come while this thread has it
         self.stopped = False
         self.cells: dict[str, Cell] = {}
+        self.exports: dict[str, Path] = {}  # the records of the stages that make one
 
     def run(self) -> list[str]:
         """Run what is not up to date; the stages that failed."""
         stages = self._ask("stage", "list", "--name-only").split()
         params = config.load(self.root / "params.yaml", methods=False)
         self.cells, owners = stages_of(params)
+        self.exports = {
+            f"export@{name}-{student}": exports.path(name, student, self.root)
+            for name in params.suite.benchmarks
+            for student in params.suite.students
+        }
         failed: list[str] = []
         broken: dict[str, str] = {}  # benchmarks without data or teacher, and the stage that failed
         for wave in WAVES:
@@ -73,15 +79,14 @@ class Launcher:
             if self.stopped or not own:
                 continue
             changed = json.loads(self._ask("status", "--json", *own))
-            own = [stage for stage in own if stage in changed]
+            tried = [stage for stage in own if owners.get(stage) not in broken]
             for name, stage in broken.items():
-                if blocked := [other for other in own if owners.get(other) == name]:
+                if blocked := [other for other in own if other in changed and owners.get(other) == name]:
                     log.error("%s: %d stages are not tried, because %s failed.", name, len(blocked), stage)
-                    own = [other for other in own if other not in blocked]
+            own = [stage for stage in tried if stage in changed]
             failed += self._all(own)
-            if "distill" in wave:
-                failed += self._match_again(params)
-            else:
+            failed += self._again(set(tried) - set(failed), params)
+            if "distill" not in wave:
                 broken |= {owners[stage]: stage for stage in failed if stage in owners}
         if not self.stopped and not self._stage("report", 1):
             failed.append("report")
@@ -93,21 +98,18 @@ class Launcher:
             done = list(pool.map(lambda stage: self._stage(stage, len(stages), *options), stages))
         return [stage for stage, good in zip(stages, done, strict=True) if not good]
 
-    def _match_again(self, params: Params) -> list[str]:
-        """Train the controls of equal compute again whose partners now cost something else, which DVC cannot
-        see; those that failed."""
+    def _again(self, stages: set[str], params: Params) -> list[str]:
+        """Train those cells again whose record is none of today's, though DVC has not seen why: a control of
+        equal compute whose partners now cost something else, a setting that changed as a stage ended. Those
+        that failed."""
+        if self.stopped or not stages & self.cells.keys():
+            return []
         try:
             found = report.finished(params, self.root)
         except ConfigError:  # a damaged record: the report says so
             return []
-        old = {
-            cell
-            for own in found.values()
-            for cell, parts in records.outdated(own, params).items()
-            if parts == [records.TO_MATCH]
-        }
-        again = [stage for stage, cell in self.cells.items() if cell in old]
-        return [] if self.stopped else self._all(again, "--force")
+        old = {cell for own in found.values() for cell in records.outdated(own, params)}
+        return self._all([stage for stage in sorted(stages) if self.cells.get(stage) in old], "--force")
 
     def stop(self) -> None:
         """Start nothing more, and interrupt what runs: a cell resumes from its last state next time."""
@@ -155,6 +157,7 @@ class Launcher:
             elif not status:
                 with self.guard:
                     keep(self.root)
+                    records.forget(self.root)
                 log.info("%s: done in %.0f s (one of %d).", stage, time.monotonic() - began, of)
             return status == 0
         finally:
@@ -171,35 +174,40 @@ class Launcher:
     def _record(self, stage: str) -> dict[Path, bytes]:
         """The files of the record that a stage makes anew. DVC deletes them first: they are kept until it is
         through, so that a failure or Ctrl-C loses no result."""
-        if (cell := self.cells.get(stage)) is None:
-            return {}
-        files = [cell.folder(self.root) / name for name in records.RECORD_FILES]
+        files = [self.exports[stage]] if stage in self.exports else []
+        if (cell := self.cells.get(stage)) is not None:
+            files = [cell.folder(self.root) / name for name in records.RECORD_FILES]
         return {file: file.read_bytes() for file in files if file.is_file()}
 
     def _ask(self, *command: str) -> str:
         waited = False
         while True:
-            done = subprocess.run(
-                [*DVC, *command],
-                cwd=self.root,
-                capture_output=True,
-                text=True,
-                check=False,
-                start_new_session=True,  # Ctrl-C is for stop()
-            )
-            if not done.returncode or BUSY not in done.stderr or self.stopped:
+            with self.guard:
+                if self.stopped:
+                    sys.exit(130)
+                process = subprocess.Popen(
+                    [*DVC, *command],
+                    cwd=self.root,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,  # Ctrl-C is for stop()
+                )
+                self.running["dvc"] = process
+            output, errors = process.communicate()
+            with self.guard:
+                del self.running["dvc"]
+            if not process.returncode or BUSY not in errors or self.stopped:
                 break
             if not waited:
-                log.warning(
-                    "another dvc is at work here: waiting until it ends. %s", done.stderr.strip()[-300:]
-                )
+                log.warning("another dvc is at work here: waiting until it ends. %s", errors.strip()[-300:])
             waited = True
             time.sleep(3)
-        if done.returncode and self.stopped:
+        if process.returncode and self.stopped:
             sys.exit(130)
-        if done.returncode:
-            raise ConfigError(f"`dvc {' '.join(command[:2])}` failed: {done.stderr.strip()[-500:]}")
-        return done.stdout
+        if process.returncode:
+            raise ConfigError(f"`dvc {' '.join(command[:2])}` failed: {errors.strip()[-500:]}")
+        return output
 
 
 def stages_of(params: Params) -> tuple[dict[str, Cell], dict[str, str]]:
@@ -233,41 +241,66 @@ def heal(root: Path = ROOT) -> None:
         busy.unlink(missing_ok=True)
     if not place.is_file():
         return
-    last = _kept(root)
-    if (found := _content(place)) is not None and _whole(found, last, place.read_bytes()):
-        write_bytes(root / ".scratch" / "dvc.lock", place.read_bytes())
+    content, last = place.read_bytes(), _kept(root)
+    if (found := _content(place)) is not None and (
+        content == _committed(root) or _whole(found, last, content)
+    ):
+        write_bytes(root / ".scratch" / "dvc.lock", content)
         return
-    text = place.read_text(encoding="utf-8", errors="replace")
-    parts = re.split(r"^(?=  \S)", text, flags=re.MULTILINE)[1:-1]  # the last stage is cut off
+    parts = re.split(r"^(?=  \S)", content.decode(errors="replace"), flags=re.MULTILINE)[1:]
     stages = dict(last)
-    for name, stage in (item for part in parts for item in (_parsed(part) or {}).items()):
-        if isinstance(stage, dict) and "cmd" in stage:
-            stages[name] = stage
-    write_bytes(place.with_name("dvc.lock.damaged"), place.read_bytes())
+    for number, part in enumerate(parts, 1):
+        for name, stage in (_parsed(part) or {}).items():
+            if (
+                isinstance(stage, dict)
+                and "cmd" in stage
+                and (number < len(parts) or _ended(stage, last.get(name)))
+            ):
+                stages[name] = stage
+    write_bytes(place.with_name("dvc.lock.damaged"), content)
     whole = io.BytesIO()
     YAML().dump({"schema": "2.0", "stages": stages}, whole)
     write_bytes(place, whole.getvalue())
     log.warning("dvc.lock is damaged: it is kept as dvc.lock.damaged, %d stages were restored.", len(stages))
 
 
+def _committed(root: Path) -> bytes:
+    """The dvc.lock of the commit that is checked out; empty when there is none."""
+    command = ["git", "show", "HEAD:./dvc.lock"]
+    return subprocess.run(command, cwd=root, capture_output=True, check=False).stdout
+
+
 def _kept(root: Path) -> dict[str, Any]:
     """The stages of the last dvc.lock that was whole: noted here, or else committed."""
-    committed = subprocess.run(["git", "show", "HEAD:./dvc.lock"], cwd=root, capture_output=True, check=False)
     found = _content(root / ".scratch" / "dvc.lock", tries=1) or _parsed(
-        committed.stdout.decode(errors="replace")
+        _committed(root).decode(errors="replace")
     )
     stages = found.get("stages") if isinstance(found, dict) else None
     return dict(stages) if isinstance(stages, dict) else {}
 
 
 def _whole(content: dict[str, Any], last: dict[str, Any], text: bytes) -> bool:
-    """Whether a dvc.lock is not cut off, though most of its beginnings are valid YAML: DVC takes no stage
-    out, so all are there, and the end of the last one."""
+    """Whether a dvc.lock is not cut off, though most of its beginnings are valid YAML. One that lacks the end
+    of the last whole one is; one that lacks other stages had them taken out."""
     stages = content.get("stages")
-    if not isinstance(stages, dict) or not last.keys() <= stages.keys() or not text.endswith(b"\n"):
+    if not isinstance(stages, dict) or not stages or not text.endswith(b"\n"):
         return False
-    outs = [stage.get("outs") if isinstance(stage, dict) else None for stage in stages.values()][-1:]
-    return all(isinstance(own, list) and all("size" in out for out in own) for own in outs)
+    names = list(stages)
+    if len(names) < len(last) and names == list(last)[: len(names)]:
+        return False
+    return _ended(stages[names[-1]], last.get(names[-1]))
+
+
+def _ended(stage: Any, before: Any) -> bool:
+    """Whether a stage has its end, which is the size of its last output; ``before`` is what it was."""
+
+    def outs(of: Any) -> list[dict[str, Any]]:
+        found = of.get("outs") if isinstance(of, dict) else None
+        return [out for out in found if isinstance(out, dict)] if isinstance(found, list) else []
+
+    paths, earlier = ([out.get("path") for out in outs(of)] for of in (stage, before))
+    cut = len(paths) < len(earlier) and paths == earlier[: len(paths)]
+    return bool(paths) and not cut and all("size" in out for out in outs(stage))
 
 
 def keep(root: Path) -> None:
@@ -306,6 +339,12 @@ def check_networks(params: Params, root: Path = ROOT) -> None:
     teachers = {name: params.benchmark(name).teacher.network.weights for name in suite.benchmarks}
     students = {name: params.student(name).weights for name in suite.students}
     for key in dict.fromkeys(filter(None, [*teachers.values(), *students.values()])):
+        if params.encoder_weights(key).sha256 is None:
+            raise ConfigError(
+                f"The suite needs the encoder weights '{key}', of which params.yaml has no sum: run `python "
+                f"-m pipelines.fetch_weights --weights {key}`, which says the one of the file, and write it "
+                f"there (weights.{key}.sha256) if you trust it."
+            )
         if key not in suite.weights and not (root / params.encoder_weights(key).file).is_file():
             raise ConfigError(
                 f"The suite needs the encoder weights '{key}' ({params.encoder_weights(key).file}), which "
@@ -333,13 +372,23 @@ def reason(output: Path) -> str:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that a process may use, without importing torch."""
+    """The GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them, without importing torch; of one
+    that is split (MIG) its parts."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu for gpu in chosen.split(",") if gpu.strip()]
+        named = [gpu.strip() for gpu in chosen.split(",") if gpu.strip()]
+        return list(itertools.takewhile(lambda gpu: not gpu.startswith("-"), named))  # as CUDA reads it
     if shutil.which("nvidia-smi") is None:
         return []
     done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return [str(number) for number, _ in enumerate(done.stdout.splitlines())] if done.returncode == 0 else []
+    found: list[list[str]] = []  # a GPU, then its parts
+    for line in done.stdout.splitlines() if done.returncode == 0 else ():
+        if (identity := re.search(r"\(UUID: (\S+)\)", line)) is None:
+            continue
+        if line.startswith("GPU"):
+            found.append([])
+        if found:
+            found[-1].append(identity[1])
+    return [name for gpu, *parts in found for name in parts or [gpu]]
 
 
 def main() -> None:
@@ -361,9 +410,9 @@ def main() -> None:
         log.warning("stopping; the same command goes on from here.")
         launcher.stop()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     with lock.hold(ROOT / ".scratch" / "locks" / "launch.lock", "`make repro`"):
+        for number in (signal.SIGINT, signal.SIGTERM):  # only now: either ends one that waits
+            signal.signal(number, stop)
         heal()
         failed = launcher.run()
     if launcher.stopped:
