@@ -49,6 +49,7 @@ def report(params: Params, root: Path = config.ROOT) -> None:
 def _report(params: Params, root: Path) -> None:
     records.clear_parts(root / "reports")
     records.clear_parts(root, below=False)  # of README.md
+    records.forget(root)
     found = finished(params, root)
     frames, problem = tracking.collect(root, found)
     every = gather_all(params, root, found, frames, problem)

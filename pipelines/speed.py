@@ -178,7 +178,7 @@ def row(
 
     quiet = training.model_copy(update={"validate_every": 2 * training.steps})
     label = f"{benchmark} {name}"
-    state = data.parent / "state.pt"
+    state = data.parent / f"{name}.pt"
     history = fit(
         network,
         teacher,
@@ -199,14 +199,13 @@ def row(
     start = time.perf_counter()
     evaluate(network, test, classes, ignore, training)
     evaluation = 1000 * (time.perf_counter() - start) / len(test.names)
-    memory = cells.memory_peak_mb()
     return {
         "status": "measured",
         "step_ms": [round(1000 * seconds, 2) for seconds in history.seconds[WARM:]],
         "step_flops": step_flops(network, teacher, method, classes, ignore, training),
         "loading_ms": round(loading, 2),
         "evaluation_ms": round(evaluation, 2),
-        "memory_mb": round(memory, 1),
+        "memory_mb": round(history.memory_mb, 1),
         "matched": plan.config.matched(),
         "hardware": cells.hardware(),
         "versions": cells.versions(),

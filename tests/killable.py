@@ -71,7 +71,7 @@ def watch(event: Callable[[str], None]) -> None:
     before(cell_module, "load_teacher", "teacher")
     before(Image.Image, "save", "image")
     before(tracking, "_write", "MLflow run", after=True)
-    fit.SAVE_EVERY, fit.LOG_EVERY = 0.0, 1
+    fit.SAVE_EVERY, fit.SAVE_SHARE, fit.LOG_EVERY = 0.0, 0.0, 1
 
 
 def child(name: str, root: Path, at: tuple[str, int] | None, note: Path) -> int:

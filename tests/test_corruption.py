@@ -224,8 +224,10 @@ def interrupted(root: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> 
         return real(*args, **kwargs)
 
     shutil.rmtree(KD.folder(root))
+    shutil.rmtree(KD.scratch(root), ignore_errors=True)
     with monkeypatch.context() as patch:
         patch.setattr(fit, "SAVE_EVERY", 0.0)
+        patch.setattr(fit, "SAVE_SHARE", 0.0)
         patch.setattr(transforms, "training_batch", batch)
         with pytest.raises(KeyboardInterrupt):
             run_cell(KD, params, root)
@@ -264,7 +266,6 @@ def test_an_old_resume_file_is_ignored_with_a_message(
     run_cell(KD, params, root)
     fresh = trained(root)
     shutil.rmtree(KD.folder(root))
-    KD.scratch(root).mkdir(parents=True)
     (KD.scratch(root) / "state.pt").write_bytes(content)
     caplog.clear()
     run_cell(KD, params, root)

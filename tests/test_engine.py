@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -210,6 +211,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(
 ) -> None:
     monkeypatch.setattr(fit_module, "LOG_EVERY", 2)
     monkeypatch.setattr(fit_module, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(fit_module, "SAVE_SHARE", 0.0)
     params, cell = load(place), student_cell(method)
     planned = plan(params, cell)
     whole, _ = train(planned, params, place)
@@ -261,6 +263,46 @@ def test_the_fingerprint_follows_the_params(place: Path, edit: Any) -> None:
     assert len(marks) == 3
 
 
+def test_a_finished_training_is_kept_until_dvc_has_its_record(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A DVC that was killed before it noted the record deletes it, and asks for the cell again."""
+    steps: list[int] = []
+    batches = transforms.training_batch
+
+    def counted(data: Any, training: Any, ignore: int, seed: int, step: int) -> Any:
+        steps.append(step)
+        return batches(data, training, ignore, seed, step)
+
+    monkeypatch.setattr(transforms, "training_batch", counted)
+    params, cell = load(place), student_cell("kd")
+    names = ("weights.safetensors", "metrics.json", "history.csv", "confusion.npz")
+
+    def run() -> tuple[list[bytes], dict[str, Any], list[int]]:
+        steps.clear()
+        shutil.rmtree(cell.folder(place), ignore_errors=True)
+        run_cell(cell, params, place)
+        record = records.read(cell, place)
+        assert record is not None
+        return [(cell.folder(place) / name).read_bytes() for name in names], record.run, list(steps)
+
+    files, whole, first = run()
+    again, record, second = run()
+    assert first == list(range(6)) and second == []
+    assert again == files and record["fingerprint"] == whole["fingerprint"]
+    assert record["seconds"]["training"] == whole["seconds"]["training"]
+    assert record["memory_peak_mb"] == whole["memory_peak_mb"]
+    state, content = cell.scratch(place) / "state.pt", (cell.folder(place) / "run.json").read_bytes()
+    records.forget(place)
+    (place / "dvc.lock").write_text("md5: of another file")
+    records.forget(place)
+    assert state.is_file()
+    (place / "dvc.lock").write_text(f"md5: {hashlib.md5(content).hexdigest()}")
+    records.forget(place)
+    assert not state.exists() and records.read(cell, place) is not None
+    assert run()[2] == first
+
+
 # ---- records
 
 
@@ -276,7 +318,7 @@ def test_a_cell_leaves_its_whole_record(place: Path) -> None:
         "run.json",
         "weights.safetensors",
     ]
-    assert not cell.scratch(place).exists()
+    assert [p.name for p in cell.scratch(place).iterdir()] == ["state.pt"]  # until DVC has the record
     assert record.confusion("test").shape == (4, 12, 12)
     assert {"step", "lr", "loss", "task", "auxiliary", "afd", "ccd", "csd", "val_miou"} == set(
         record.history[0]
@@ -389,6 +431,7 @@ def test_a_nan_stops_with_the_term_and_keeps_the_last_good_state(
 ) -> None:
     monkeypatch.setattr(fit_module, "LOG_EVERY", 2)
     monkeypatch.setattr(fit_module, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(fit_module, "SAVE_SHARE", 0.0)
     broken(monkeypatch, "nan")
     cell = student_cell("none")
     with pytest.raises(ConfigError, match="wobble is not finite at step 4"):

@@ -29,11 +29,11 @@ from conftest import OFFLINE, ROOT, TALLY, read_params, tiny, write_params
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pipelines import config, report
 from pipelines.config import ConfigError, Params
-from pipelines.datasets import camvid, folder
+from pipelines.datasets import camvid, folder, writer
 from pipelines.engine import checkpoint
 from pipelines.fetch import fetch
 from pipelines.networks import read_state
@@ -278,20 +278,26 @@ def decoded(content: bytes, path: str, mode: str) -> bool:
     return True
 
 
+PARTS = (b"PLTE", b"tRNS", b"IDAT")
+
+
+def resummed(content: bytes, without: bytes | None = None) -> bytes:
+    """A PNG whose chunks have right sums again, perhaps without those of one name."""
+    at, parts = 8, [content[:8]]
+    while at + 12 <= len(content):
+        length = int.from_bytes(content[at : at + 4], "big")
+        if (name := content[at + 4 : at + 8]) != without:
+            parts.append(chunk(name, content[at + 8 : at + 8 + length]))
+        at += 12 + length
+    return b"".join(parts)
+
+
 @pytest.mark.parametrize("path", ["train/x.png", "trainannot/x.png", "train/x.jpg"])
 def test_images_with_hostile_bytes(path: str) -> None:
     """Bytes changed as they come, or inside the chunks of a PNG whose sums are then right again."""
     mode = "L" if "annot" in path else "RGB"
     whole = png(RGB, format="JPEG") if path.endswith("jpg") else IMAGE if mode == "RGB" else LABEL
     count = [0, 0]
-
-    def resummed(content: bytes) -> bytes:
-        at, parts = 8, [content[:8]]
-        while at + 12 <= len(content):
-            length = int.from_bytes(content[at : at + 4], "big")
-            parts.append(chunk(content[at + 4 : at + 8], content[at + 8 : at + 8 + length]))
-            at += 12 + length
-        return b"".join(parts)
 
     @tried(2000)
     @given(
@@ -311,6 +317,61 @@ def test_images_with_hostile_bytes(path: str) -> None:
     fuzz()
     assert count[0]
     TALLY.append(f"hostile, bytes of {path}: {sum(count)} inputs: {count[0]} refused by one sentence")
+
+
+def oriented() -> bytes:
+    """A JPEG that says how it was held."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Make] = "a camera"
+    buffer = io.BytesIO()
+    Image.fromarray(RGB).save(buffer, "JPEG", exif=exif)
+    return buffer.getvalue()
+
+
+def paletted() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(RGB).quantize(16).save(buffer, "PNG", transparency=3)
+    return buffer.getvalue()
+
+
+def test_images_of_users_with_hostile_bytes(tmp_path: Path) -> None:
+    """What fetch takes in, before it is a file of ours: any mode, palettes, EXIF."""
+    taken = writer.Writer(tmp_path / "taken", (4, 4), upright=True)
+    sources, count = [oriented(), paletted(), IMAGE, LABEL], [0, 0]
+
+    @tried(2000)
+    @given(
+        st.sampled_from(range(len(sources))),
+        st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4),
+        st.sampled_from([*PARTS, None]),
+    )
+    def fuzz(which: int, flips: list[tuple[float, int]], without: bytes | None) -> None:
+        content = bytearray(sources[which])
+        for place, value in flips:
+            content[int(place * len(content))] = value
+        made = resummed(bytes(content), without) if which else bytes(content)
+        for take in (
+            lambda: taken.image("train", "x", made, "train/x"),
+            lambda: writer.indices(made, "trainannot/x"),
+        ):
+            try:
+                take()
+                count[0] += 1
+            except ConfigError as error:
+                count[1] += 1
+                assert "x has the mode" in short(error) or "is no whole PNG" in short(error)
+
+    fuzz()
+    assert min(count)
+    TALLY.append(f"hostile, images of users: {sum(count)} inputs: {count[1]} refused by one sentence")
+
+
+def test_a_palette_image_without_its_palette_is_one_sentence(tmp_path: Path) -> None:
+    content = claimed(8, 6, 8, 3, b"\0" * 54)
+    content = content[:33] + chunk(b"tRNS", b"\0") + content[33:]
+    with pytest.raises(ConfigError, match=r"^mine\.png is no whole PNG or JPEG image"):
+        writer.Writer(tmp_path / "taken", (4, 4)).image("train", "x", content, "mine.png")
 
 
 @pytest.fixture
@@ -690,7 +751,7 @@ def test_a_hostile_note_of_a_failure_stays_in_its_cell(place: Path) -> None:
 EVERYTHING = """
 import os, sys
 from pathlib import Path
-from pipelines import config, count, fetch_weights, predict, report, tune, verify
+from pipelines import config, count, export, fetch_weights, predict, report, speed, spread, tune, verify
 from pipelines.config import ConfigError
 from pipelines.datasets import camvid
 from pipelines.engine.cell import run_cell
@@ -705,7 +766,13 @@ fetch(root / "data", "streets", params.benchmark("streets"))
 run_cell(teacher_cell(params, "streets"), params, root)
 tune.tune(params, root)
 params = config.load(root / "params.yaml")
-run_cell(Cell("streets", "pspnet-resnet18", "kd", 0), params, root)
+for method in ("none", "kd"):
+    run_cell(Cell("streets", "pspnet-resnet18", method, 0), params, root)
+export.check("streets", "pspnet-resnet18", params, root)
+speed.write_images(params.benchmark("streets"), "streets", root / "random", 4)
+speed.row(params, "streets", "none", 2, 2, 4, root / "random")
+spread._link(Cell("streets", "pspnet-resnet18", "none", 0), params, root / "again", root)
+spread.repeat(params, "streets", "none", spread.spreads.FAST, root / "again")
 report.report(params, root)
 count.count(params, root)
 weights = root / "runs" / "streets" / "pspnet-resnet18" / "kd" / "0" / "weights.safetensors"
@@ -725,6 +792,8 @@ def test_everything_works_with_sockets_blocked(tmp_path: Path, monkeypatch: pyte
     raw = tiny(read_params())
     raw["benchmarks"]["camvid-small"]["data"]["size"] = None
     raw["tuning"].update(benchmark="streets", methods=["kd"], trials=1, steps=2)
+    raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd")}
+    raw["suite"]["variants"] = []
     own = tmp_path / raw["weights"]["resnet18"]["file"]
     own.parent.mkdir()
     own.write_bytes(b"weights that are there")
@@ -753,6 +822,6 @@ def test_everything_works_with_sockets_blocked(tmp_path: Path, monkeypatch: pyte
     assert said.startswith("CamVid could not be fetched") and "set ACFD_MIRROR to a folder" in said
     assert not (tmp_path / "attempts").exists(), (tmp_path / "attempts").read_text()
     TALLY.append(
-        "sockets blocked: fetch, fetch_weights, train_teacher, distill, tune, report, count, predict, "
-        "verify: all work, no attempt"
+        "sockets blocked: fetch, fetch_weights, train_teacher, distill, tune, export, speed, spread, report, "
+        "count, predict, verify: all work, no attempt"
     )

@@ -27,7 +27,8 @@ from conftest import OFFLINE, ROOT, TALLY, copy_repository, read_params, tiny, w
 from pipelines import config, report
 from pipelines import launch as launcher
 from pipelines.engine.cell import run_cell
-from pipelines.results import records
+from pipelines.engine.lock import hold
+from pipelines.results import exports, records
 from pipelines.results.records import Cell, teacher_cell
 
 TORTURE = bool(os.environ.get("ACFD_TORTURE"))
@@ -171,7 +172,13 @@ def run_dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def launch(root: Path, jobs: int) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pipelines.launch", "--jobs", str(jobs)]
     return subprocess.Popen(
-        command, cwd=root, env=environment(root), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=root,
+        env=environment(root),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
     )
 
 
@@ -290,6 +297,36 @@ def test_a_dvc_lock_that_is_cut_off_anywhere_is_seen(
     TALLY.append(f"corruption, dvc.lock cut off: {len(cuts)} places: seen and made whole each")
 
 
+def test_a_whole_dvc_lock_with_fewer_stages_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of another commit, or without a stage that somebody took out."""
+    outs = "    outs:\n    - path: {0}\n      md5: 1\n      size: 1\n"
+    stages = [f"  {name}:\n    cmd: {name}\n{outs.format(name)}" for name in ("one", "two", "three")]
+    lock, head = tmp_path / "dvc.lock", "schema: '2.0'\nstages:\n"
+    older = head + stages[0] + stages[1].replace("md5: 1", "md5: 2")
+    lock.write_text(older)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for command in (["add", "dvc.lock"], [*identity, "commit", "-qm", "start"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+
+    def noted() -> None:
+        lock.write_text(head + "".join(stages))
+        launcher.heal(tmp_path)
+
+    for whole in (older, head + stages[0] + stages[2], head + stages[2]):
+        noted()
+        lock.write_text(whole)
+        launcher.heal(tmp_path)
+        assert lock.read_text() == whole and not caplog.text
+    noted()
+    lock.write_text(head + stages[0] + stages[1])  # of which a kill may have cut the third one
+    launcher.heal(tmp_path)
+    assert list(yaml.safe_load(lock.read_text())["stages"]) == ["one", "two", "three"]
+    assert "dvc.lock is damaged" in caplog.text
+
+
 @slow
 def test_a_damaged_dvc_lock_loses_no_training(suite: Path, tmp_path: Path) -> None:
     root = tmp_path / "suite"
@@ -337,6 +374,70 @@ def test_a_changed_setting_is_never_answered_by_an_old_record(place: Path) -> No
     assert weights(place) != before
     record = records.read(cell, place)
     assert record is not None and record.run["config"]["method"]["weight"] == raw["methods"]["kd"]["weight"]
+
+
+MEDDLER = """
+import os
+from pathlib import Path
+
+from pipelines.method import Distiller, MethodConfig
+
+
+class Method(Distiller):
+    class Config(MethodConfig):
+        weight: float
+
+    student_taps = ("logits",)
+    steps = 0
+
+    def losses(self, student, teacher, batch):
+        self.steps += 1
+        if self.steps == 3 and (name := os.environ.get("MEDDLE")):
+            file = Path(name)
+            old, new = os.environ["CHANGE"].split("|")
+            file.write_text(file.read_text().replace(old, new, 1))
+        return {"own": self.config.weight * student["logits"].square().mean()}
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "file", "change"),
+    [
+        ("the code", "baselines/meddler.py", "square()|abs()"),
+        ("params.yaml", "params.yaml", "weight: 0.125|weight: 12.5"),
+        ("params.yaml", "params.yaml", "weight: 0.125|weight: ["),
+        ("the data", "data/streets/dataset.json", '"streets"|"other"'),
+    ],
+)
+def test_what_changes_while_a_cell_trains_is_never_taken_for_its_input(
+    what: str, file: str, change: str, tiny_root: Path, tmp_path: Path
+) -> None:
+    """DVC notes code, data and settings as they are after a stage."""
+    root = copy_repository(tmp_path / "clone")
+    shutil.copytree(tiny_root / "data", root / "data")
+    (root / "baselines" / "meddler.py").write_text(MEDDLER)
+    raw = tiny(read_params(root))
+    raw["methods"]["meddler"] = {"weight": 0.125}
+    write_params(root, raw)
+    cell = Cell("streets", "pspnet-resnet18", "meddler", 0)
+    command = [sys.executable, "-m", "pipelines.distill", "--benchmark", "streets"]
+    command += ["--student", "pspnet-resnet18", "--method", "meddler", "--seed", "0"]
+
+    def run(**more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=root, env=environment(root, **more), capture_output=True, text=True, check=False
+        )
+
+    before = (root / file).read_bytes()
+    done = run(MEDDLE=file, CHANGE=change)
+    assert (root / file).read_bytes() != before
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"While {cell.path} was trained, {what} changed: " in done.stderr.splitlines()[-1]
+    assert records.read(cell, root) is None
+    (root / file).write_bytes(before)
+    done = run()
+    assert done.returncode == 0 and "resumes at step 6 of 6" in done.stderr, done.stderr
+    assert records.read(cell, root) is not None
 
 
 @slow
@@ -449,6 +550,86 @@ def test_two_launchers_at_once(suite: Path, tmp_path: Path) -> None:
     assert tables(root) == tables(suite)
     assert mlflow_runs(root) == ["FINISHED"] * (len(RIVALS) + 2)
     TALLY.append("parallel, two launchers at once: the second waits, nothing is trained twice")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_launcher_that_waits_can_be_stopped(number: int, tmp_path: Path) -> None:
+    root = new_suite(tmp_path / "suite")
+    with hold(root / ".scratch" / "locks" / "launch.lock", "the test"):
+        process = launch(root, 1)
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        assert f"`make repro` is being run by process {os.getpid()}: waiting" in said
+        process.send_signal(number)
+        process.communicate(timeout=30)
+    assert process.returncode in (130, -number)
+
+
+@pytest.mark.parametrize(
+    ("listed", "chosen", "slots"),
+    [
+        (["GPU 0: H100 (UUID: GPU-a)", "GPU 1: H100 (UUID: GPU-b)"], None, ["GPU-a", "GPU-b"]),
+        (
+            [
+                "GPU 0: A100 (UUID: GPU-a)",
+                "  MIG 3g.20gb     Device  0: (UUID: MIG-1)",
+                "  MIG 3g.20gb     Device  1: (UUID: MIG-2)",
+                "GPU 1: A100 (UUID: GPU-b)",
+            ],
+            None,
+            ["MIG-1", "MIG-2", "GPU-b"],
+        ),
+        (["GPU 0: H100 (UUID: GPU-a)"], "2, 3", ["2", "3"]),
+        (["GPU 0: H100 (UUID: GPU-a)"], "1,-1,2", ["1"]),
+        (["GPU 0: H100 (UUID: GPU-a)"], "-1", []),
+        (["GPU 0: H100 (UUID: GPU-a)"], "", []),
+        (["No devices were found"], None, []),
+    ],
+)
+def test_every_gpu_that_may_be_used_is_a_slot(
+    listed: list[str], chosen: str | None, slots: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\ncat <<END\n" + "\n".join(listed) + "\nEND\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert launcher.visible_gpus() == slots
+
+
+STAGES = """
+stages:
+  export:
+    foreach: [streets-a, streets-b]
+    do:
+      cmd: python stage.py ${item}
+      outs:
+      - runs/streets/exports/${item}.json: {cache: false}
+"""
+
+
+def test_a_stage_has_a_gpu_of_its_own_and_a_failing_export_loses_no_record(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text(STAGES)
+    (tmp_path / "stage.py").write_text(
+        "import os, sys, time\n"
+        "open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "while len([name for name in os.listdir('.') if name.startswith('streets-')]) < 2:\n"
+        "    time.sleep(0.05)\n"
+        "sys.exit(1)\n"
+    )
+    subprocess.run(dvc("init", "-q", "--no-scm"), cwd=tmp_path, env=environment(), check=True)
+    running = launcher.Launcher(2, ["GPU-a", "MIG-1"], tmp_path)
+    running.exports = {f"export@streets-{s}": exports.path("streets", f"streets-{s}", tmp_path) for s in "ab"}
+    for file in running.exports.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"measured {file.name}")
+    assert sorted(running._all(list(running.exports))) == sorted(running.exports)
+    assert {(tmp_path / f"streets-{s}").read_text() for s in "ab"} == {"GPU-a", "MIG-1"}
+    assert [file.read_text() for file in running.exports.values()] == [
+        f"measured {file.name}" for file in running.exports.values()
+    ]
 
 
 @slow

@@ -19,6 +19,7 @@ from pipelines import config
 from pipelines.config import ConfigError, Recipe, Sliding, Training
 from pipelines.datasets import folder, transforms
 from pipelines.datasets.folder import Meta, Split, Stream
+from pipelines.engine import cell as cell_module
 from pipelines.engine import fit as fit_module
 from pipelines.engine.cell import run_cell
 from pipelines.engine.evaluate import evaluate, slide
@@ -241,7 +242,7 @@ def test_a_stride_beyond_the_window_is_refused() -> None:
 
 
 def test_a_recipe_replaces_the_optimiser_of_the_protocol() -> None:
-    recipe = Recipe(optimizer="adamw", lr=6e-5, weight_decay=0.01)
+    recipe = Recipe(optimizer="adamw", lr=6e-5, weight_decay=0.01, auxiliary_weight=0.0)
     student, method = network(), Distiller(MethodConfig(), {}, {})
     main = optimizers(student, method, training(), recipe)["main"]
     assert isinstance(main, torch.optim.AdamW)
@@ -253,8 +254,11 @@ def test_a_cell_of_a_streamed_set(mixed: Path, tmp_path: Path, monkeypatch: pyte
     """Teacher and student, two workers and none, killed and resumed: the same weights."""
     monkeypatch.setattr(fit_module, "LOG_EVERY", 1)
     monkeypatch.setattr(fit_module, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(fit_module, "SAVE_SHARE", 0.0)
     raw = tiny(read_params())
-    raw["students"]["pspnet-resnet18"]["recipe"] = {"optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.01}
+    raw["students"]["pspnet-resnet18"]["recipe"] = {
+        "optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.01, "auxiliary_weight": 0.4
+    }  # fmt: skip
     cell, sums, steps = Cell("streets", "pspnet-resnet18", "cwd", 0), [], list[int]()
     real = fit_module._check_finite
 
@@ -284,6 +288,29 @@ def test_a_cell_of_a_streamed_set(mixed: Path, tmp_path: Path, monkeypatch: pyte
         sums.append((record.run["weights_sha256"], record.metrics))
     assert sums[0] == sums[1]
     assert steps[5] == 2  # it went on from there
+
+
+def test_the_memory_of_the_workers_is_said_and_must_be_there(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each holds two batches, of float32 images and int64 labels, and the training one."""
+    params = config.load()
+    plan = cell_module.plan(params, Cell("streets", "pspnet-resnet18", "none", 0))
+    stream = folder.load(mixed, "train", 2)
+    assert isinstance(stream, Stream)
+    height, width = plan.training.crop
+    batch = plan.training.batch_size * height * width * 20 / 2**20
+    wanted, free = (2 * stream.processes + 1) * batch, [2**40]
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(cell_module, "SHARED", Path("/"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    caplog.set_level("INFO")
+    cell_module._log_memory(stream, plan)
+    assert f"up to {2 * stream.processes + 1} batches of {batch:.1f} MB are in memory" in caplog.text
+    free[0] = int(3.5 * batch * 2**20)  # as a container might have it
+    if stream.processes == 2:
+        with pytest.raises(ConfigError, match=rf"need {wanted:,.0f} MB of shared memory .* to 1 in params"):
+            cell_module._log_memory(stream, plan)
 
 
 def test_sixteen_bit_or_gray_jpegs_are_refused(tmp_path: Path) -> None:

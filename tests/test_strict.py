@@ -124,7 +124,7 @@ def train(key: str, pupil: str, folder: Path) -> tuple[set[str], History]:
     with Operations() as seen:
         history = fit(
             network, teacher, method, data(), CLASSES, IGNORE, training(), STUDENTS[pupil].recipe, 0,
-            lambda: 0.0, folder / "state.pt", "", key,
+            lambda: 0.0, folder / "state.pt", str(torch.are_deterministic_algorithms_enabled()), key,
         )  # fmt: skip
     network.load_state_dict(start)
     return seen.without, history

@@ -19,7 +19,7 @@ from conftest import copy_repository, read_params, write_params
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipelines import config
+from pipelines import config, launch
 from pipelines.config import ConfigError, Network, Params, Weights
 from pipelines.engine.cell import run_cell
 from pipelines.fetch_weights import fetch
@@ -253,6 +253,18 @@ def test_bad_entries_are_one_sentence(
         config.load(tmp_path / "params.yaml")
 
 
+def test_weights_without_a_sum_stop_before_anything_is_fetched(tmp_path: Path) -> None:
+    raw = read_params()
+    raw["suite"].update(benchmarks=["cityscapes"], students=["pspnet-resnet18-imagenet"])
+    raw["suite"]["weights"] = ["resnet18", "resnet101"]
+    write_params(tmp_path, raw)
+    launch.check_networks(config.load(tmp_path / "params.yaml"), tmp_path)
+    raw["weights"]["resnet18"]["sha256"] = None
+    write_params(tmp_path, raw)
+    with pytest.raises(ConfigError, match=r"'resnet18', of which params.yaml has no sum.*fetch_weights"):
+        launch.check_networks(config.load(tmp_path / "params.yaml"), tmp_path)
+
+
 def test_a_cell_starts_from_its_weights_and_says_which(
     place: Path, edit: Callable[[Callable[[dict[str, Any]], None]], Params]
 ) -> None:
@@ -286,8 +298,8 @@ def test_a_cell_starts_from_its_weights_and_says_which(
         record = records.read(cell, place)
         assert record is not None
         assert record.run["config"]["network"]["weights"] == {"key": "mine", "sha256": full}
-        assert stale(record, params) == []
-        assert stale(record, edit(choose("0" * 64))) == ["network"]
+        assert stale(cell, record.run["config"], params) == []
+        assert stale(cell, record.run["config"], edit(choose("0" * 64))) == ["network"]
         runs.append(record.run)
     assert runs[0]["fingerprint"] != runs[1]["fingerprint"]
     assert runs[0]["weights_sha256"] != runs[1]["weights_sha256"]

@@ -10,10 +10,8 @@ import io
 import logging
 import os
 import platform
-import resource
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.config import PAPER, ROOT, ConfigError, Network, Params, Suite, Training
+from pipelines.config import PAPER, ROOT, ConfigError, Network, Params, Suite, Training, load
 from pipelines.datasets import folder as data_folder
 from pipelines.engine import checkpoint, eager, lock
 from pipelines.engine.cost import step_flops
@@ -37,6 +35,8 @@ from pipelines.results.confusion import summary
 from pipelines.results.records import Cell, teacher_cell, write_bytes
 
 log = logging.getLogger(__name__)
+
+SHARED = Path("/dev/shm")  # where worker processes put their batches, on Linux
 
 # What a training's outcome depends on beside its method's own file; dvc.yaml lists the same files.
 CODE = (
@@ -66,6 +66,7 @@ class Plan:
     config: MethodConfig
     teacher: Network | None
     teacher_training: Training
+    code: dict[str, str]  # sums of the files that compute it, as they were when it was planned
 
     def values(self, encoder: str | None = None) -> dict[str, Any]:
         """The resolved configuration, as it goes into the record; ``encoder`` is the sha256 of the weights
@@ -86,18 +87,26 @@ def plan(params: Params, cell: Cell) -> Plan:
     benchmark = params.benchmark(cell.benchmark)
     if cell.is_teacher:
         own = benchmark.teacher
-        return Plan(cell, own.network, own.training, Distiller, MethodConfig(), None, own.training)
+        code = _code(Distiller)
+        return Plan(cell, own.network, own.training, Distiller, MethodConfig(), None, own.training, code)
     student, config = params.student(cell.student), params.method(cell.method)
-    teacher = benchmark.teacher
+    teacher, method = benchmark.teacher, method_class(cell.method)
     return Plan(
         cell,
         student,
         benchmark.training,
-        method_class(cell.method),
+        method,
         config,
         teacher.network,
         teacher.training,
+        _code(method),
     )
+
+
+def _code(method: type[Distiller]) -> dict[str, str]:
+    file = Path(inspect.getfile(method))
+    own = sorted(file.parent.glob("*.py")) if file.parent.name == PAPER else [file]
+    return checkpoint.sums([*(ROOT / name for name in CODE), *own])
 
 
 @dataclass
@@ -188,8 +197,6 @@ def prepare(plan: Plan, params: Params, root: Path = ROOT) -> Prepared:
         scores = {"sha256": record.run["weights_sha256"]}
         scores |= {f"{split}_miou": record.metrics[split]["miou"] for split in ("val", "test")}
 
-    file = Path(inspect.getfile(plan.method))
-    own_code = sorted(file.parent.glob("*.py")) if file.parent.name == PAPER else [file]
     inputs = {
         "cell": cell.path,
         "seed": cell.seed,
@@ -198,11 +205,13 @@ def prepare(plan: Plan, params: Params, root: Path = ROOT) -> Prepared:
         "steps": training.steps,
         "threads": params.suite.threads,
         "strict": params.suite.strict,
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else _processor(),  # each rounds its own way
         "versions": {name: found for name, found in versions().items() if name != "python"},
         **values,
     }
-    mark = checkpoint.fingerprint(inputs, [*(ROOT / name for name in CODE), *own_code])
+    mark = checkpoint.fingerprint(inputs, plan.code)
     return Prepared(
         plan=plan,
         config=values,
@@ -244,15 +253,7 @@ def _train(prepared: Prepared, root: Path) -> Trained:
 
     data = data_folder.load(root / "data" / cell.benchmark, "train", prepared.workers)
     if isinstance(data, data_folder.Stream):
-        crop, ahead = plan.training.crop, data_folder.AHEAD * data.processes + 1
-        log.info(
-            "%s: %d images stay on disk, %d processes read them, up to %d batches of %.1f MB are in memory.",
-            cell.path,
-            len(data.names),
-            data.processes,
-            ahead,
-            plan.training.batch_size * crop[0] * crop[1] * (3 * 4 + 8) / 2**20,
-        )
+        _log_memory(data, plan)
     data = data.to(next(network.parameters()).device)  # so that the augmentation runs there too
     history = fit(
         network,
@@ -294,6 +295,32 @@ def _train(prepared: Prepared, root: Path) -> Trained:
     )
 
 
+def _log_memory(data: data_folder.Stream, plan: Plan) -> None:
+    """Say how much memory the batches take that are read ahead. :class:`ConfigError` when that is more than
+    processes can share: torch would die of it without a word."""
+    crop, ahead = plan.training.crop, data_folder.AHEAD * data.processes + 1
+    batch = plan.training.batch_size * crop[0] * crop[1] * (3 * 4 + 8) / 2**20
+    log.info(
+        "%s: %d images stay on disk, %d processes read them, up to %d batches of %.1f MB are in memory.",
+        plan.cell.path,
+        len(data.names),
+        data.processes,
+        ahead,
+        batch,
+    )
+    if (
+        data.processes
+        and SHARED.is_dir()
+        and (free := shutil.disk_usage(SHARED).free / 2**20) < ahead * batch
+    ):
+        fits = max(0, int((free / batch - 1) // data_folder.AHEAD))
+        raise ConfigError(
+            f"{data.processes} processes that read images need {ahead * batch:,.0f} MB of shared memory "
+            f"({SHARED}), and {free:,.0f} MB are free: give the container more (`docker run --shm-size`), or "
+            f"set suite.workers to {fits} in params.yaml."
+        )
+
+
 def _budget(
     plan: Plan,
     params: Params,
@@ -326,7 +353,9 @@ def run_cell(cell: Cell, params: Params, root: Path = ROOT) -> None:
     report.
 
     While another process trains the same cell, this one waits. A whole record of exactly these inputs, which
-    that process may have left, is kept and not trained again.
+    that process may have left, is kept and not trained again. The last state of the training stays in
+    ``.scratch/`` until dvc.lock has the record (:func:`pipelines.results.records.forget`): a DVC that was
+    killed before that deletes the record and asks for another one.
     """
     planned = plan(params, cell)
     with lock.hold(cell.lock(root), cell.path):
@@ -340,13 +369,12 @@ def run_cell(cell: Cell, params: Params, root: Path = ROOT) -> None:
             if _finished(cell, prepared.fingerprint, root):
                 log.info("%s has finished before, with exactly these inputs: its record is kept.", cell.path)
             else:
-                _run(prepared, started, code, root)
+                _run(prepared, params, started, code, root)
         except Exception as error:  # whatever stopped it, the tables say so
             reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             with contextlib.suppress(OSError):  # of a full disk, say: the error itself is the message then
                 write_bytes(note, f"{' '.join(reason.split())[:500]}\n".encode())
             raise
-        shutil.rmtree(cell.scratch(root), ignore_errors=True)
 
 
 def _finished(cell: Cell, fingerprint: str, root: Path) -> bool:
@@ -364,7 +392,9 @@ def _finished(cell: Cell, fingerprint: str, root: Path) -> bool:
     )
 
 
-def _run(prepared: Prepared, started: datetime.datetime, code: dict[str, Any], root: Path) -> None:
+def _run(
+    prepared: Prepared, params: Params, started: datetime.datetime, code: dict[str, Any], root: Path
+) -> None:
     planned, description = prepared.plan, prepared.description
     trained = _train(prepared, root)
     test = data_folder.load(root / "data" / planned.cell.benchmark, "test", prepared.workers)
@@ -377,7 +407,33 @@ def _run(prepared: Prepared, started: datetime.datetime, code: dict[str, Any], r
         planned.training,
     )
     trained.seconds["test"] = time.perf_counter() - start
+    _check_unchanged(prepared, params, root)
     _write(prepared, trained, counts, test.names, started, code, root)
+
+
+def _check_unchanged(prepared: Prepared, params: Params, root: Path) -> None:
+    """:class:`ConfigError` when the cell is not what it was when it began: DVC notes what it finds after a
+    stage, and would take this for the result of that."""
+    planned, changed = prepared.plan, list[str]()
+    if planned.code != _code(planned.method):
+        changed.append("the code")
+    if data_folder.describe(root / "data" / planned.cell.benchmark).sha256 != prepared.description.sha256:
+        changed.append("the data")
+    if (file := root / "params.yaml").is_file():
+        try:
+            new = load(file)
+            same = new.suite.threads == params.suite.threads and new.suite.strict == params.suite.strict
+            same = same and plan(new, planned.cell).values() == planned.values()
+        except ConfigError:
+            same = False
+        if not same:
+            changed.append("params.yaml")
+    if changed:
+        raise ConfigError(
+            f"While {planned.cell.path} was trained, {' and '.join(changed)} changed: the result belongs to "
+            "what was there before and is left out. Run the same command again; should you put back what was "
+            "there, it takes up the finished training."
+        )
 
 
 def _write(
@@ -447,7 +503,7 @@ def _write(
         "method_parameters": trained.method_parameters,
         "started": started.isoformat(timespec="seconds"),
         "seconds": {name: round(value, 4) for name, value in {"wall": wall, **trained.seconds}.items()},
-        "memory_peak_mb": round(memory_peak_mb(), 1),
+        "memory_peak_mb": round(history.memory_mb, 1),
         "hardware": hardware(),
         "versions": versions(),
         "git": code,
@@ -471,15 +527,18 @@ def file_sha256_of(network: torch.nn.Module) -> str:
     return total.hexdigest()
 
 
-def memory_peak_mb() -> float:
-    """Of the GPU, or of this process on the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def hardware() -> dict[str, Any]:
     """The device, processor, cores and threads of this machine: what a time in a table was measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "device": device,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -490,13 +549,7 @@ def hardware() -> dict[str, Any]:
         if "model name" in about:  # which may hide what kernels depend on
             numbers = [f"{key} {about[key]}" for key in ("cpu family", "model") if key in about]
             processor = ", ".join([about["model name"], *numbers, torch.backends.cpu.get_cpu_capability()])
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {
-        "device": device,
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
+    return processor
 
 
 def versions() -> dict[str, str]:

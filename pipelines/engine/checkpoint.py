@@ -1,4 +1,4 @@
-"""Resume state of a training in progress: written whole, tied to a fingerprint, never part of a result."""
+"""Resume state of a training: written whole, tied to a fingerprint, never part of a result."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,15 @@ SUM = 32  # bytes of a sha256
 log = logging.getLogger(__name__)
 
 
-def fingerprint(inputs: dict[str, Any], code: list[Path]) -> str:
+def sums(code: Iterable[Path]) -> dict[str, str]:
+    """The sha256 of files of code as they are on disk now."""
+    return {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in code}
+
+
+def fingerprint(inputs: Mapping[str, Any], code: Mapping[str, str]) -> str:
     """A hash of everything that a training's outcome depends on: its inputs (config, data, teacher,
-    libraries, device) and code."""
-    content = {
-        "inputs": inputs,
-        "code": {
-            f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in code
-        },
-    }
+    libraries, device) and the sums of its code."""
+    content = {"inputs": inputs, "code": code}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -42,6 +42,8 @@ def step_flops(
         images = torch.randn(training.batch_size, 3, *training.crop, device=device)
         batch = Batch(images, torch.randint(0, classes, size, device=device), classes, ignore_index)
         step = DistillationStep(student, teacher, method, training.auxiliary_weight).train()
+        if device.type == "cuda" and training.precision == "bf16":  # to take no more memory than the training
+            step.autocast = torch.autocast(device.type, torch.bfloat16)
         method.own_optimizers()  # a method may build its own networks here
         with _Counter() as counter:
             terms, student_taps, teacher_taps = step(batch)

@@ -4,6 +4,7 @@ students."""
 from __future__ import annotations
 
 import logging
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -26,17 +27,20 @@ from pipelines.method import Batch, Distiller, Taps
 from pipelines.networks import SegmentationNetwork, upsample
 
 LOG_EVERY = 10  # steps that one row of the history averages
-SAVE_EVERY = 20.0  # seconds between resume files
+SAVE_EVERY = 20.0  # seconds between resume files, and
+SAVE_SHARE = 30.0  # how many times as long as writing one takes
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class History:
-    """What a training leaves beside its weights: rows for history.csv, and the seconds of every step."""
+    """What a training leaves beside its weights: rows for history.csv, the seconds of every step, and its
+    peak of memory."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    memory_mb: float = 0.0
 
 
 class DistillationStep(nn.Module):
@@ -137,9 +141,9 @@ def fit(
     """Train ``student`` in place and return its history.
 
     ``validate`` scores the student (mIoU in percent) every ``training.validate_every`` steps. ``state_file``
-    holds the resume state, valid for the fingerprint ``mark``. A batch, and the noise inside the networks
-    (dropout), depend on (seed, step) alone, so a resumed training equals an uninterrupted one bit for bit on
-    the CPU.
+    holds the resume state, valid for the fingerprint ``mark``; at the end, that of the finished training. A
+    batch, and the noise inside the networks (dropout), depend on (seed, step) alone, so a resumed training
+    equals an uninterrupted one bit for bit on the CPU.
     Raises :class:`ConfigError` when a term is not finite (the resume file keeps the last good state) and when
     a parameter gets no gradient in the first step.
     """
@@ -148,7 +152,8 @@ def fit(
     )
     if accelerator.num_processes > 1:
         raise ConfigError("A cell is one process: do not start it by a distributed launcher.")
-    step_module = DistillationStep(student, teacher, method, training.auxiliary_weight).to(accelerator.device)
+    auxiliary = training.auxiliary_weight if recipe is None else recipe.auxiliary_weight
+    step_module = DistillationStep(student, teacher, method, auxiliary).to(accelerator.device)
     step_module.autocast = torch.autocast(
         accelerator.device.type, torch.bfloat16, enabled=training.precision == "bf16"
     )
@@ -160,6 +165,8 @@ def fit(
         )
     student.to(memory_format=torch.channels_last)
     step_module.train()
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # what was built and counted before is no part of it
     found = optimizers(student, method, training, recipe)
     history, sums, count, start = History(), dict[str, float](), 0, 0
 
@@ -168,10 +175,10 @@ def fit(
         method.load_state_dict(state["method"])
         for name, optimizer in found.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        history, start = History(state["rows"], state["seconds"]), state["step"]
+        history, start = History(state["rows"], state["seconds"], state["memory_mb"]), state["step"]
         log.info("%s resumes at step %d of %d.", label, start, training.steps)
 
-    saved = time.monotonic()
+    saved, spent = time.monotonic(), 0.0
     interactive = sys.stderr.isatty()
     with tqdm(
         total=training.steps,
@@ -229,15 +236,24 @@ def fit(
                 history.rows.append(row)
                 if due and done < training.steps:
                     row["val_miou"] = validate()
-                if time.monotonic() - saved > SAVE_EVERY and done < training.steps:
+                began = time.monotonic()
+                if began - saved > max(SAVE_EVERY, SAVE_SHARE * spent) or done == training.steps:
+                    history.memory_mb = max(history.memory_mb, memory_peak_mb())
                     _save(state_file, mark, done, student, method, found, history)
                     saved = time.monotonic()
+                    spent = saved - began
             bar.set_postfix(
                 loss=f"{values['loss']:.3f}", lr=f"{found['main'].param_groups[0]['lr']:.4f}", refresh=False
             )
             bar.update()
-    _check_weights(student, training.steps)
     return history
+
+
+def memory_peak_mb() -> float:
+    """Of the GPU, or of this process on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def native_bf16() -> bool:
@@ -285,4 +301,4 @@ def _save(
     _check_weights(student, step)
     state = {"step": step, "student": student.state_dict(), "method": method.state_dict()}
     state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in found.items()}
-    checkpoint.save(path, mark, state | {"rows": history.rows, "seconds": history.seconds})
+    checkpoint.save(path, mark, state | vars(history))

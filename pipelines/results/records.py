@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import io
 import json
 import logging
 import os
@@ -88,7 +89,10 @@ class Record:
 
     def _array(self, name: str) -> np.ndarray:
         try:
-            with np.load(self.folder / "confusion.npz", allow_pickle=False) as file:
+            content = (self.folder / "confusion.npz").read_bytes()
+            if sha256(content) != self.run["files"]["confusion.npz"]:  # another one since the record was read
+                raise ValueError
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 return np.asarray(file[name])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ConfigError(
@@ -267,6 +271,16 @@ def failure(cell: Cell, root: Path = ROOT) -> str | None:
     """Why a cell's last attempt stopped, if it failed."""
     note = cell.scratch(root) / "failure.txt"
     return note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else None
+
+
+def forget(root: Path = ROOT) -> None:
+    """Delete the resume states of the cells whose record dvc.lock has: DVC will not ask for it again."""
+    lock = root / "dvc.lock"
+    known = lock.read_text(encoding="utf-8", errors="replace") if lock.is_file() else ""
+    for state in (root / ".scratch").rglob("state.pt"):
+        run = root / "runs" / state.parent.relative_to(root / ".scratch") / "run.json"
+        if run.is_file() and hashlib.md5(run.read_bytes(), usedforsecurity=False).hexdigest() in known:
+            state.unlink(missing_ok=True)
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
