@@ -238,6 +238,47 @@ def test_killed_dvc(whom: str, suite: Path, tmp_path: Path) -> None:
     TALLY.append(f"kill, dvc repro, {whom}: {kills} kills{note}: the outcome is the same bit for bit")
 
 
+@slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_a_training_that_finished_as_dvc_was_killed_is_not_done_again(suite: Path, tmp_path: Path) -> None:
+    """Its record is there, but not in dvc.lock: DVC deletes it and asks for the cell again."""
+    root = tmp_path / "suite"
+    shutil.copytree(suite, root, symlinks=True)
+    raw = read_params(root)
+    raw["benchmarks"]["streets"]["training"]["lr"] *= 0.5
+    write_params(root, raw)
+    record, stage = root / "runs/streets/pspnet-resnet18/none/0/run.json", "pspnet-resnet18-none-0"
+    process = subprocess.Popen(
+        dvc("repro", "-s", f"distill@streets-{stage}"),
+        cwd=root,
+        env=environment(root),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while record.is_file() and time.monotonic() < deadline:  # until DVC has deleted the old one
+        time.sleep(0.01)
+    while not record.is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    while processes_in(root) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    whole = weights(root)
+    process = launch(root, 1)
+    _, text = process.communicate(timeout=600)
+    assert process.returncode == 0, text
+    said = (root / ".scratch" / "logs" / f"distill--streets-{stage}.log").read_text()
+    assert "resumes at step 6 of 6" in said, said
+    own = "runs/streets/pspnet-resnet18/none/0/"
+    assert {k: v for k, v in weights(root).items() if k.startswith(own)} == {
+        k: v for k, v in whole.items() if k.startswith(own)
+    }
+    assert not list((root / ".scratch").rglob("state.pt"))  # DVC has all records now
+    TALLY.append("kill, dvc alone when a cell has its record: taken up, not a step is done again")
+
+
 @pytest.mark.parametrize("kept", ["by the last run", "by git", "by nobody"])
 def test_the_files_that_dvc_does_not_write_whole(
     kept: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
