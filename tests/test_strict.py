@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.engine import strict
+from pipelines.engine.cost import step_flops
 from pipelines.engine.fit import History, fit
 from pipelines.method import method_class, method_config
 from pipelines.networks import tap_shapes
@@ -99,7 +100,7 @@ def test_what_is_not_a_map_of_classes_is_left_to_torch(asked: None) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Notes those operations that torch has no deterministic kernel for on a GPU, forward and backward."""
+    """Notes the two that training meets without a deterministic kernel on a GPU, and a relative."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +132,7 @@ def train(key: str, pupil: str, folder: Path) -> tuple[set[str], History]:
 
 
 @pytest.mark.parametrize("key", METHODS)
-def test_no_method_meets_what_has_no_deterministic_kernel(key: str, tmp_path: Path) -> None:
+def test_no_method_meets_the_two_without_a_deterministic_kernel(key: str, tmp_path: Path) -> None:
     fast, usual = train(key, "pspnet-resnet18", tmp_path)
     assert fast >= {"_adaptive_avg_pool2d_backward", "nll_loss2d_forward"}
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -145,5 +146,19 @@ def test_no_method_meets_what_has_no_deterministic_kernel(key: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("pupil", [name for name in STUDENTS if "imagenet" not in name])
-def test_no_network_meets_what_has_no_deterministic_kernel(pupil: str, tmp_path: Path, asked: None) -> None:
+def test_no_network_meets_the_two_without_a_deterministic_kernel(
+    pupil: str, tmp_path: Path, asked: None
+) -> None:
     assert not train("none", pupil, tmp_path)[0]
+
+
+def test_counting_operations_is_not_strict(asked: None) -> None:
+    """Its numbers are thrown away: torch must not warn, and no pooling be counted as matrix products."""
+    network = student("pspnet-resnet18")
+    method = method_class("none")(method_config("none", {}), *[tap_shapes(network, CROP)] * 2)
+    with Operations() as seen:
+        strictly = step_flops(network, None, method, CLASSES, IGNORE, training())
+    assert seen.without and torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    assert step_flops(network, None, method, CLASSES, IGNORE, training()) == strictly

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from pipelines.config import Training
-from pipelines.engine import eager
+from pipelines.engine import eager, strict
 from pipelines.engine.fit import DistillationStep
 from pipelines.method import Batch, Distiller
 from pipelines.networks import SegmentationNetwork
@@ -36,7 +36,7 @@ def step_flops(
     method.to(device)
     if teacher is not None:
         teacher = teacher.to(device)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), strict.suspended():
         torch.manual_seed(0)
         size = (training.batch_size, *training.crop)
         images = torch.randn(training.batch_size, 3, *training.crop, device=device)

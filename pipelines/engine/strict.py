@@ -2,15 +2,16 @@
 
 torch 2.15 has none for two operations that segmentation uses everywhere: the gradient of adaptive average
 pooling, and the sum of a loss on maps of classes. While the context of :func:`deterministic` is open, calls
-of them, by networks, losses or a method of the user's own, become matrix products and a sum of single losses.
+of ``F.adaptive_avg_pool2d``, ``F.cross_entropy`` and ``F.nll_loss`` and of their modules, by networks, losses
+or a method of the user's own, become matrix products and a sum of single losses.
 The values are the same but for rounding. It does so on every device: what a GPU computes is tested without
 one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,18 @@ from torch.overrides import TorchFunctionMode
 def deterministic() -> AbstractContextManager[Any]:
     """Open around what needs a gradient; does nothing unless torch was asked for deterministic algorithms."""
     return _Replace() if torch.are_deterministic_algorithms_enabled() else nullcontext()
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Not strict meanwhile: for what is computed and thrown away."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 class _Replace(TorchFunctionMode):
