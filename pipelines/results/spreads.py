@@ -101,14 +101,15 @@ def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
         "strict: `suite.strict: true`; without a deterministic kernel are the operations that torch warned "
         "of while this cell was trained.",
     ]
-    apart = [
+    if apart := [
         f"{abs(fast['test_miou'] - strict['test_miou']):.2f} ({fast['benchmark']}: {fast['trained']})"
-        for fast, strict in zip(data[::2], data[1::2], strict=True)
-    ]
-    notes.append(
-        "The two modes compute the same but for rounding. What that alone does to a score, over a whole "
-        f"training, is how far their means lie apart: {'; '.join(apart)}."
-    )
+        for entry, fast, strict in zip(entries, data[::2], data[1::2], strict=True)
+        if not on_gpu(entry)
+    ]:
+        notes.append(
+            "On a CPU the two modes compute the same but for rounding. What that alone does to a score, over "
+            f"a whole training, is how far they lie apart: {'; '.join(apart)}."
+        )
     if not any(on_gpu(entry) for entry in entries):
         notes.append("No GPU has been measured yet.")
     return Table("spread", "trainings repeated", pd.DataFrame(data, dtype=object), COLUMNS, text, notes)
