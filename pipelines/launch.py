@@ -31,7 +31,7 @@ from ruamel.yaml import YAML
 
 from pipelines import cli, config, report
 from pipelines.config import PAPER, ROOT, ConfigError, Params
-from pipelines.engine import lock
+from pipelines.engine import checkpoint, lock
 from pipelines.results import exports, records
 from pipelines.results.records import Cell, write_bytes
 
@@ -84,8 +84,11 @@ class Launcher:
                 if blocked := [other for other in own if other in changed and owners.get(other) == name]:
                     log.error("%s: %d stages are not tried, because %s failed.", name, len(blocked), stage)
             own = [stage for stage in tried if stage in changed]
+            for stage in set(tried) - set(own):
+                if (cell := self.cells.get(stage)) is not None:  # what failed has been put right
+                    records.failure_note(cell, self.root).unlink(missing_ok=True)
             failed += self._all(own)
-            failed += self._again(set(tried) - set(failed), params)
+            failed += self._again(set(tried) - set(failed))
             if "distill" not in wave:
                 broken |= {owners[stage]: stage for stage in failed if stage in owners}
         if not self.stopped and not self._stage("report", 1):
@@ -98,13 +101,14 @@ class Launcher:
             done = list(pool.map(lambda stage: self._stage(stage, len(stages), *options), stages))
         return [stage for stage, good in zip(stages, done, strict=True) if not good]
 
-    def _again(self, stages: set[str], params: Params) -> list[str]:
+    def _again(self, stages: set[str]) -> list[str]:
         """Train those cells again whose record is none of today's, though DVC has not seen why: a control of
         equal compute whose partners now cost something else, a setting that changed as a stage ended. Those
         that failed."""
         if self.stopped or not stages & self.cells.keys():
             return []
         try:
+            params = config.load(self.root / "params.yaml", methods=False)  # as DVC has just read it
             found = report.finished(params, self.root)
         except ConfigError:  # a damaged record: the report says so
             return []
@@ -157,7 +161,7 @@ class Launcher:
             elif not status:
                 with self.guard:
                     keep(self.root)
-                    records.forget(self.root)
+                    checkpoint.forget(self.root)
                 log.info("%s: done in %.0f s (one of %d).", stage, time.monotonic() - began, of)
             return status == 0
         finally:
@@ -169,7 +173,7 @@ class Launcher:
         cell = self.cells.get(stage)
         if cell is not None and records.failure(cell, self.root) is None:
             text = f"it was stopped, perhaps by the system for want of memory ({why})"
-            write_bytes(cell.scratch(self.root) / "failure.txt", f"{text}\n".encode())
+            write_bytes(records.failure_note(cell, self.root), f"{text}\n".encode())
 
     def _record(self, stage: str) -> dict[Path, bytes]:
         """The files of the record that a stage makes anew. DVC deletes them first: they are kept until it is
@@ -243,7 +247,7 @@ def heal(root: Path = ROOT) -> None:
         return
     content, last = place.read_bytes(), _kept(root)
     if (found := _content(place)) is not None and (
-        content == _committed(root) or _whole(found, last, content)
+        content == _committed(root) or _whole(found, last, content, root)
     ):
         write_bytes(root / ".scratch" / "dvc.lock", content)
         return
@@ -254,7 +258,7 @@ def heal(root: Path = ROOT) -> None:
             if (
                 isinstance(stage, dict)
                 and "cmd" in stage
-                and (number < len(parts) or _ended(stage, last.get(name)))
+                and (number < len(parts) or _ended(name, stage, last.get(name), root))
             ):
                 stages[name] = stage
     write_bytes(place.with_name("dvc.lock.damaged"), content)
@@ -279,7 +283,7 @@ def _kept(root: Path) -> dict[str, Any]:
     return dict(stages) if isinstance(stages, dict) else {}
 
 
-def _whole(content: dict[str, Any], last: dict[str, Any], text: bytes) -> bool:
+def _whole(content: dict[str, Any], last: dict[str, Any], text: bytes, root: Path) -> bool:
     """Whether a dvc.lock is not cut off, though most of its beginnings are valid YAML. One that lacks the end
     of the last whole one is; one that lacks other stages had them taken out."""
     stages = content.get("stages")
@@ -288,25 +292,28 @@ def _whole(content: dict[str, Any], last: dict[str, Any], text: bytes) -> bool:
     names = list(stages)
     if len(names) < len(last) and names == list(last)[: len(names)]:
         return False
-    return _ended(stages[names[-1]], last.get(names[-1]))
+    return _ended(names[-1], stages[names[-1]], last.get(names[-1]), root)
 
 
-def _ended(stage: Any, before: Any) -> bool:
-    """Whether a stage has its end, which is the size of its last output; ``before`` is what it was."""
+def _ended(name: str, stage: Any, before: Any, root: Path) -> bool:
+    """Whether a stage of dvc.lock has its end, which is the size of its last output; ``before`` is what it
+    was. It may have fewer outputs than dvc.yaml says, or than before, but not both."""
 
-    def outs(of: Any) -> list[dict[str, Any]]:
+    def outs(of: Any) -> list[Any]:
         found = of.get("outs") if isinstance(of, dict) else None
-        return [out for out in found if isinstance(out, dict)] if isinstance(found, list) else []
+        return found if isinstance(found, list) else []
 
-    paths, earlier = ([out.get("path") for out in outs(of)] for of in (stage, before))
-    cut = len(paths) < len(earlier) and paths == earlier[: len(paths)]
-    return bool(paths) and not cut and all("size" in out for out in outs(stage))
+    declared = (_content(root / "dvc.yaml", tries=1) or {}).get("stages", {}).get(name.split("@")[0], {})
+    wanted = sum(len(declared.get(kind) or []) for kind in ("outs", "metrics", "plots")) if declared else 1
+    if before is not None:
+        wanted = min(wanted, len(outs(before)))
+    return len(outs(stage)) >= wanted and all(isinstance(out, dict) and "size" in out for out in outs(stage))
 
 
 def keep(root: Path) -> None:
     """Note dvc.lock while it is whole; another process may be writing it just now."""
     new = _content(root / "dvc.lock", tries=1)
-    if new is not None and _whole(new, _kept(root), content := (root / "dvc.lock").read_bytes()):
+    if new is not None and _whole(new, _kept(root), content := (root / "dvc.lock").read_bytes(), root):
         write_bytes(root / ".scratch" / "dvc.lock", content)
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from pipelines import config
 from pipelines.config import Params
-from pipelines.engine import lock
+from pipelines.engine import checkpoint, lock
 from pipelines.results import (
     claims,
     figures,
@@ -49,7 +49,7 @@ def report(params: Params, root: Path = config.ROOT) -> None:
 def _report(params: Params, root: Path) -> None:
     records.clear_parts(root / "reports")
     records.clear_parts(root, below=False)  # of README.md
-    records.forget(root)
+    checkpoint.forget(root)
     found = finished(params, root)
     frames, problem = tracking.collect(root, found)
     every = gather_all(params, root, found, frames, problem)

@@ -138,7 +138,7 @@ def row(
     from pipelines.engine import eager
     from pipelines.engine.cost import step_flops
     from pipelines.engine.evaluate import evaluate
-    from pipelines.engine.fit import fit
+    from pipelines.engine.fit import fit, memory_peak_mb
     from pipelines.networks import SegmentationNetwork, tap_shapes
     from pipelines.results.records import Cell, teacher_cell
 
@@ -178,7 +178,7 @@ def row(
 
     quiet = training.model_copy(update={"validate_every": 2 * training.steps})
     label = f"{benchmark} {name}"
-    state = data.parent / f"{name}.pt"
+    state = data.parent / "state.pt"
     history = fit(
         network,
         teacher,
@@ -199,13 +199,15 @@ def row(
     start = time.perf_counter()
     evaluate(network, test, classes, ignore, training)
     evaluation = 1000 * (time.perf_counter() - start) / len(test.names)
+    memory = memory_peak_mb()
+    state.unlink()
     return {
         "status": "measured",
         "step_ms": [round(1000 * seconds, 2) for seconds in history.seconds[WARM:]],
         "step_flops": step_flops(network, teacher, method, classes, ignore, training),
         "loading_ms": round(loading, 2),
         "evaluation_ms": round(evaluation, 2),
-        "memory_mb": round(history.memory_mb, 1),
+        "memory_mb": round(memory, 1),
         "matched": plan.config.matched(),
         "hardware": cells.hardware(),
         "versions": cells.versions(),

@@ -25,7 +25,7 @@ from pipelines.datasets import folder as data_folder
 from pipelines.engine import checkpoint, eager, lock
 from pipelines.engine.cost import step_flops
 from pipelines.engine.evaluate import evaluate, latency
-from pipelines.engine.fit import History, fit
+from pipelines.engine.fit import History, fit, memory_peak_mb
 from pipelines.engine.seeds import derive
 from pipelines.engine.teacher import load_teacher
 from pipelines.method import TAPS, Distiller, MethodConfig, Shapes, method_class
@@ -354,18 +354,20 @@ def run_cell(cell: Cell, params: Params, root: Path = ROOT) -> None:
 
     While another process trains the same cell, this one waits. A whole record of exactly these inputs, which
     that process may have left, is kept and not trained again. The last state of the training stays in
-    ``.scratch/`` until dvc.lock has the record (:func:`pipelines.results.records.forget`): a DVC that was
+    ``.scratch/`` until dvc.lock has the record (:func:`checkpoint.forget`): a DVC that was
     killed before that deletes the record and asks for another one.
     """
     planned = plan(params, cell)
+    checkpoint.forget(root)
     with lock.hold(cell.lock(root), cell.path):
         for folder in (cell.folder(root), cell.scratch(root)):
             records.clear_parts(folder)
-        note = cell.scratch(root) / "failure.txt"
+        note = records.failure_note(cell, root)
         note.unlink(missing_ok=True)
         started, code = datetime.datetime.now(datetime.UTC), git_state()
         try:
             prepared = prepare(planned, params, root)
+            _check_unchanged(prepared, params, root)  # it may have waited
             if _finished(cell, prepared.fingerprint, root):
                 log.info("%s has finished before, with exactly these inputs: its record is kept.", cell.path)
             else:
@@ -407,6 +409,7 @@ def _run(
         planned.training,
     )
     trained.seconds["test"] = time.perf_counter() - start
+    trained.history.memory_mb = max(trained.history.memory_mb, memory_peak_mb())
     _check_unchanged(prepared, params, root)
     _write(prepared, trained, counts, test.names, started, code, root)
 
@@ -430,9 +433,9 @@ def _check_unchanged(prepared: Prepared, params: Params, root: Path) -> None:
             changed.append("params.yaml")
     if changed:
         raise ConfigError(
-            f"While {planned.cell.path} was trained, {' and '.join(changed)} changed: the result belongs to "
-            "what was there before and is left out. Run the same command again; should you put back what was "
-            "there, it takes up the finished training."
+            f"Since {planned.cell.path} began, {' and '.join(changed)} changed: a result would belong to "
+            "what was there before, so none is written. Run the same command again; should you put back what "
+            "was there, it takes up what has been trained."
         )
 
 

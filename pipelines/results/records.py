@@ -267,20 +267,15 @@ def _unresolved(network: dict[str, Any], params: Params) -> dict[str, Any]:
     return {**network, "weights": found["key"]} if same else network
 
 
+def failure_note(cell: Cell, root: Path = ROOT) -> Path:
+    """Where it stands why a cell's last attempt stopped."""
+    return cell.scratch(root) / "failure.txt"
+
+
 def failure(cell: Cell, root: Path = ROOT) -> str | None:
     """Why a cell's last attempt stopped, if it failed."""
-    note = cell.scratch(root) / "failure.txt"
+    note = failure_note(cell, root)
     return note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else None
-
-
-def forget(root: Path = ROOT) -> None:
-    """Delete the resume states of the cells whose record dvc.lock has: DVC will not ask for it again."""
-    lock = root / "dvc.lock"
-    known = lock.read_text(encoding="utf-8", errors="replace") if lock.is_file() else ""
-    for state in (root / ".scratch").rglob("state.pt"):
-        run = root / "runs" / state.parent.relative_to(root / ".scratch") / "run.json"
-        if run.is_file() and hashlib.md5(run.read_bytes(), usedforsecurity=False).hexdigest() in known:
-            state.unlink(missing_ok=True)
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
