@@ -79,7 +79,8 @@ class Distiller(nn.Module):
     The engine guarantees: the teacher is loaded strictly, frozen and in eval mode, its score was checked;
     every parameter of the method without an optimiser of its own is trained by the main optimiser; all
     learning rates follow the schedule; taps arrive in float32 with autocast off; no parameter of the method
-    is exported with the student.
+    is exported with the student. The teacher's taps carry no gradient; a method detaches them all the same,
+    as its losses may be used elsewhere, and the contract tests look.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
