@@ -103,7 +103,6 @@ def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str
 
     protocol, network = params.benchmark(benchmark).training, params.student(student)
     set_up(params.suite)
-    exports.path(benchmark, student, root).unlink(missing_ok=True)
     data = root / "data" / benchmark
     description = data_folder.describe(data)
     size = description.size or protocol.crop
