@@ -5,6 +5,7 @@ Needs the small files of ``runs/`` and nothing else: no weights, no GPU, no torc
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -88,11 +89,16 @@ def write_texts(params: Params, every: Sequence[Results], root: Path, target: Pa
         speeds.write(params, folder, root)
         plans.write(params, folder, root)
     spreads.write(params, every, folder, root)
-    readme.update(target / "README.md", readme.RESULTS, readme.block(every, ranked, said))
+    readme.update(
+        target / "README.md",
+        readme.RESULTS,
+        readme.block(every, ranked, said, spreads.rounding(params, root)),
+    )
     readme.update(target / "README.md", readme.PLANS, plans.overview(params, every, root))
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     report(config.load(methods=False))
 
 

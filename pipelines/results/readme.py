@@ -34,10 +34,16 @@ def update(path: Path, markers: tuple[str, str], text: str) -> bool:
     return True
 
 
-def block(every: Sequence[Results], ranked: Ranks | None, claimed: Sequence[str]) -> str:
-    """The whole of the results; ``claimed`` are the sentences about what was published."""
+def block(every: Sequence[Results], ranked: Ranks | None, claimed: Sequence[str], rounding: str = "") -> str:
+    """The whole of the results; ``claimed`` are the sentences about what was published, ``rounding`` is what
+    rounding alone did to scores."""
     parts = [_benchmark(results) for results in every]
-    if short := in_short(every):
+    if (short := in_short(every)) and rounding:
+        short.append(
+            "And rounding? Sums taken in another order (the mode `strict`), all else the same, move the test "
+            f"mIoU of a cell by {rounding}: see reports/spread.md. The spread over seeds holds this too."
+        )
+    if short:
         parts.insert(0, "\n".join(["### In short", "", *(f"- {escape_markdown(text)}" for text in short)]))
     if ranked:
         lines = ["### All benchmarks and students", "", escape_markdown(ranks.sentence(ranked)), ""]
@@ -159,6 +165,8 @@ def _best(results: Results, student: str, standings: dict[str, Standing]) -> str
     near = [label(m) for m, s in standings.items() if s.place == "≈"]
     scores = results.mean(student, best)
     text = f"Best mean test mIoU of {student}: {label(best)}, {scores:.2f}"
+    if len(standings) == 1:
+        return f"{text}; no other method has a finished cell of today's settings."
     return text + (f"; not told apart from it: {', '.join(near)}." if near else "; all others are behind it.")
 
 

@@ -87,7 +87,9 @@ def cost(results: Results) -> Table:
     notes = [
         *_deployed_notes(results),
         "GFLOPs a step, ms a step (median), training: teacher and method included, validation not.",
-        "times of training: median over seeds, under the load of the machine then.",
+        "times of training: median over seeds, under the load of the machine then. "
+        f"{REFERENCE} and {MATCHED} take the same step: where their times differ, it is that load, and other "
+        "differences of this size are too.",
         "memory: peak of the training process, largest of the seeds.",
         "trials: of the search for the loss weights, the same number for every method (`make tune`)"
         + "".join(f"; {label(m)}: {n} different ones" for m, n in results.different.items())
@@ -158,7 +160,8 @@ def warnings(results: Results) -> list[str]:
         if lead is None:
             part = "the teacher" if results.teacher("val/miou") is None else f"the undistilled {student}"
             found.append(
-                f"the lead of the teacher over {student} is unknown, because {part} has not been run."
+                f"the lead of the teacher over {student} is unknown, because {part} has no finished cell of "
+                "today's settings."
             )
         elif lead < LEAD:
             found.append(
@@ -187,7 +190,8 @@ def warnings(results: Results) -> list[str]:
             f"the weights of {', '.join(map(label, results.untuned))} in params.yaml are not those that "
             "were chosen; run `make tune`."
         )
-    others = [label(m) for m in results.methods if results.weights[m] and m not in results.trials]
+    ran = [m for m in results.methods if any(results.by_seed(student, m) for student in results.students)]
+    others = [label(m) for m in ran if results.weights[m] and m not in results.trials]
     if results.trials and others:
         found.append(
             f"{', '.join(others)}: not tuned, while the others had {max(results.trials.values())} trials; "
