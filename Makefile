@@ -30,7 +30,7 @@ bench: $(READY)  ## time and memory of the default benchmark from nothing, in a 
 	python tests/bench.py
 
 speed: $(READY)  ## steps a second and memory of BENCHMARK's protocol on this machine, without its data
-	python -m pipelines.speed --benchmark $(BENCHMARK) $(if $(BATCH),--batch-size $(BATCH))
+	python -m pipelines.speed --benchmark $(BENCHMARK) $(if $(BATCH),--batch-size $(BATCH)) $(if $(SIZE),--size $(SIZE))
 
 spread: $(READY)  ## how far a cell of BENCHMARK moves when it is trained again with the same seed, here
 	python -m pipelines.spread --benchmark $(BENCHMARK) $(if $(METHOD),--method $(METHOD)) $(if $(REPEATS),--repeats $(REPEATS))

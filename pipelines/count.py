@@ -6,6 +6,7 @@ by the same code and libraries, is not counted again.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from importlib.metadata import version
@@ -64,6 +65,7 @@ def _mark() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     count(config.load(methods=False))
 
 

@@ -40,7 +40,10 @@ def read_run(weights: Path) -> dict[str, Any]:
     """run.json beside the weights. ConfigError if there is none, or it is damaged."""
     file = weights.parent / "run.json"
     if not weights.is_file():
-        raise ConfigError(f"There are no weights {weights}: run `dvc checkout`, or name another file.")
+        raise ConfigError(
+            f"There are no weights {weights}: run `make repro`, which trains what is missing, or name "
+            "another file."
+        )
     try:
         return records.unseal(file.read_bytes())
     except OSError:

@@ -33,17 +33,25 @@ SCALES = 32  # of the random images, coarser than their pixels, so that they com
 log = logging.getLogger(__name__)
 
 
-def speed(params: Params, benchmark: str, batch_size: int | None, steps: int, root: Path = ROOT) -> None:
+def speed(
+    params: Params,
+    benchmark: str,
+    batch_size: int | None,
+    steps: int,
+    root: Path = ROOT,
+    size: tuple[int, int] | None = None,
+) -> None:
     """Measure the teacher's training, and that of the suite's first student by every method.
 
-    ``batch_size`` in place of the protocol's, where memory is short. A training that does not fit into memory
+    ``batch_size`` in place of the protocol's, where memory is short; ``size`` (height, width) of the images
+    where the data set's own is not known. A training that does not fit into memory
     is noted as such. :class:`ConfigError` when the size of the images is not known.
     """
     own, student = params.benchmark(benchmark), params.suite.students[0]
     batch_size = batch_size or own.training.batch_size
     with tempfile.TemporaryDirectory() as place:
         data = Path(place) / benchmark
-        count, size = write_images(own, benchmark, data, 2 * batch_size)
+        count, size = write_images(own, benchmark, data, 2 * batch_size, size)
         rows = {}
         for name in (TEACHER, *methods(params)):
             log.info("%s: %s", benchmark, name)
@@ -78,17 +86,17 @@ def methods(params: Params) -> list[str]:
     return [*params.methods, *variants]
 
 
-def write_images(own: Benchmark, benchmark: str, data: Path, count: int) -> tuple[int, tuple[int, int]]:
+def write_images(
+    own: Benchmark, benchmark: str, data: Path, count: int, given: tuple[int, int] | None = None
+) -> tuple[int, tuple[int, int]]:
     """Write ``count`` random images and labels in the layout of ``data/<benchmark>``. Returns how many the
     real set has for training, and their size in pixels."""
     module, settings = config.dataset(own.data, benchmark)
     # of a set of the user's own nobody has counted them
     total, *usual = getattr(module, "IMAGES", (getattr(settings, "train", 2**20),))
-    size = settings.size or tuple(usual)
+    size = settings.size or tuple(usual) or given
     if not size:
-        raise ConfigError(
-            f"The size of the images of {benchmark} is not known: set benchmarks.{benchmark}.data.size."
-        )
+        raise ConfigError(f"The size of the images of {benchmark} is not known: give --size HEIGHT WIDTH.")
     meta, draw = module.meta(settings), np.random.default_rng(0)
     for split, number in zip(data_folder.SPLITS, (count, 1, TESTS), strict=True):
         for kind in (split, f"{split}annot"):
@@ -239,9 +247,10 @@ def _row(params: Params, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split(":", 1)[1].split(".")[0].strip())
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--benchmark", required=True, help="an entry of benchmarks in params.yaml")
     parser.add_argument("--batch-size", type=int, help="in place of the protocol's, where memory is short")
+    parser.add_argument("--size", type=int, nargs=2, help="of images whose size is not known: height, width")
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
     for hidden, kind in (("--row", str), ("--count", int), ("--data", Path), ("--params", Path)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
@@ -254,7 +263,8 @@ def main() -> None:
     if arguments.row:
         _row(params, arguments)
     else:
-        speed(params, arguments.benchmark, arguments.batch_size, arguments.steps)
+        size = arguments.size and (arguments.size[0], arguments.size[1])
+        speed(params, arguments.benchmark, arguments.batch_size, arguments.steps, size=size)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def _entry(cell: Cell, found: dict[str, list[Path]], root: Path) -> dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split(":", 1)[1].split("(")[0].strip())
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--benchmark", required=True, help="an entry of benchmarks in params.yaml")
     parser.add_argument(
         "--method", default=REFERENCE, help="kd, acfd-full, …; the undistilled student if not given"

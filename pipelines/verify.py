@@ -8,6 +8,7 @@ weights, no data and no MLflow; where data or weights are present, their sums ar
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import logging
@@ -409,6 +410,7 @@ def _sum(path: Path, kind: str) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     params = config.load(methods=False)
     found = problems(params)
     with contextlib.suppress(ConfigError):  # a damaged dvc.lock is among the problems

@@ -204,7 +204,8 @@ def describe(root: Path) -> Description:
         content = (root / DESCRIPTION).read_bytes()
     except OSError:
         raise ConfigError(
-            f"There is no data in {_place(root)}: {DESCRIPTION} is missing. {_remedy(root)}"
+            f"There is no data in {_place(root)}: {DESCRIPTION} is missing. Put {_benchmark(root)} into "
+            "suite.benchmarks and run `make repro`; a folder without it has to be deleted before."
         ) from None
     try:
         found = READ.validate_python({**json.loads(content), "sha256": sha256(content)})

@@ -94,7 +94,8 @@ def mapped(values: np.ndarray, table: np.ndarray, origin: str) -> np.ndarray:
     found = table[values]
     if (found < 0).any():
         raise ConfigError(
-            f"{origin} has the value {int(values[found < 0][0])}, which this data set does not know."
+            f"{origin} has the value {int(values[found < 0][0])}, which this data set does not know: correct "
+            "the label, or the classes and `ignore_index` of a set of your own."
         )
     return found.astype(np.uint8)
 

@@ -55,11 +55,11 @@ def load(run: Mapping[str, Any], weights: Path) -> SegmentationNetwork:
     tells of.
     """
     if not weights.is_file():
-        raise ConfigError(f"There is no file {weights}: run `dvc checkout`, or train the cell again.")
+        raise ConfigError(f"There is no file {weights}: run `make repro`, which trains it.")
     if (found := file_sha256(weights)) != run["weights_sha256"]:
         raise ConfigError(
             f"{weights} is truncated or altered: its sha256 is {found[:12]}…, run.json says "
-            f"{run['weights_sha256'][:12]}…. Restore it by `dvc checkout`, or train the cell again."
+            f"{run['weights_sha256'][:12]}…. Delete it and run `make repro`."
         )
     try:  # the file has all weights: those of ImageNet, where the training began, are not needed
         network = SegmentationNetwork(
