@@ -14,8 +14,8 @@ export PYTHONPATH := $(CURDIR)
 repro: $(READY)  ## run every experiment of params.yaml that is not up to date, JOBS at a time, then the report
 	python -m pipelines.launch $(if $(JOBS),--jobs $(JOBS))
 
-test: $(READY)  ## the tests, a file on each core
-	python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+test: $(READY)  ## the tests, on all cores
+	python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 tables: $(READY)  ## regenerate tables and figures from the committed run records: no weights, no GPU
 	python -m pipelines.report
@@ -40,7 +40,7 @@ smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
 
 torture: $(READY)  ## kills, parallel runs, damaged files, hostile input: many times each; figures to RELIABILITY.md
 	ACFD_TORTURE=RELIABILITY.md python -m pytest -n auto --maxprocesses 4 --dist worksteal \
-	  tests/test_reliability.py tests/test_corruption.py tests/test_hostile.py
+	  tests/test_reliability.py tests/test_launcher.py tests/test_corruption.py tests/test_hostile.py
 
 ui: $(READY)  ## MLflow's web page
 	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db

@@ -1,0 +1,119 @@
+"""A tiny suite in a clone, and the commands of a user there: what the tests of reliability run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import OFFLINE, ROOT, copy_repository, read_params, tiny, write_params
+
+TORTURE = bool(os.environ.get("ACFD_TORTURE"))
+KILLS = 20 if TORTURE else 1
+slow = pytest.mark.skipif(not TORTURE, reason="`make torture` runs it")
+RIVALS = ("none", "kd") if TORTURE else ("none",)  # of the suites, beside the paper's method and the teacher
+ATTEMPTS = ".scratch/attempts"  # to connect, noted by tests/offline
+# the commands of a clone, with its own modules
+RUN_CELL = (
+    "import sys; from pathlib import Path; from pipelines import cli, config\n"
+    "from pipelines.engine.cell import run_cell; from pipelines.results.records import Cell\n"
+    "root = Path(sys.argv[1]); params = config.load(root / 'params.yaml')\n"
+    "cli.run(lambda: run_cell(Cell('streets', 'pspnet-resnet18', sys.argv[2], 0), params, root))\n"
+)
+
+
+def environment(root: Path = ROOT, **more: str) -> dict[str, str]:
+    """Of a process in a clone, with the network blocked; analytics are off by its own settings."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    modules = f"{OFFLINE}{os.pathsep}{root}"
+    clean = {
+        key: value for key, value in os.environ.items() if key not in ("DVC_NO_ANALYTICS", "DO_NOT_TRACK")
+    }
+    return {**clean, "PYTHONPATH": modules, "PATH": path, "ATTEMPTS": str(root / ATTEMPTS), **more}
+
+
+def weights(root: Path) -> dict[str, bytes]:
+    """The weights and what was counted on the way, by path."""
+    kinds = ("weights.safetensors", "metrics.json", "confusion.npz", "history.csv")
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for kind in kinds
+        for path in (root / "runs").rglob(kind)
+    }
+
+
+def tables(root: Path) -> dict[str, bytes]:
+    """The tables that hold no times."""
+    return {
+        path.name: path.read_bytes()
+        for name in ("comparison", "ablation", "per_class")
+        for path in (root / "reports" / "streets").glob(f"{name}.[cmt]*")  # a figure names its records
+    }
+
+
+def mlflow_runs(root: Path) -> list[str]:
+    with sqlite3.connect(root / "mlflow.db") as store:
+        rows = store.execute("select status from runs where lifecycle_stage = 'active'").fetchall()
+    return [status for (status,) in rows]
+
+
+def new_suite(folder: Path) -> Path:
+    root = copy_repository(folder)
+    for made in (root / "runs").iterdir():
+        if made.is_dir():
+            shutil.rmtree(made)
+    for made in (root / "reports").iterdir():
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
+    (root / "dvc.lock").unlink()  # of hundreds of stages, which every command of DVC would read
+    subprocess.run(["git", "rm", "-q", "--cached", "dvc.lock"], cwd=root, check=True)
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", *identity, "commit", "-qm", "no lock"], cwd=root, check=True)
+    raw = tiny(read_params(root))
+    raw["methods"] = {key: raw["methods"][key] for key in RIVALS}
+    raw["tuning"]["methods"] = ["acfd-full"]
+    write_params(root, raw)
+    stages = yaml.safe_load((root / "dvc.yaml").read_text())
+    del stages["stages"]["export"]  # times are never the same twice
+    (root / "dvc.yaml").write_text(yaml.safe_dump(stages, sort_keys=False))
+    return root
+
+
+def dvc(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "dvc", *arguments]
+
+
+def run_dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        dvc(*arguments), cwd=root, env=environment(root), capture_output=True, text=True, check=False
+    )
+
+
+def launch(root: Path, jobs: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipelines.launch", "--jobs", str(jobs)]
+    return subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment(root),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
+    )
+
+
+def processes_in(root: Path) -> list[int]:
+    """Processes whose working directory is ``root``."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if (place / "cwd").readlink() == root and (place / "cmdline").read_bytes():
+                found.append(int(place.name))
+        except OSError:
+            continue
+    return found
