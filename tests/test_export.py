@@ -170,12 +170,12 @@ def test_disturbed_weights_are_noticed(
 
 def test_wrong_weights_are_refused(done: Path, suite: Path) -> None:
     output, params = suite / "out", load(suite)
-    with pytest.raises(ConfigError, match=r"no file .*none.*dvc checkout"):
+    with pytest.raises(ConfigError, match=r"no file .*none.*make repro"):
         export.check(BENCHMARK, STUDENT, params, suite)
     state = load_file(KD.folder(done) / "weights.safetensors")
     state["head.bias"] += 1e-6
     save_file(state, KD.folder(suite) / "weights.safetensors")
-    with pytest.raises(ConfigError, match=r"truncated or altered.*dvc checkout"):
+    with pytest.raises(ConfigError, match=r"truncated or altered.*make repro"):
         export.export_student(KD, params, output, root=suite)
     with pytest.raises(ConfigError, match="kd/7 has not finished"):
         export.export_student(Cell(BENCHMARK, STUDENT, "kd", 7), params, output, root=suite)

@@ -570,9 +570,10 @@ def test_a_lead_that_is_small_or_missing_is_a_warning(cut: str, tmp_path: Path) 
     assert readme.update(tmp_path / "README.md", readme.RESULTS, readme.block([results], None, []))
     wanted = {
         "small": f"the teacher leads the undistilled {STUDENT} by ",
-        "teacher": f"the lead of the teacher over {STUDENT} is unknown, because the teacher has not been run",
+        "teacher": f"the lead of the teacher over {STUDENT} is unknown, because the teacher has no finished "
+        "cell",
         "none": f"the lead of the teacher over {STUDENT} is unknown, because the undistilled {STUDENT} has "
-        "not",
+        "no finished cell",
     }[cut].replace("_", r"\_")
     for name in ("comparison", "ablation", "per_class"):
         assert f"**Warning:** {wanted}" in (tmp_path / f"reports/streets/{name}.md").read_text(
