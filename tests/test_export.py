@@ -169,7 +169,7 @@ def test_disturbed_weights_are_noticed(
 
 
 def test_wrong_weights_are_refused(done: Path, suite: Path) -> None:
-    output, params = suite / "out", load(suite)
+    output, params, before = suite / "out", load(suite), (suite / RECORD).read_bytes()
     with pytest.raises(ConfigError, match=r"no file .*none.*make repro"):
         export.check(BENCHMARK, STUDENT, params, suite)
     state = load_file(KD.folder(done) / "weights.safetensors")
@@ -184,7 +184,7 @@ def test_wrong_weights_are_refused(done: Path, suite: Path) -> None:
     shutil.rmtree(suite / "runs" / BENCHMARK / STUDENT / "none")
     with pytest.raises(ConfigError, match="none/0 has not finished"):
         export.check(BENCHMARK, STUDENT, params, suite)
-    assert not output.exists() and not (suite / RECORD).exists()  # nor the record of before
+    assert not output.exists() and (suite / RECORD).read_bytes() == before
 
 
 def test_the_record_has_every_finished_method(done: Path) -> None:
