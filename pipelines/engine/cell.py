@@ -205,9 +205,8 @@ def prepare(plan: Plan, params: Params, root: Path = ROOT) -> Prepared:
         "steps": training.steps,
         "threads": params.suite.threads,
         "strict": params.suite.strict,
-        "device": torch.cuda.get_device_name()
-        if device == "cuda"
-        else _processor(),  # each rounds its own way
+        # each rounds its own way
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "versions": {name: found for name, found in versions().items() if name != "python"},
         **values,
     }
