@@ -252,6 +252,17 @@ def root(done: Path, tmp_path: Path) -> Path:
     return copy
 
 
+def test_counts_that_were_replaced_since_are_no_others(root: Path) -> None:
+    """As by a cell that ends while the report runs: no table mixes old scores with new counts."""
+    one, other = (report.finished(make_params(), root)["streets"][index] for index in (0, 1))
+    shutil.copy(other.folder / "confusion.npz", one.folder / "confusion.npz")
+    with pytest.raises(
+        config.ConfigError, match="was replaced while it was read: run the same command again"
+    ):
+        one.confusion("test")
+    other.confusion("test")
+
+
 def test_a_teacher_that_failed_is_in_every_table(root: Path) -> None:
     params = make_params()
     note = teacher_cell(params, "streets").scratch(root) / "failure.txt"

@@ -353,8 +353,8 @@ def run_cell(cell: Cell, params: Params, root: Path = ROOT) -> None:
 
     While another process trains the same cell, this one waits. A whole record of exactly these inputs, which
     that process may have left, is kept and not trained again. The last state of the training stays in
-    ``.scratch/`` until dvc.lock has the record (:func:`checkpoint.forget`): a DVC that was
-    killed before that deletes the record and asks for another one.
+    ``.scratch/`` until dvc.lock has the record (:func:`checkpoint.forget`): a DVC that was killed before that
+    deletes the record and asks for another one.
     """
     planned = plan(params, cell)
     checkpoint.forget(root)

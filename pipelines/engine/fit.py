@@ -236,12 +236,12 @@ def fit(
                 history.rows.append(row)
                 if due and done < training.steps:
                     row["val_miou"] = validate()
-                began = time.monotonic()
-                if began - saved > max(SAVE_EVERY, SAVE_SHARE * spent) or done == training.steps:
+                now = time.monotonic()
+                if now - saved > max(SAVE_EVERY, SAVE_SHARE * spent) or done == training.steps:
                     history.memory_mb = max(history.memory_mb, memory_peak_mb())
                     _save(state_file, mark, done, student, method, found, history)
                     saved = time.monotonic()
-                    spent = saved - began
+                    spent = saved - now
             bar.set_postfix(
                 loss=f"{values['loss']:.3f}", lr=f"{found['main'].param_groups[0]['lr']:.4f}", refresh=False
             )

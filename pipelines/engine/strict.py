@@ -3,9 +3,8 @@
 torch 2.15 has none for two operations that segmentation uses everywhere: the gradient of adaptive average
 pooling, and the sum of a loss on maps of classes. While the context of :func:`deterministic` is open, calls
 of ``F.adaptive_avg_pool2d``, ``F.cross_entropy`` and ``F.nll_loss`` and of their modules, by networks, losses
-or a method of the user's own, become matrix products and a sum of single losses.
-The values are the same but for rounding. It does so on every device: what a GPU computes is tested without
-one.
+or a method of the user's own, become matrix products and a sum of single losses. The values are the same but
+for rounding. It does so on every device: what a GPU computes is tested without one.
 """
 
 from __future__ import annotations

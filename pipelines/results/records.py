@@ -90,10 +90,15 @@ class Record:
     def _array(self, name: str) -> np.ndarray:
         try:
             content = (self.folder / "confusion.npz").read_bytes()
-            if sha256(content) != self.run["files"]["confusion.npz"]:  # another one since the record was read
-                raise ValueError
+            if sha256(content) != self.run["files"]["confusion.npz"]:  # which was right when it was read
+                raise ConfigError(
+                    f"The record runs/{self.cell.path} was replaced while it was read: run the same command "
+                    "again."
+                )
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 return np.asarray(file[name])
+        except ConfigError:  # a ValueError too
+            raise
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ConfigError(
                 f"runs/{self.cell.path}/confusion.npz is damaged ({type(error).__name__}): delete the folder "
