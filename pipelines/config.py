@@ -237,6 +237,7 @@ class Params(Model):
     students: dict[Key, Network]
     weights: dict[Key, Weights]
     methods: dict[Key, dict[str, Any]]
+    official: dict[Key, dict[str, Any]] = {}  # of these methods: the loss weights of their authors
     acfd: dict[Key, dict[str, Any]]
     tuning: Tuning
 

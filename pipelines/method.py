@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from pipelines.config import PAPER, ROOT, ConfigError, explain
 
-TAPS = ("backbone.1", "backbone.2", "backbone.3", "backbone.4", "fusion", "logits")
+AUXILIARY = "auxiliary"  # logits of the auxiliary head, where a network has one
+TAPS = ("backbone.1", "backbone.2", "backbone.3", "backbone.4", "fusion", "logits", AUXILIARY)
 
 Taps = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, int, int]]
@@ -86,10 +87,13 @@ class Distiller(nn.Module):
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()  # () = the teacher is not run at all
+    left_out: tuple[
+        str, ...
+    ] = ()  # terms that these networks do not allow (no auxiliary head): in the record
 
     def __init__(self, config: MethodConfig, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         """``*_shapes`` map every tap to (C, H, W) at the training crop: build adapters from them, never from
-        constants.
+        constants. ``auxiliary`` is among them only if the network has an auxiliary head.
 
         ``student_taps`` and ``teacher_taps`` may be set here, on the instance, when they depend on the
         configuration.
@@ -98,7 +102,12 @@ class Distiller(nn.Module):
         self.config = config
 
     def losses(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
-        """Named, weighted, scalar terms. The engine adds the task loss, sums, and logs each by its name."""
+        """Named, weighted, scalar terms. The engine adds the task loss, sums, and logs each by its name.
+
+        Draw from torch's global generator (on the device of the taps): the engine seeds it by (seed, step),
+        so that cells are paired and a resumed training repeats the draws. State that a step changes belongs
+        into buffers, which are part of the resume state.
+        """
         return {}
 
     def own_optimizers(self) -> dict[str, Optimizer]:

@@ -33,31 +33,35 @@ class SegmentationNetwork(nn.Module):
     (before upsampling).
 
     ``backbone.i`` is the i-th stage of the encoder (stride 4, 8, then 8 or more as the output stride says),
-    ``fusion`` the decoder's output. ``auxiliary`` is the FCN head of PSPNet (Zhao, CVPR 2017: 0.4 ×
-    cross-entropy) on ``backbone.3``; it runs in training mode only and is no part of the exported network.
+    ``fusion`` the decoder's output. ``auxiliary`` are the logits of the FCN head of PSPNet (Zhao, CVPR 2017:
+    0.4 × cross-entropy) on ``backbone.3``, which a network has unless it was built without: it runs in
+    training mode or when asked, and is no part of a deployed network.
     """
 
-    def __init__(self, config: Network, classes: int) -> None:
+    def __init__(self, config: Network, classes: int, auxiliary: bool = True) -> None:
         super().__init__()
         model: Any = _build(config, classes)
         self.encoder: Any = model.encoder
         self.decoder: Any = model.decoder
         self.head: Any = model.segmentation_head[0]
-        width = self.encoder.out_channels[4]
-        self.auxiliary = nn.Sequential(
-            nn.Conv2d(width, width // 4, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width // 4),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width // 4, classes, 1),
-        )
+        self.auxiliary: nn.Sequential | None = None
+        if auxiliary:
+            width = self.encoder.out_channels[4]
+            self.auxiliary = nn.Sequential(
+                nn.Conv2d(width, width // 4, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width // 4),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(width // 4, classes, 1),
+            )
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """``images`` (B, 3, H, W) → taps, each (B, C, h, w); in training mode also ``auxiliary`` logits."""
+    def forward(self, images: Tensor, auxiliary: bool = False) -> dict[str, Tensor]:
+        """``images`` (B, 3, H, W) → taps, each (B, C, h, w); ``auxiliary`` logits, of a network that has that
+        head, in training mode or when asked for."""
         features = self.encoder(images)
         taps = {f"backbone.{stage}": features[stage + 1] for stage in range(1, 5)}
         taps["fusion"] = self.decoder(features)
         taps["logits"] = self.head(taps["fusion"])
-        if self.training:
+        if self.auxiliary is not None and (self.training or auxiliary):
             taps["auxiliary"] = self.auxiliary(taps["backbone.3"])
         return taps
 
@@ -201,7 +205,9 @@ def tap_shapes(network: SegmentationNetwork, size: tuple[int, int]) -> dict[str,
     """(C, H, W) of every tap for an input of ``size`` (H, W), without touching the network's state."""
     was_training = network.training
     with torch.no_grad():
-        taps = network.eval()(torch.zeros(1, 3, *size, device=next(network.parameters()).device))
+        taps = network.eval()(
+            torch.zeros(1, 3, *size, device=next(network.parameters()).device), auxiliary=True
+        )
     network.train(was_training)
     return {name: (int(tap.shape[1]), int(tap.shape[2]), int(tap.shape[3])) for name, tap in taps.items()}
 
