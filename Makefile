@@ -12,28 +12,28 @@ export PYTHONPATH := $(CURDIR)
 .PHONY: repro test lint tables verify ui tune bench speed spread smoke torture clean lock
 
 repro: $(READY)  ## run every experiment of params.yaml that is not up to date, JOBS at a time, then the report
-	python -m pipelines.launch $(if $(JOBS),--jobs $(JOBS))
+	python -m pipelines.suite.launch $(if $(JOBS),--jobs $(JOBS))
 
 test: $(READY)  ## the tests, on all cores
 	python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 tables: $(READY)  ## regenerate tables and figures from the committed run records: no weights, no GPU
-	python -m pipelines.report
+	python -m pipelines.stages.report
 
 verify: $(READY)  ## whether the run records support every number of the reports and the README
-	python -m pipelines.verify
+	python -m pipelines.tools.verify
 
 tune: $(READY)  ## the same trials of loss weights for every method, on the validation split
-	python -m pipelines.tune
+	python -m pipelines.tools.tune
 
 bench: $(READY)  ## time and memory of the default benchmark from nothing, in a temporary clone
 	python tests/bench.py
 
 speed: $(READY)  ## steps a second and memory of BENCHMARK's protocol on this machine, without its data
-	python -m pipelines.speed --benchmark $(BENCHMARK) $(if $(BATCH),--batch-size $(BATCH)) $(if $(SIZE),--size $(SIZE))
+	python -m pipelines.tools.speed --benchmark $(BENCHMARK) $(if $(BATCH),--batch-size $(BATCH)) $(if $(SIZE),--size $(SIZE))
 
 spread: $(READY)  ## how far a cell of BENCHMARK moves when it is trained again with the same seed, here
-	python -m pipelines.spread --benchmark $(BENCHMARK) $(if $(METHOD),--method $(METHOD)) $(if $(REPEATS),--repeats $(REPEATS))
+	python -m pipelines.tools.spread --benchmark $(BENCHMARK) $(if $(METHOD),--method $(METHOD)) $(if $(REPEATS),--repeats $(REPEATS))
 
 smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
 	python -m pytest -m smoke

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import reprlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -18,9 +18,6 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-if TYPE_CHECKING:
-    from pipelines.method import MethodConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = "acfd"  # the package and the section of params.yaml that hold the variants of the paper's method
@@ -246,13 +243,6 @@ class Params(Model):
         """Every method of params.yaml, baselines first: ``kd``, …, ``acfd-full``, …"""
         return [*self.methods, *(f"{PAPER}-{variant}" for variant in self.acfd)]
 
-    def method(self, key: str) -> MethodConfig:
-        """The checked hyper-parameters of a method."""
-        from pipelines.method import method_config  # needs torch, which half of the stages do without
-
-        known("method", key, self.method_keys)
-        return method_config(key, self.method_values(key))
-
     def method_values(self, key: str) -> dict[str, Any]:
         """The hyper-parameters of a method as they stand in params.yaml."""
         prefix = f"{PAPER}-"
@@ -303,9 +293,9 @@ def dataset_module(data: dict[str, Any], benchmark: str) -> Any:
     return importlib.import_module(f"pipelines.datasets.{name}")
 
 
-def load(path: Path | None = None, methods: bool = True) -> Params:
-    """Read and check params.yaml: structure, names, and the hyper-parameters of every data set and (with
-    torch) method."""
+def load(path: Path | None = None) -> Params:
+    """Read and check params.yaml: structure, names, and the settings of every data set. Those of methods are
+    checked by :func:`pipelines.methods.checked`, which needs torch."""
     path = path or ROOT / "params.yaml"
     try:
         params = Params.model_validate(read_yaml(path))
@@ -340,9 +330,6 @@ def load(path: Path | None = None, methods: bool = True) -> Params:
                 f"In params.yaml: methods.{key} takes a name that belongs to the variants of {PAPER}: "
                 f"rename it."
             )
-    for key in params.method_keys if methods else ():
-        for other in params.method(key).matched():
-            known("method", other, params.method_keys)
     for name, benchmark in params.benchmarks.items():
         dataset(benchmark.data, name)
     return params

@@ -7,17 +7,14 @@ that it returns. Variants of the paper's method come from ``acfd/method.py`` in 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-
-from pipelines.config import PAPER, ROOT, ConfigError, explain
 
 AUXILIARY = "auxiliary"  # logits of the auxiliary head, where a network has one
 TAPS = ("backbone.1", "backbone.2", "backbone.3", "backbone.4", "fusion", "logits", AUXILIARY)
@@ -126,33 +123,3 @@ def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     pooling."""
     size = (min(student.shape[-2], teacher.shape[-2]), min(student.shape[-1], teacher.shape[-1]))
     return tuple(x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher))  # type: ignore[return-value]
-
-
-def method_class(key: str) -> type[Distiller]:
-    """The class ``Method`` of a baseline ``<key>`` or of the paper's method (``acfd-<variant>``)."""
-    module = f"{PAPER}.method" if key.startswith(f"{PAPER}-") else f"baselines.{key}"
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:  # whatever stands in the file
-        if not (isinstance(error, ModuleNotFoundError) and error.name in (module, module.split(".")[0])):
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ConfigError(
-                f"{module.replace('.', '/')}.py cannot be imported ({reason}): correct it, or take its entry "
-                "out of params.yaml."
-            ) from error
-        have = sorted(p.stem for p in (ROOT / "baselines").glob("[a-z]*.py"))
-        raise ConfigError(
-            f"There is no method file baselines/{key}.py; the methods that exist: {', '.join(have)}."
-        ) from None
-    if not (isinstance(cls := getattr(found, "Method", None), type) and issubclass(cls, Distiller)):
-        raise ConfigError(f"{module.replace('.', '/')}.py must define `class Method(Distiller)`.")
-    return cls
-
-
-def method_config(key: str, values: Mapping[str, Any]) -> MethodConfig:
-    """The values that params.yaml gives a method, checked against the method's own ``Config``."""
-    section = f"{PAPER}.{key.removeprefix(PAPER + '-')}" if key.startswith(f"{PAPER}-") else f"methods.{key}"
-    try:
-        return method_class(key).Config.model_validate(dict(values))
-    except ValidationError as error:
-        raise ConfigError(explain(section, error)) from None

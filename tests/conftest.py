@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines import config
-from pipelines.results import records
+from pipelines import config, files
+from pipelines.methods import checked
+from pipelines.runs import records
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = ROOT / "tests" / "offline"  # in PYTHONPATH, it blocks the network
@@ -63,7 +64,7 @@ def put_figures(path: Path, lines: list[str]) -> None:
         "<!-- torture:end -->",
         after,
     ]
-    records.write_bytes(path, "".join(new).encode())
+    files.write_bytes(path, "".join(new).encode())
 
 
 TINY_DATA = {"dataset": "streets", "size": [32, 48], "train": 8, "val": 4, "test": 4, "seed": 0}
@@ -118,12 +119,12 @@ def copy_repository(target: Path) -> Path:
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with params.yaml, the data and the trained teacher of the tiny benchmark. Do not change it."""
     from pipelines.engine.cell import run_cell
-    from pipelines.fetch import fetch
-    from pipelines.results.records import teacher_cell
+    from pipelines.runs.records import teacher_cell
+    from pipelines.stages.fetch import fetch
 
     root = tmp_path_factory.mktemp("tiny")
     write_params(root, tiny(read_params()))
-    params = config.load(root / "params.yaml")
+    params = checked(config.load(root / "params.yaml"))
     fetch(root / "data", "streets", params.benchmark("streets"))
     run_cell(teacher_cell(params, "streets"), params, root)
     return root
@@ -144,6 +145,6 @@ def edit(place: Path) -> Callable[[Callable[[dict[str, Any]], None]], config.Par
         raw = read_params(place)
         change(raw)
         write_params(place, raw)
-        return config.load(place / "params.yaml")
+        return checked(config.load(place / "params.yaml"))
 
     return apply

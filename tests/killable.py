@@ -25,19 +25,21 @@ from typing import Any
 
 from PIL import Image
 
-from pipelines import config, fetch, report
+from pipelines import config
 from pipelines.datasets import transforms
 from pipelines.engine import cell as cell_module
 from pipelines.engine import eager, fit
+from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork
-from pipelines.results import tracking
-from pipelines.results.records import Cell, teacher_cell
+from pipelines.runs import tracking
+from pipelines.runs.records import Cell, teacher_cell
+from pipelines.stages import fetch, report
 
 CELL = Cell("streets", "pspnet-resnet18", "skd", 0)
 
 
 def part(name: str, root: Path) -> None:
-    params = config.load(root / "params.yaml", methods=name == "cell")
+    params = checked(config.load(root / "params.yaml", methods=name == "cell"))
     if name == "fetch":
         fetch.fetch(root / "data", "streets", params.benchmark("streets"))
     elif name == "report":
@@ -130,7 +132,7 @@ def main() -> None:
         importlib.import_module("mlflow")
     if name == "cell":  # what a training imports late, once for all children
         importlib.import_module("accelerate")
-        SegmentationNetwork(config.load(root / "params.yaml").students[CELL.student], 2)
+        SegmentationNetwork(checked(config.load(root / "params.yaml")).students[CELL.student], 2)
     note, draw, places = root / ".event", random.Random(seed), Counter[str]()
     if child(name, root, None, note):
         sys.exit("the part failed before any kill")

@@ -22,8 +22,8 @@ ATTEMPTS = ".scratch/attempts"  # to connect, noted by tests/offline
 # the commands of a clone, with its own modules
 RUN_CELL = (
     "import sys; from pathlib import Path; from pipelines import cli, config\n"
-    "from pipelines.engine.cell import run_cell; from pipelines.results.records import Cell\n"
-    "root = Path(sys.argv[1]); params = config.load(root / 'params.yaml')\n"
+    "from pipelines.engine.cell import run_cell; from pipelines.runs.records import Cell\n"
+    "root = Path(sys.argv[1]); params = checked(config.load(root / 'params.yaml'))\n"
     "cli.run(lambda: run_cell(Cell('streets', 'pspnet-resnet18', sys.argv[2], 0), params, root))\n"
 )
 
@@ -95,7 +95,7 @@ def run_dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def launch(root: Path, jobs: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipelines.launch", "--jobs", str(jobs)]
+    command = [sys.executable, "-m", "pipelines.suite.launch", "--jobs", str(jobs)]
     return subprocess.Popen(
         command,
         cwd=root,

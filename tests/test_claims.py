@@ -20,9 +20,9 @@ from conftest import ROOT
 
 from pipelines import config
 from pipelines.config import Benchmark, ConfigError, Network, Params
-from pipelines.results import claims
-from pipelines.results.claims import Claims, Verdict
-from pipelines.results.gathered import Results
+from pipelines.reports import claims
+from pipelines.reports.claims import Claims, Verdict
+from pipelines.reports.results import Results
 
 STUDENT = "small"
 BENCHMARK = "roads"
@@ -69,7 +69,7 @@ Change = Callable[[dict[str, Any]], Any]
 
 @cache
 def parameters() -> Params:
-    return config.load(methods=False)
+    return config.load()
 
 
 def network(encoder: str) -> Network:
@@ -575,13 +575,13 @@ def test_the_claims_of_the_repository() -> None:
 
 
 def test_claims_need_no_heavy_library() -> None:
-    code = "import sys, pipelines.results.claims; print({'torch', 'mlflow', 'dvc'} & set(sys.modules))"
+    code = "import sys, pipelines.reports.claims; print({'torch', 'mlflow', 'dvc'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
 def test_the_published_validation_split_is_our_test_split_where_test_labels_are_not_public() -> None:
-    params, published = config.load(methods=False), claims.load(ROOT / claims.FILE)
+    params, published = config.load(), claims.load(ROOT / claims.FILE)
     claim = next(claim for claim in published.claims if (claim.dataset, claim.split) == ("cityscapes", "val"))
     for benchmark, ours in (("cityscapes", "val"), ("voc", "val"), ("ade20k", "val"), ("camvid", "test")):
         found = claims._differences(claim, published, params, benchmark, "pspnet-resnet18")

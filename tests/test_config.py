@@ -15,6 +15,7 @@ from conftest import ROOT, read_params, write_params
 
 from pipelines import config
 from pipelines.config import ConfigError
+from pipelines.methods import checked
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -23,7 +24,7 @@ def loaded(tmp_path: Path, change: Change) -> config.Params:
     raw = read_params()
     change(raw)
     write_params(tmp_path, raw)
-    return config.load(tmp_path / "params.yaml")
+    return checked(config.load(tmp_path / "params.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -83,13 +84,13 @@ def test_bad_params_are_one_sentence(tmp_path: Path, change: Change, sentence: s
 def test_unreadable_params(tmp_path: Path) -> None:
     file = tmp_path / "params.yaml"
     with pytest.raises(ConfigError, match="cannot be read"):
-        config.load(file)
+        checked(config.load(file))
     file.write_text("suite: [")
     with pytest.raises(ConfigError, match="not valid YAML"):
-        config.load(file)
+        checked(config.load(file))
     file.write_text("just words")
     with pytest.raises(ConfigError, match=r"params\.yaml"):
-        config.load(file)
+        checked(config.load(file))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_unreadable_params(tmp_path: Path) -> None:
 )
 def test_a_stage_says_what_exists_and_fails(arguments: list[str], sentence: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.distill", *arguments, "--seed", "0"],
+        [sys.executable, "-m", "pipelines.stages.distill", *arguments, "--seed", "0"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -116,7 +117,7 @@ def test_a_stage_says_what_exists_and_fails(arguments: list[str], sentence: str)
 
 
 def test_the_paper_has_all_its_variants_and_seven_names_safe_in_paths() -> None:
-    params = config.load()
+    params = checked(config.load())
     seven = ["full", "afd", "ccd", "csd", "afd-ccd", "afd-csd", "ccd-csd"]
     full = params.acfd["full"]
     for name in seven:
@@ -170,7 +171,10 @@ def test_what_the_readme_adds_is_accepted(tmp_path: Path) -> None:
     raw = read_params()
     raw["students"] |= yaml.safe_load(student[1])
     write_params(tmp_path, raw)
-    assert config.load(tmp_path / "params.yaml").student("pspnet-mobilenetv2").encoder == "tu-mobilenetv2_100"
+    assert (
+        checked(config.load(tmp_path / "params.yaml")).student("pspnet-mobilenetv2").encoder
+        == "tu-mobilenetv2_100"
+    )
     assert yaml.safe_load(method[1]) == {"mymethod": {"weight": 0.1}}
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import ROOT
-from pipelines.results.confusion import confusion_matrix, iou, summary
+from pipelines.runs.confusion import confusion_matrix, iou, summary
 
 CLASSES, IGNORE = 4, 255
 
@@ -132,5 +132,5 @@ def test_a_split_without_a_labelled_pixel_has_no_score() -> None:
 
 
 def test_the_report_is_made_without_torch() -> None:
-    code = "import sys, pipelines.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, pipelines.stages.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

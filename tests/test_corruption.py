@@ -22,15 +22,18 @@ from typing import Any
 import pytest
 from conftest import ROOT, TALLY, read_params, write_params
 
-from pipelines import config, report, tune, verify
+from pipelines import config
 from pipelines.config import ConfigError, Params
 from pipelines.datasets import folder, transforms
 from pipelines.engine import cell as cell_module
 from pipelines.engine import checkpoint, fit
 from pipelines.engine.cell import run_cell
-from pipelines.fetch import fetch
-from pipelines.results import budget, exports, records, sizes, tracking
-from pipelines.results.records import Cell, teacher_cell
+from pipelines.methods import checked
+from pipelines.runs import budget, counts, exports, records, tracking
+from pipelines.runs.records import Cell, teacher_cell
+from pipelines.stages import report
+from pipelines.stages.fetch import fetch
+from pipelines.tools import tune, verify
 
 TORTURE = bool(os.environ.get("ACFD_TORTURE"))
 MANY = 80 if TORTURE else 8  # damages of a file that is read at once
@@ -48,7 +51,7 @@ def whole(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = read_params(root)
     raw["tuning"].update(benchmark="streets", methods=["kd"], trials=1, steps=2)
     write_params(root, raw)
-    tune.tune(config.load(root / "params.yaml"), root)
+    tune.tune(checked(config.load(root / "params.yaml")), root)
     for cell in (NONE, KD):
         run_cell(cell, load(root), root)
     report.report(load(root), root)
@@ -67,7 +70,7 @@ def root(whole: Path, tmp_path: Path) -> Path:
 
 
 def load(root: Path) -> Params:
-    return config.load(root / "params.yaml", methods=False)
+    return config.load(root / "params.yaml")
 
 
 def damages(path: Path, count: int) -> Iterator[str]:
@@ -158,14 +161,14 @@ def test_a_cell_with_a_damaged_file_is_trained_again_to_the_same_bits(name: str,
         if name == "weights.safetensors" and how != "deleted":
             wanted = f"{KD.path}: weights.safetensors is not the file of the record."
             assert wanted in verify.problems(load(root), root)
-        run_cell(KD, config.load(root / "params.yaml"), root)
+        run_cell(KD, checked(config.load(root / "params.yaml")), root)
         assert trained(root) == before, how
     tally(f"{name}, then `make repro`", count, "rebuilt to the same bits")
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "metrics.json", "run.json"])
 def test_nothing_learns_from_a_damaged_teacher(name: str, root: Path) -> None:
-    params, count = config.load(root / "params.yaml"), 0
+    params, count = checked(config.load(root / "params.yaml")), 0
     teacher = teacher_cell(params, "streets").folder(root)
     shutil.rmtree(KD.folder(root))
     for how in damages(teacher / name, FEW if TORTURE else 2):
@@ -198,16 +201,16 @@ def test_a_damaged_record_of_an_export_is_one_sentence(root: Path) -> None:
 
 
 def test_damaged_counts_of_networks_are_counted_again(root: Path) -> None:
-    params, place = config.load(methods=False), root / sizes.COUNTS
-    shutil.copy(ROOT / sizes.COUNTS, place)
-    before, count = sizes.read(root)["networks"], 0
-    assert before and not sizes.missing(params, root)
+    params, place = config.load(), root / counts.COUNTS
+    shutil.copy(ROOT / counts.COUNTS, place)
+    before, count = counts.read(root)["networks"], 0
+    assert before and not counts.missing(params, root)
     for how in damages(place, MANY):
         count += 1
-        found = sizes.read(root)["networks"]
+        found = counts.read(root)["networks"]
         assert found in ({}, before), how
         if not found:
-            assert sizes.missing(params, root)
+            assert counts.missing(params, root)
     tally("the counts of networks", count, "taken as not there, the next run counts again; no other number")
 
 
@@ -242,7 +245,7 @@ def test_an_old_resume_file_is_ignored_with_a_message(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    content = interrupted(root, config.load(root / "params.yaml"), monkeypatch)
+    content = interrupted(root, checked(config.load(root / "params.yaml")), monkeypatch)
     raw = read_params(root)
     if what == "params":
         raw["methods"]["kd"]["temperature"] += 1
@@ -258,7 +261,7 @@ def test_an_old_resume_file_is_ignored_with_a_message(
     else:
         raw["benchmarks"]["streets"]["teacher"]["seed"] += 1
     write_params(root, raw)
-    params = config.load(root / "params.yaml")
+    params = checked(config.load(root / "params.yaml"))
     if what == "data":
         fetch(root / "data", "streets", params.benchmark("streets"))
     if what in ("data", "teacher"):
@@ -295,7 +298,7 @@ def test_removing_a_method_removes_its_rows(root: Path, tmp_path: Path) -> None:
 def test_a_damaged_resume_file_is_a_new_start(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    params, before = config.load(root / "params.yaml"), trained(root)
+    params, before = checked(config.load(root / "params.yaml")), trained(root)
     state, content, count = KD.scratch(root) / "state.pt", interrupted(root, params, monkeypatch), 0
     for how in damages(state, 4 if TORTURE else 1):
         caplog.clear()
@@ -329,7 +332,7 @@ def test_damaged_data_are_never_trained_on(name: str, root: Path, tmp_path: Path
             folder.load(data, split)
         if folder.describe(data).sha256 != wanted:
             assert name == folder.DESCRIPTION
-            run_cell(KD, config.load(root / "params.yaml"), root)
+            run_cell(KD, checked(config.load(root / "params.yaml")), root)
 
     for how in damages(data / name, MANY):
         count += 1
@@ -345,7 +348,7 @@ def test_a_teacher_of_other_data_teaches_nothing(root: Path) -> None:
     place.write_text(place.read_text().replace('"name": "streets"', '"name": "street"'))
     folder.check(place.parent)
     shutil.rmtree(KD.folder(root))
-    said = sentence(lambda: run_cell(KD, config.load(root / "params.yaml"), root))
+    said = sentence(lambda: run_cell(KD, checked(config.load(root / "params.yaml")), root))
     assert said is not None and "was trained on other data" in said
 
 
@@ -411,8 +414,10 @@ def test_a_damaged_store_of_trials_is_rebuilt_from_the_log(root: Path) -> None:
         broken = b"\0" * 4096 + content[4096:] if end == "flipped" else content[: len(content) // 2]
         (root / "tuning.db").write_bytes(broken)
         script = (
-            "import sys; from pathlib import Path; from pipelines import cli, config, tune\n"
-            "root = Path(sys.argv[1]); cli.run(lambda: tune.tune(config.load(root / 'params.yaml'), root))"
+            "import sys; from pathlib import Path; from pipelines import cli, config\n"
+            "from pipelines.tools import tune; from pipelines.methods import checked\n"
+            "root = Path(sys.argv[1]); params = checked(config.load(root / 'params.yaml'))\n"
+            "cli.run(lambda: tune.tune(params, root))"
         )
         done = subprocess.run(
             [sys.executable, "-c", script, str(root)], cwd=ROOT, capture_output=True, text=True, check=False
@@ -486,8 +491,9 @@ def test_a_stage_ends_with_the_sentence_and_status_1(root: Path, caplog: pytest.
     logging.getLogger().setLevel(logging.WARNING)
     (KD.folder(root) / "metrics.json").write_text("{")
     script = (
-        "import sys; from pathlib import Path; from pipelines import cli, config, report\n"
-        "root = Path(sys.argv[1]); params = config.load(root / 'params.yaml', methods=False)\n"
+        "import sys; from pathlib import Path; from pipelines import cli, config\n"
+        "from pipelines.stages import report\n"
+        "root = Path(sys.argv[1]); params = config.load(root / 'params.yaml')\n"
         "cli.run(lambda: report.report(params, root))"
     )
     done = subprocess.run(

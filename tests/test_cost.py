@@ -15,16 +15,13 @@ from pipelines import config
 from pipelines.config import Network
 from pipelines.engine.cell import run_cell
 from pipelines.engine.cost import step_flops
-from pipelines.method import Distiller, MethodConfig, method_class
+from pipelines.method import Distiller, MethodConfig
+from pipelines.methods import checked, configured, method_class
 from pipelines.networks import SegmentationNetwork, tap_shapes
-from pipelines.results.records import Cell
+from pipelines.runs.records import Cell
 
 CLASSES, IGNORE = 5, 255
-TRAINING = (
-    config.load(methods=False)
-    .benchmarks["streets"]
-    .training.model_copy(update={"batch_size": 2, "crop": (32, 48)})
-)
+TRAINING = config.load().benchmarks["streets"].training.model_copy(update={"batch_size": 2, "crop": (32, 48)})
 
 
 def network(encoder: str) -> SegmentationNetwork:
@@ -72,11 +69,11 @@ def test_kd_adds_the_forward_pass_of_its_teacher() -> None:
 
 
 def test_counting_changes_nothing() -> None:
-    params = config.load()
+    params = checked(config.load())
     student, teacher = network("tu-resnet18"), network("tu-resnet18").eval()
     shapes = tap_shapes(student, TRAINING.crop)
     for key in ("skd", "acfd-full"):  # both have parameters of their own
-        method = method_class(key)(params.method(key), shapes, shapes)
+        method = method_class(key)(configured(params, key), shapes, shapes)
         before = copy.deepcopy([part.state_dict() for part in (student, teacher, method)])
         state = torch.get_rng_state()
         first = step_flops(student, teacher, method, CLASSES, IGNORE, TRAINING)
@@ -88,7 +85,7 @@ def test_counting_changes_nothing() -> None:
 
 
 def test_the_control_is_trained_for_the_compute_of_the_dearest(place: Path) -> None:
-    params = config.load(place / "params.yaml")
+    params = checked(config.load(place / "params.yaml"))
     runs = {}
     for method in ("none", "none_matched", "cwd", "skd"):
         cell = Cell("streets", "pspnet-resnet18", method, 0)

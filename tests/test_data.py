@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from pipelines.config import ROOT, Benchmark, ConfigError, Training
 from pipelines.datasets import camvid, folder, streets, transforms
-from pipelines.fetch import fetch
+from pipelines.stages.fetch import fetch
 
 STREETS = {"dataset": "streets", "size": [32, 48], "train": 6, "val": 2, "test": 2, "seed": 0}
 STILL = {"scale": (1.0, 1.0), "flip": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
@@ -112,7 +112,7 @@ def test_load_gives_the_pixels_of_the_files(pristine):
 
 def test_fetch_and_checks_start_without_torch():
     """Importing torch takes seconds, which the data stage has no use for."""
-    modules = "pipelines.fetch, pipelines.datasets.camvid, pipelines.datasets.streets"
+    modules = "pipelines.stages.fetch, pipelines.datasets.camvid, pipelines.datasets.streets"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

@@ -25,9 +25,10 @@ from pipelines import config
 from pipelines.config import Benchmark, ConfigError
 from pipelines.datasets import ade20k, archives, cityscapes, folder, voc, writer
 from pipelines.engine.cell import run_cell
-from pipelines.fetch import fetch
-from pipelines.results import records
-from pipelines.results.records import Cell, teacher_cell
+from pipelines.methods import checked
+from pipelines.runs import records
+from pipelines.runs.records import Cell, teacher_cell
+from pipelines.stages.fetch import fetch
 
 Files = dict[str, bytes]
 draw = np.random.default_rng(0)
@@ -610,7 +611,7 @@ def test_fetch_train_evaluate(name: str, own: Path, tmp_path: Path, monkeypatch:
     root = tmp_path / "suite"
     root.mkdir()
     write_params(root, raw)
-    params = config.load(root / "params.yaml")
+    params = checked(config.load(root / "params.yaml"))
     fetch(root / "data", "streets", params.benchmark("streets"))
     run_cell(teacher_cell(params, "streets"), params, root)
     cell = Cell("streets", "pspnet-resnet18", "kd", 0)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, copy_repository, read_params, tiny, write_params
 
-from pipelines.results import figures, readme
+from pipelines.reports import figures, readme
 
 pytestmark = pytest.mark.smoke
 
@@ -100,7 +100,7 @@ def test_the_control_has_the_compute_of_the_dearest_method(clone: Path) -> None:
 
 def test_the_records_of_a_run_are_verified(clone: Path) -> None:
     def verify() -> tuple[int, str]:
-        command = [sys.executable, "-m", "pipelines.verify"]
+        command = [sys.executable, "-m", "pipelines.tools.verify"]
         done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
         return done.returncode, done.stderr
 
@@ -169,5 +169,7 @@ def test_tables_come_from_the_records_alone_and_twice_the_same(clone: Path) -> N
     for path in clone.rglob("weights.safetensors"):
         path.unlink()
     (clone / "mlflow.db").unlink()
-    subprocess.run([sys.executable, "-m", "pipelines.report"], cwd=clone, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "pipelines.stages.report"], cwd=clone, check=True, capture_output=True
+    )
     assert before == {p.name: p.read_bytes() for p in reports.iterdir()}

@@ -26,15 +26,16 @@ from pipelines.engine import fit as fit_module
 from pipelines.engine.cell import CODE, plan, run_cell, train
 from pipelines.engine.fit import DistillationStep, cross_entropy, optimizers, schedule
 from pipelines.method import Batch, Distiller, MethodConfig
+from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork, file_sha256, tap_shapes
-from pipelines.results import records
-from pipelines.results.records import Cell
+from pipelines.runs import records
+from pipelines.runs.records import Cell
 
 R18 = Network(architecture="PSPNet", encoder="tu-resnet18", output_stride=8, weights=None)
 
 
 def load(root: Path) -> config.Params:
-    return config.load(root / "params.yaml")
+    return checked(config.load(root / "params.yaml"))
 
 
 def student_cell(method: str, seed: int = 0) -> Cell:
@@ -489,7 +490,7 @@ def test_code_of_the_fingerprint_and_of_the_stages_are_the_same() -> None:
     stages = yaml.safe_load((config.ROOT / "dvc.yaml").read_text())["stages"]
     for name in ("train_teacher", "distill", "acfd"):
         deps = {d for d in stages[name]["deps"] if d.startswith("pipelines/")}
-        assert deps - {"pipelines/train_teacher.py", "pipelines/distill.py"} == set(CODE)
+        assert deps - {"pipelines/stages/train_teacher.py", "pipelines/stages/distill.py"} == set(CODE)
         assert all((config.ROOT / d).is_file() for d in deps)
 
 

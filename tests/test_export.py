@@ -23,13 +23,17 @@ from conftest import ROOT, read_params, rewrite, write_params
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pipelines import config, export, report, verify
+from pipelines import config
 from pipelines.config import ConfigError
 from pipelines.engine import deploy
 from pipelines.engine.cell import run_cell
+from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork
-from pipelines.results import exports, statistics, tracking
-from pipelines.results.records import Cell
+from pipelines.reports import statistics
+from pipelines.runs import exports, tracking
+from pipelines.runs.records import Cell
+from pipelines.stages import export, report
+from pipelines.tools import verify
 
 BENCHMARK, STUDENT = "streets", "pspnet-resnet18"
 RECORD = f"runs/{BENCHMARK}/exports/{STUDENT}.json"
@@ -38,7 +42,7 @@ SIZE = (32, 48)
 
 
 def load(root: Path) -> config.Params:
-    return config.load(root / "params.yaml")
+    return checked(config.load(root / "params.yaml"))
 
 
 @pytest.fixture(scope="module")

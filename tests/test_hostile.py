@@ -31,14 +31,17 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import ExifTags, Image
 
-from pipelines import config, report
+from pipelines import config, files
 from pipelines.config import ConfigError, Params
 from pipelines.datasets import camvid, folder, writer
 from pipelines.engine import checkpoint
-from pipelines.fetch import fetch
+from pipelines.methods import checked
 from pipelines.networks import read_state
-from pipelines.results import records, tables, tracking
-from pipelines.results.records import Cell
+from pipelines.reports import tables
+from pipelines.runs import records, tracking
+from pipelines.runs.records import Cell
+from pipelines.stages import report
+from pipelines.stages.fetch import fetch
 
 TORTURE = bool(os.environ.get("ACFD_TORTURE"))
 COMMON: dict[str, Any] = {
@@ -109,7 +112,7 @@ def changed_params(draw: Any) -> Any:
 
 def loads(path: Path) -> bool:
     try:
-        found = config.load(path)
+        found = checked(config.load(path))
     except ConfigError as error:
         short(error)
         return False
@@ -563,7 +566,7 @@ def test_damaged_lists_of_camvid(lists: str, tmp_path: Path, monkeypatch: pytest
     camvid_of(tmp_path, monkeypatch, lists)
     before = sorted(tmp_path.rglob("*"))
     settings_ = (
-        config.load()
+        checked(config.load())
         .benchmark("camvid-small")
         .model_copy(update={"data": {"dataset": "camvid", "size": None, "mirror": None}})
     )
@@ -612,7 +615,9 @@ def test_a_resume_file_is_never_executed(tmp_path: Path) -> None:
 
 def test_counts_are_never_executed(place: Path) -> None:
     marker, cell = place / "executed", Cell("streets", "pspnet-resnet18", "none", 0)
-    teacher = records.read(records.teacher_cell(config.load(place / "params.yaml"), "streets"), place)
+    teacher = records.read(
+        records.teacher_cell(checked(config.load(place / "params.yaml")), "streets"), place
+    )
     assert teacher is not None
     output = io.BytesIO()
     evil = np.array([Evil(marker)], dtype=object)
@@ -728,9 +733,9 @@ def test_tables_of_any_text(tmp_path: Path) -> None:
 def test_a_hostile_note_of_a_failure_stays_in_its_cell(place: Path) -> None:
     cell = Cell("streets", "pspnet-resnet18", "kd", 0)
     note = "RuntimeError: <script>alert(1)</script> | a_b | \\input{x} $y$ 50% <!-- results:end -->"
-    records.write_bytes(cell.scratch(place) / "failure.txt", note.encode())
+    files.write_bytes(cell.scratch(place) / "failure.txt", note.encode())
     (place / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\nafter\n")
-    params = config.load(place / "params.yaml", methods=False)
+    params = config.load(place / "params.yaml")
     found = report.finished(params, place)
     frames = {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
     for _ in range(2):
@@ -751,21 +756,23 @@ def test_a_hostile_note_of_a_failure_stays_in_its_cell(place: Path) -> None:
 EVERYTHING = """
 import os, sys
 from pathlib import Path
-from pipelines import config, count, export, fetch_weights, predict, report, speed, spread, tune, verify
+from pipelines import config
+from pipelines.stages import count, export, fetch_weights, report
+from pipelines.tools import predict, speed, spread, tune, verify
 from pipelines.config import ConfigError
 from pipelines.datasets import camvid
 from pipelines.engine.cell import run_cell
-from pipelines.fetch import fetch
-from pipelines.results.records import Cell, teacher_cell
+from pipelines.stages.fetch import fetch
+from pipelines.runs.records import Cell, teacher_cell
 root = Path(sys.argv[1])
-params = config.load(root / "params.yaml")
+params = checked(config.load(root / "params.yaml"))
 camvid.MANIFEST = root / "camvid.sha256"
 small = params.benchmark("camvid-small")
 fetch(root / "data", "camvid-small", small)
 fetch(root / "data", "streets", params.benchmark("streets"))
 run_cell(teacher_cell(params, "streets"), params, root)
 tune.tune(params, root)
-params = config.load(root / "params.yaml")
+params = checked(config.load(root / "params.yaml"))
 for method in ("none", "kd"):
     run_cell(Cell("streets", "pspnet-resnet18", method, 0), params, root)
 export.check("streets", "pspnet-resnet18", params, root)

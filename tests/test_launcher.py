@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT, TALLY, read_params, write_params
+from pipelines.engine.lock import hold
 from suites import (
     ATTEMPTS,
     KILLS,
@@ -35,12 +36,13 @@ from suites import (
     weights,
 )
 
-from pipelines import config, report
+from pipelines import config, files
 from pipelines import launch as launcher
 from pipelines.engine.cell import run_cell
-from pipelines.engine.lock import hold
-from pipelines.results import exports, records
-from pipelines.results.records import Cell, teacher_cell
+from pipelines.methods import checked
+from pipelines.runs import exports, records
+from pipelines.runs.records import Cell, teacher_cell
+from pipelines.stages import report
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def suite(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.run(dvc("repro"), cwd=root, env=environment(root), check=True, capture_output=True)
         return root
     shutil.copytree(tiny_root / "data", root / "data")
-    params = config.load(root / "params.yaml")
+    params = checked(config.load(root / "params.yaml"))
     for cell in (teacher_cell(params, "streets"), *records.expected_cells(params, "streets", root)):
         if cell.method in ("teacher", *RIVALS, "acfd-full"):
             run_cell(cell, params, root)
@@ -359,7 +361,7 @@ def test_a_record_that_dvc_takes_for_todays_and_is_not_is_made_anew(suite: Path,
     write_params(root, raw)
     done = run_dvc(root, "commit", "-f", "distill@streets-pspnet-resnet18-kd-0")
     assert done.returncode == 0 and "kd-0" not in run_dvc(root, "status").stdout
-    records.write_bytes(records.failure_note(other, root), b"a setting that was wrong")
+    files.write_bytes(records.failure_note(other, root), b"a setting that was wrong")
     process = launch(root, 1)
     _, text = process.communicate(timeout=600)
     assert process.returncode == 0, text
@@ -495,7 +497,7 @@ def test_the_record_of_a_cell_that_fails_again_comes_back(suite: Path, tmp_path:
         file.write("\n    def losses(self, student, teacher, batch):\n")
         file.write("        import os\n        os.kill(os.getpid(), 9)\n")
     before = weights(root)
-    params = config.load(root / "params.yaml", methods=False)
+    params = config.load(root / "params.yaml")
     running = launcher.Launcher(1, [], root)
     running.cells, _ = launcher.stages_of(params)
     stage = "distill@streets-pspnet-resnet18-none-0"

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from acfd.losses import adaptive_feature_loss, channel_significance_loss, peak_class_weights
 from baselines.cwd import cwd_loss
 from pipelines.config import PAPER, ROOT, ConfigError
-from pipelines.method import TAPS, Batch, Distiller, method_class, method_config
+from pipelines.method import TAPS, Batch, Distiller
+from pipelines.methods import method_class, method_config
 
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 VALUES: dict[str, dict[str, Any]] = {

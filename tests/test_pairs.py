@@ -15,7 +15,7 @@ from pipelines import config
 from pipelines.config import ROOT, Network, Training
 from pipelines.datasets.folder import Split
 from pipelines.engine.fit import fit
-from pipelines.method import method_class, method_config
+from pipelines.methods import method_class, method_config
 from pipelines.networks import SegmentationNetwork, tap_shapes
 
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -26,7 +26,7 @@ TEACHERS = {
     "segformer-b2": ("Segformer", "mit_b2", 32),
     "segformer-b4": ("Segformer", "mit_b4", 32),
 }
-STUDENTS = config.load(methods=False).students
+STUDENTS = config.load().students
 CLASSES, IGNORE, CROP = 5, 255, (32, 64)
 
 

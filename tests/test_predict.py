@@ -18,12 +18,14 @@ from conftest import rewrite
 from PIL import Image, ImageFile
 from safetensors.torch import load_file
 
-from pipelines import cli, config, predict
+from pipelines import cli, config
 from pipelines.config import ConfigError
 from pipelines.datasets import streets
 from pipelines.engine.cell import run_cell
+from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork
-from pipelines.results.records import Cell
+from pipelines.runs.records import Cell
+from pipelines.tools import predict
 
 CELL = Cell("streets", "pspnet-resnet18", "none", 0)
 SMALL = (24, 40)  # height, width of odd images
@@ -35,7 +37,7 @@ def trained(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("predict")
     shutil.copytree(tiny_root / "data", root / "data")
     shutil.copy(tiny_root / "params.yaml", root)
-    run_cell(CELL, config.load(root / "params.yaml"), root)
+    run_cell(CELL, checked(config.load(root / "params.yaml")), root)
     return root
 
 
@@ -52,7 +54,7 @@ def run(trained: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
 @pytest.fixture
 def network(trained: Path) -> SegmentationNetwork:
-    built = SegmentationNetwork(config.load(trained / "params.yaml").students[CELL.student], 12)
+    built = SegmentationNetwork(checked(config.load(trained / "params.yaml")).students[CELL.student], 12)
     built.load_state_dict(load_file(CELL.folder(trained) / "weights.safetensors"), strict=False)
     return built.eval().to(memory_format=torch.channels_last)
 
@@ -259,7 +261,7 @@ def test_every_data_set_has_a_legend(name: str) -> None:
     module = importlib.import_module(f"pipelines.datasets.{name}")
     meta = next(
         module.meta(config.dataset(own.data, key)[1])
-        for key, own in config.load(methods=False).benchmarks.items()
+        for key, own in config.load().benchmarks.items()
         if own.data["dataset"] == name
     )
     assert len(set(meta.classes)) == len(meta.classes) == len(meta.palette)

@@ -28,8 +28,9 @@ from suites import (
 
 from pipelines import config
 from pipelines.engine.cell import run_cell
-from pipelines.results import records
-from pipelines.results.records import Cell, teacher_cell
+from pipelines.methods import checked
+from pipelines.runs import records
+from pipelines.runs.records import Cell, teacher_cell
 
 CELL = Cell("streets", "pspnet-resnet18", "skd", 0)
 
@@ -58,7 +59,7 @@ def test_a_kill_at_any_moment_changes_nothing(part: str, tmp_path: Path) -> None
 
 
 def test_a_killed_report_is_made_whole_by_the_next(place: Path) -> None:
-    params = config.load(place / "params.yaml")
+    params = checked(config.load(place / "params.yaml"))
     for method in ("none", "kd"):
         run_cell(Cell("streets", "pspnet-resnet18", method, 0), params, place)
     (place / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
@@ -86,12 +87,12 @@ def test_a_second_process_waits_and_keeps_the_record(place: Path) -> None:
 
 def test_a_changed_setting_is_never_answered_by_an_old_record(place: Path) -> None:
     cell = Cell("streets", "pspnet-resnet18", "kd", 0)
-    run_cell(cell, config.load(place / "params.yaml"), place)
+    run_cell(cell, checked(config.load(place / "params.yaml")), place)
     before = weights(place)
     raw = read_params(place)
     raw["methods"]["kd"]["weight"] += 1
     write_params(place, raw)
-    run_cell(cell, config.load(place / "params.yaml"), place)
+    run_cell(cell, checked(config.load(place / "params.yaml")), place)
     assert weights(place) != before
     record = records.read(cell, place)
     assert record is not None and record.run["config"]["method"]["weight"] == raw["methods"]["kd"]["weight"]
@@ -141,7 +142,7 @@ def test_what_changes_while_a_cell_trains_is_never_taken_for_its_input(
     raw["methods"]["meddler"] = {"weight": 0.125}
     write_params(root, raw)
     cell = Cell("streets", "pspnet-resnet18", "meddler", 0)
-    command = [sys.executable, "-m", "pipelines.distill", "--benchmark", "streets"]
+    command = [sys.executable, "-m", "pipelines.stages.distill", "--benchmark", "streets"]
     command += ["--student", "pspnet-resnet18", "--method", "meddler", "--seed", "0"]
 
     def run(**more: str) -> subprocess.CompletedProcess[str]:
@@ -204,8 +205,8 @@ OTHERS = {  # command: how it is called, a limit that it meets, what it makes
 
 RUN_OTHER = (
     "import sys; from pathlib import Path; from pipelines import cli, config\n"
-    "from pipelines import count, export, fetch, report, tune\n"
-    "root = Path(sys.argv[1]); params = config.load(root / 'params.yaml')\n"
+    "from pipelines.stages import count, export, fetch, report; from pipelines.tools import tune\n"
+    "root = Path(sys.argv[1]); params = checked(config.load(root / 'params.yaml'))\n"
     "cli.run(lambda: {})\n"
 )
 
@@ -222,7 +223,9 @@ def test_a_full_disk_stops_every_command_by_one_sentence(command: str, place: Pa
     if command == "fetch":
         shutil.rmtree(place / "data")
     if command in ("report", "export"):
-        run_cell(Cell("streets", "pspnet-resnet18", "none", 0), config.load(place / "params.yaml"), place)
+        run_cell(
+            Cell("streets", "pspnet-resnet18", "none", 0), checked(config.load(place / "params.yaml")), place
+        )
     before = weights(place)
 
     def run(limit: int) -> subprocess.CompletedProcess[str]:
@@ -282,7 +285,7 @@ def test_a_read_only_folder_is_one_sentence(place: Path) -> None:
 
 def test_the_teacher_is_a_cell_like_any_other(place: Path) -> None:
     """A second training of a finished teacher is no training."""
-    params = config.load(place / "params.yaml")
+    params = checked(config.load(place / "params.yaml"))
     before = weights(place)
     stamp = (teacher_cell(params, "streets").folder(place) / "run.json").stat().st_mtime_ns
     run_cell(teacher_cell(params, "streets"), params, place)

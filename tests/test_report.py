@@ -19,13 +19,16 @@ import pytest
 from conftest import ROOT, rewrite
 from PIL import Image
 
-from pipelines import config, report
+from pipelines import config
 from pipelines.config import Params
-from pipelines.results import figures, plans, ranks, readme, tables, tracking
-from pipelines.results.confusion import summary
-from pipelines.results.gathered import SCORE, Results, gather
-from pipelines.results.records import Cell, expected_cells, json_bytes, teacher_cell, write_bytes
-from pipelines.results.records import write as write_record
+from pipelines.files import json_bytes, write_bytes
+from pipelines.reports import benchmark_table, figures, ranks, readme, tables
+from pipelines.reports.results import SCORE, Results, gather
+from pipelines.runs import tracking
+from pipelines.runs.confusion import summary
+from pipelines.runs.records import Cell, expected_cells, teacher_cell
+from pipelines.runs.records import write as write_record
+from pipelines.stages import report
 
 CLASSES = [
     "road",
@@ -49,7 +52,7 @@ SEEDS = [0, 1, 2]
 
 def make_params(**suite: Any) -> Params:
     """The project's parameters, cut down to one student and few methods."""
-    base = config.load(methods=False)
+    base = config.load()
     wanted = {"students": [STUDENT], "seeds": SEEDS} | suite
     streets = base.benchmarks["streets"]
     schedule = streets.training.model_copy(update={"steps": 300})  # of the records below
@@ -748,15 +751,18 @@ def test_the_plan_of_a_benchmark_follows_from_counts_and_schedule() -> None:
     counts = json.loads((ROOT / "runs" / "networks.json").read_text())["networks"]
     macs = {name: rows[0]["macs"] for name, rows in counts.items()}
     student, teacher = macs["PSPNet-resnet18, stride 8"], macs["PSPNet-resnet101, stride 8"]
-    rows = plans.table(config.load(methods=False), ROOT).data.set_index("benchmark")
+    rows = benchmark_table.table(config.load(), ROOT).data.set_index("benchmark")
     guided = 40_000 * 16 * 2 * (3 * student + teacher)
     assert rows.loc["cityscapes", "guided_flops"] == pytest.approx(guided)
     assert rows.loc["cityscapes", "teacher_flops"] == pytest.approx(80_000 * 16 * 6 * teacher)
     assert rows.loc["voc", "guided_flops"] == pytest.approx(guided / 2)
     cells = rows.loc["cityscapes", "cells"]
     whole = 80_000 * 16 * 6 * teacher + cells * guided
-    text = plans.overview(config.load(methods=False), [], ROOT)
+    text = benchmark_table.overview(config.load(), [], ROOT)
     assert "| `cityscapes` | leftImg8bit_trainvaltest.zip" in text
-    assert f"| {whole / plans.SUSTAINED / 3600:,.0f} GPU hours, estimated at 40 TFLOP/s, assumed |" in text
+    assert (
+        f"| {whole / benchmark_table.SUSTAINED / 3600:,.0f} GPU hours, estimated at 40 TFLOP/s, assumed |"
+        in text
+    )
     settings = "benchmarks: [voc], students: [pspnet-resnet18-imagenet], weights: [resnet18, resnet101]"
     assert f"| `{settings}` |" in text and "| `benchmarks: [streets]` |" in text

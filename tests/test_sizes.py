@@ -15,10 +15,13 @@ import yaml
 from conftest import ROOT, read_params, write_params
 from torch import nn
 
-from pipelines import config, count, report, verify
+from pipelines import config, files
 from pipelines.config import ConfigError, Network, Params
 from pipelines.networks import SegmentationNetwork
-from pipelines.results import records, sizes
+from pipelines.reports import network_table
+from pipelines.runs import counts
+from pipelines.stages import count, report
+from pipelines.tools import verify
 
 R18 = Network(architecture="PSPNet", encoder="tu-resnet18", output_stride=8, weights=None)
 B0 = Network(architecture="Segformer", encoder="mit_b0", output_stride=32, weights=None)
@@ -27,7 +30,7 @@ B0 = Network(architecture="Segformer", encoder="mit_b0", output_stride=32, weigh
 @pytest.mark.parametrize("network", [R18, B0], ids=["convolutions", "attention"])
 def test_macs_are_those_of_the_layers(network: Network) -> None:
     """By hand from the shapes that every layer sees; attention: two products of queries and keys."""
-    size, classes = sizes.SIZES[0]
+    size, classes = counts.SIZES[0]
     built, total, hooks = SegmentationNetwork(network, classes).eval().to("meta"), 0, []
 
     def see(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -49,8 +52,8 @@ def test_macs_are_those_of_the_layers(network: Network) -> None:
     (row,) = [row for row in count.measure(network) if tuple(row["size"]) == size]
     assert row["macs"] == pytest.approx(total, rel=1e-6) and len(hooks) > 20
     assert row["parameters"] == built.deployed_parameters()
-    known = sizes.networks(config.load(methods=False))
-    assert row in sizes.read()["networks"][next(key for key in known if known[key][0] == network)]
+    known = counts.networks(config.load())
+    assert row in counts.read()["networks"][next(key for key in known if known[key][0] == network)]
 
 
 def rows() -> list[dict[str, str]]:
@@ -94,20 +97,20 @@ def test_a_network_is_counted_once_and_again_by_other_code(tmp_path: Path) -> No
     raw["benchmarks"]["streets"]["teacher"]["network"]["encoder"] = "tu-resnet18"
     raw["tuning"]["benchmark"] = "streets"
     write_params(tmp_path, raw)
-    params = config.load(tmp_path / "params.yaml", methods=False)
-    assert sizes.missing(params, tmp_path) == ["PSPNet-resnet18, stride 8"]
+    params = config.load(tmp_path / "params.yaml")
+    assert counts.missing(params, tmp_path) == ["PSPNet-resnet18, stride 8"]
     count.count(params, tmp_path)
-    assert sizes.missing(params, tmp_path) == []
-    file = tmp_path / sizes.COUNTS
+    assert counts.missing(params, tmp_path) == []
+    file = tmp_path / counts.COUNTS
     first = json.loads(file.read_text())
     (found,) = first["networks"].values()
     assert found[0]["parameters"] == 12_052_435
     found[0]["parameters"] = 1  # shows whether it is counted again
     del first["seal"]
-    file.write_text(json.dumps(records.sealed(first)))
+    file.write_text(json.dumps(files.sealed(first)))
     count.count(params, tmp_path)
     assert json.loads(file.read_text())["networks"] == first["networks"]
-    file.write_text(json.dumps(records.sealed(first | {"mark": "of other code"})))
+    file.write_text(json.dumps(files.sealed(first | {"mark": "of other code"})))
     count.count(params, tmp_path)
     assert next(iter(json.loads(file.read_text())["networks"].values()))[0]["parameters"] == 12_052_435
 
@@ -123,7 +126,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def load(root: Path) -> Params:
-    return config.load(root / "params.yaml", methods=False)
+    return config.load(root / "params.yaml")
 
 
 def problems(root: Path) -> list[str]:
@@ -144,7 +147,7 @@ def another_network(root: Path) -> None:
 
 
 def another_count(root: Path) -> None:
-    file = root / sizes.COUNTS
+    file = root / counts.COUNTS
     file.write_text(file.read_text().replace("12052435", "12052436"))
 
 
@@ -162,8 +165,14 @@ def another_count(root: Path) -> None:
             another_count,
             ["runs/networks.json is not the file that dvc.lock has", "reports/networks.csv, line "],
         ),
-        (lambda root: (root / sizes.COUNTS).unlink(), ["runs/networks.json lacks PSPNet-resnet34, stride 8"]),
-        (lambda root: (root / sizes.COUNTS).write_text("{"), ["runs/networks.json lacks PSPNet-resnet18"]),
+        (
+            lambda root: (root / counts.COUNTS).unlink(),
+            ["runs/networks.json lacks PSPNet-resnet34, stride 8"],
+        ),
+        (
+            lambda root: (root / counts.COUNTS).write_text("{"),
+            ["runs/networks.json lacks PSPNet-resnet18"],
+        ),
         (lambda root: (root / "reports/networks.md").unlink(), ["reports/networks.md is missing"]),
     ],
 )
@@ -198,9 +207,9 @@ def test_a_network_without_a_count_has_a_row_and_a_warning(root: Path) -> None:
 def test_a_mistake_in_what_is_published_is_one_sentence(
     root: Path, change: Callable[[dict[str, Any]], object], sentence: str
 ) -> None:
-    raw = yaml.safe_load((root / sizes.PUBLISHED).read_text())
+    raw = yaml.safe_load((root / network_table.PUBLISHED).read_text())
     change(raw)
-    (root / sizes.PUBLISHED).write_text(yaml.safe_dump(raw))
+    (root / network_table.PUBLISHED).write_text(yaml.safe_dump(raw))
     with pytest.raises(ConfigError, match=sentence) as error:
         report.write_texts(load(root), [], root, root)
     assert "networks.yaml" in str(error.value) and "\n" not in str(error.value)
@@ -208,14 +217,14 @@ def test_a_mistake_in_what_is_published_is_one_sentence(
 
 def test_a_changed_digit_of_a_count_is_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "runs").mkdir()
-    whole = (ROOT / sizes.COUNTS).read_text()
-    place = tmp_path / sizes.COUNTS
+    whole = (ROOT / counts.COUNTS).read_text()
+    place = tmp_path / counts.COUNTS
     place.write_text(whole)
-    params = config.load(methods=False)
-    assert sizes.missing(params, tmp_path) == []
+    params = config.load()
+    assert counts.missing(params, tmp_path) == []
     place.write_text(whole.replace('"macs": 1', '"macs": 2', 1))
-    assert len(sizes.missing(params, tmp_path)) == len(sizes.networks(params))
+    assert len(counts.missing(params, tmp_path)) == len(counts.networks(params))
     rows = [{"size": [1, 1], "classes": 1, "parameters": 1, "macs": 1}]
     monkeypatch.setattr(count, "measure", lambda network: rows)
     count.count(params, tmp_path)
-    assert all(own == rows for own in sizes.read(tmp_path)["networks"].values())
+    assert all(own == rows for own in counts.read(tmp_path)["networks"].values())

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from conftest import ROOT, read_params, tiny, write_params
 
-from pipelines import config, speed
+from pipelines import config
 from pipelines.config import TEACHER, ConfigError, Params
 from pipelines.datasets import folder as data_folder
-from pipelines.results import plans, speeds
+from pipelines.methods import checked, configured
+from pipelines.reports import benchmark_table, speed_table
+from pipelines.tools import speed
 
 GPU = {"device": "a GPU", "processor": "a processor", "threads": 1, "cores": 8}
 STEP = {
@@ -31,7 +33,7 @@ FLOPS = {TEACHER: 9, "none": 100, "none_matched": 100, "kd": 130, "skd": 170, "c
 def entry(params: Params, benchmark: str = "cityscapes", **changes: Any) -> dict[str, Any]:
     """As a GPU would have left it; steps have these seconds."""
     student = params.suite.students[0]
-    matched = params.method("none_matched").matched()
+    matched = configured(params, "none_matched").matched()
     rows = {
         name: {
             "status": "measured",
@@ -44,7 +46,7 @@ def entry(params: Params, benchmark: str = "cityscapes", **changes: Any) -> dict
         }
         for name, seconds in STEP.items()
     }
-    protocol = speeds.protocol(params.benchmark(benchmark), params.student(student).written())
+    protocol = speed_table.protocol(params.benchmark(benchmark), params.student(student).written())
     about = {"benchmark": benchmark, "student": student, "images": [1024, 2048], "batch_size": 16}
     return {**about, "protocol": protocol, "workers": 4, "hardware": GPU, "rows": rows} | changes
 
@@ -56,11 +58,11 @@ def test_every_training_is_measured_and_a_second_time_replaces_the_first(tmp_pat
     raw["suite"]["variants"] = []
     raw["tuning"]["methods"] = ["kd"]
     write_params(tmp_path, raw)
-    params = config.load(tmp_path / "params.yaml")
+    params = checked(config.load(tmp_path / "params.yaml"))
     speed.speed(params, "streets", None, 2, tmp_path)
-    (found,) = speeds.read(tmp_path)
-    speeds.add(found | {"workers": 1}, tmp_path)
-    assert speeds.read(tmp_path) == [found | {"workers": 1}]
+    (found,) = speed_table.read(tmp_path)
+    speed_table.add(found | {"workers": 1}, tmp_path)
+    assert speed_table.read(tmp_path) == [found | {"workers": 1}]
     assert list(found["rows"]) == [TEACHER, *speed.methods(params)]
     for row in found["rows"].values():
         assert row["status"] == "measured" and len(row["step_ms"]) == 2
@@ -70,8 +72,8 @@ def test_every_training_is_measured_and_a_second_time_replaces_the_first(tmp_pat
     assert rows["none_matched"]["step_flops"] < rows["kd"]["step_flops"]
     assert rows["none_matched"]["matched"] and not rows["kd"]["matched"]
     assert found["images"] == [32, 48] and found["batch_size"] == 2
-    assert speeds.hours("streets", params, tmp_path) is None or found["hardware"]["device"] != "cpu"
-    speeds.write(params, tmp_path / "reports", tmp_path)
+    assert speed_table.hours("streets", params, tmp_path) is None or found["hardware"]["device"] != "cpu"
+    speed_table.write(params, tmp_path / "reports", tmp_path)
     lines = (tmp_path / "reports" / "speed.md").read_text().splitlines()
     assert sum("| measured |" in line for line in lines) == len(rows)
 
@@ -80,7 +82,7 @@ def test_what_does_not_fit_into_memory_is_noted(tmp_path: Path) -> None:
     raw = tiny(read_params())
     raw["benchmarks"]["streets"]["training"]["crop"] = [4096, 4096]
     write_params(tmp_path, raw)
-    params = config.load(tmp_path / "params.yaml")
+    params = checked(config.load(tmp_path / "params.yaml"))
     speed.write_images(params.benchmark("streets"), "streets", tmp_path / "streets", 4)
     usual = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, usual[1]))  # the process inherits it
@@ -93,7 +95,7 @@ def test_what_does_not_fit_into_memory_is_noted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["streets", "camvid-small", "camvid", "cityscapes", "voc", "ade20k"])
 def test_random_images_are_in_the_layout_and_size_of_the_real_ones(name: str, tmp_path: Path) -> None:
-    own = config.load(methods=False).benchmark(name)
+    own = config.load().benchmark(name)
     count, size = speed.write_images(own, name, tmp_path / name, 1)
     description = data_folder.check(tmp_path / name)
     assert description.size == size and description.splits["train"] == 1
@@ -113,27 +115,30 @@ def test_images_of_no_known_size_are_one_sentence(tmp_path: Path) -> None:
         }
     }  # fmt: skip
     write_params(tmp_path, raw)
-    params = config.load(tmp_path / "params.yaml")
+    params = checked(config.load(tmp_path / "params.yaml"))
     with pytest.raises(ConfigError, match=r"mine is not known: give --size"):
         speed.speed(params, "mine", None, 2, tmp_path)
 
 
 def test_the_hours_are_those_of_all_steps(tmp_path: Path) -> None:
-    params = config.load()
-    speeds.add(entry(params), tmp_path)
+    params = checked(config.load())
+    speed_table.add(entry(params), tmp_path)
     own = params.benchmark("cityscapes")
     longer = 170 / 100  # none_matched has the compute of the dearest
     cells = (0.25 + 0.25 * longer + 0.375 + 0.5 + 0.5 + 1.0) * own.training.steps
     wanted = (0.5 * own.teacher.training.steps + len(params.suite.seeds) * cells) / 3600
-    spent, device = speeds.hours("cityscapes", params, tmp_path) or (0.0, "")
+    spent, device = speed_table.hours("cityscapes", params, tmp_path) or (0.0, "")
     assert spent == pytest.approx(wanted, rel=1e-12) and device == "a GPU"
     # half of the images a step: twice the steps
     half = entry(params, batch_size=8, hardware=GPU | {"device": "another"})
-    speeds.add(half, tmp_path)
-    assert speeds.hours("cityscapes", params, tmp_path) == (pytest.approx(wanted), "a GPU")  # the faster one
-    (tmp_path / speeds.FILE).unlink()
-    speeds.add(half, tmp_path)
-    assert speeds.hours("cityscapes", params, tmp_path) == (pytest.approx(2 * wanted), "another")
+    speed_table.add(half, tmp_path)
+    assert speed_table.hours("cityscapes", params, tmp_path) == (
+        pytest.approx(wanted),
+        "a GPU",
+    )  # the faster one
+    (tmp_path / speed_table.FILE).unlink()
+    speed_table.add(half, tmp_path)
+    assert speed_table.hours("cityscapes", params, tmp_path) == (pytest.approx(2 * wanted), "another")
 
 
 def _slow(params: Params) -> dict[str, Any]:
@@ -155,10 +160,10 @@ def _other_crop(params: Params) -> dict[str, Any]:
 def test_no_hours_follow_from_other_settings_or_half_a_measurement(
     change: Callable[[Params], dict[str, Any]], tmp_path: Path
 ) -> None:
-    params = config.load()
-    speeds.add(change(params), tmp_path)
-    assert speeds.hours("cityscapes", params, tmp_path) is None
-    text = speeds.table(params, tmp_path).rows
+    params = checked(config.load())
+    speed_table.add(change(params), tmp_path)
+    assert speed_table.hours("cityscapes", params, tmp_path) is None
+    text = speed_table.table(params, tmp_path).rows
     assert len(text) == len(STEP)
     if change is _other_crop:
         assert {row[-1] for row in text} == {"other settings than params.yaml"}
@@ -167,19 +172,21 @@ def test_no_hours_follow_from_other_settings_or_half_a_measurement(
 
 
 def test_the_plans_follow_what_was_measured(tmp_path: Path) -> None:
-    params = config.load()
+    params = checked(config.load())
     for name in ("params.yaml", "runs/networks.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    before = plans.overview(params, [], tmp_path)
+    before = benchmark_table.overview(params, [], tmp_path)
     assert "assumed" in before and "a GPU" not in before
-    speeds.add(entry(params), tmp_path)
-    after = {line.split("`")[1]: line for line in plans.overview(params, [], tmp_path).splitlines()[2:]}
-    spent, _ = speeds.hours("cityscapes", params, tmp_path) or (0.0, "")
+    speed_table.add(entry(params), tmp_path)
+    after = {
+        line.split("`")[1]: line for line in benchmark_table.overview(params, [], tmp_path).splitlines()[2:]
+    }
+    spent, _ = speed_table.hours("cityscapes", params, tmp_path) or (0.0, "")
     assert f"| {spent:,.0f} GPU hours, from measured steps (a GPU) |" in after["cityscapes"]
     # the others by what this GPU sustains: all operations over all seconds
     rate = sum(FLOPS.values()) / sum(STEP.values())
-    row = plans.table(params, tmp_path).data.set_index("benchmark").loc["voc"]
+    row = benchmark_table.table(params, tmp_path).data.set_index("benchmark").loc["voc"]
     assert f"| {row['suite_flops'] / rate / 3600:,.0f} GPU hours, " in after["voc"]
     assert "measured on a GPU" in after["voc"]
 
@@ -187,6 +194,6 @@ def test_the_plans_follow_what_was_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b'{"entries": []}', b"[1]"])
 def test_a_damaged_file_is_one_sentence(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
-    (tmp_path / speeds.FILE).write_bytes(content)
+    (tmp_path / speed_table.FILE).write_bytes(content)
     with pytest.raises(ConfigError, match=r"runs/speed\.json is damaged .*git checkout"):
-        speeds.read(tmp_path)
+        speed_table.read(tmp_path)

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 from conftest import ROOT, copy_repository, read_params, tiny, write_params
 
-from pipelines import config, spread
+from pipelines import config
 from pipelines.engine.cell import run_cell
-from pipelines.results import records, spreads, statistics
-from pipelines.results.records import Cell
+from pipelines.methods import checked
+from pipelines.reports import spread_table, statistics
+from pipelines.runs import records
+from pipelines.runs.records import Cell
+from pipelines.tools import spread
 
 KD = Cell("streets", "pspnet-resnet18", "kd", 0)
 
@@ -43,30 +46,32 @@ class Method(Distiller):
 def test_on_this_machine_repeats_are_the_cell_of_the_tables(
     place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    params = config.load(place / "params.yaml")
+    params = checked(config.load(place / "params.yaml"))
     run_cell(KD, params, place)
     record = records.read(KD, place)
     assert record is not None
     # the first repeat of a search that was killed after it
     first = place / ".scratch" / "spread" / KD.path / "fast-0"
     spread._link(KD, params, first, place)
-    spread._apart(KD, spreads.FAST, first, place)
+    spread._apart(KD, spread_table.FAST, first, place)
     capfd.readouterr()
     spread.spread(params, "streets", "kd", 2, place)
     said = capfd.readouterr().err
     assert said.count("has finished before") == 1 and "fast-0" not in said
-    (entry,) = spreads.read(place)
-    fast, strict = ([again["weights_sha256"] for again in entry["repeats"][mode]] for mode in spreads.MODES)
+    (entry,) = spread_table.read(place)
+    fast, strict = (
+        [again["weights_sha256"] for again in entry["repeats"][mode]] for mode in spread_table.MODES
+    )
     assert fast == [record.run["weights_sha256"]] * 2
     assert strict[0] == strict[1] != fast[0]  # other operations round otherwise
     assert {again["test_miou"] for again in entry["repeats"]["fast"]} == {record.metrics["test"]["miou"]}
     assert entry["kernels"] == [] and entry["cell"] == record.run["cell"]
     assert not first.parent.exists() and records.read(KD, place) == record
-    row = spreads.table(params, [], place).data.iloc[0]
+    row = spread_table.table(params, [], place).data.iloc[0]
     assert (row["weights"], row["sd"], row["range"], row["status"]) == (1, 0, 0, "measured")
     # a second time replaces the first
-    spreads.add(entry | {"steps": 1}, place)
-    assert [again["steps"] for again in spreads.read(place)] == [1]
+    spread_table.add(entry | {"steps": 1}, place)
+    assert [again["steps"] for again in spread_table.read(place)] == [1]
 
 
 def test_what_no_seed_repeats_is_seen(tiny_root: Path, tmp_path: Path) -> None:
@@ -77,17 +82,17 @@ def test_what_no_seed_repeats_is_seen(tiny_root: Path, tmp_path: Path) -> None:
     write_params(clone, raw)
     (clone / "baselines" / "noisy.py").write_text(NOISY)
     usual = {**os.environ, "PYTHONPATH": str(clone)}
-    command = [sys.executable, "-m", "pipelines.spread", "--benchmark", "streets"]
+    command = [sys.executable, "-m", "pipelines.tools.spread", "--benchmark", "streets"]
     command += ["--method", "noisy", "--repeats", "2"]
     done = subprocess.run(command, cwd=clone, env=usual, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (entry,) = (known for known in spreads.read(clone) if known["cell"]["method"] == "noisy")
-    (clone / spreads.FILE).unlink()
-    spreads.add(entry, clone)
-    params = config.load(clone / "params.yaml", methods=False)
-    table = spreads.table(params, [], clone)
-    assert list(table.data["mode"]) == list(spreads.MODES)
-    for mode, row in zip(spreads.MODES, table.data.to_dict("records"), strict=True):
+    (entry,) = (known for known in spread_table.read(clone) if known["cell"]["method"] == "noisy")
+    (clone / spread_table.FILE).unlink()
+    spread_table.add(entry, clone)
+    params = config.load(clone / "params.yaml")
+    table = spread_table.table(params, [], clone)
+    assert list(table.data["mode"]) == list(spread_table.MODES)
+    for mode, row in zip(spread_table.MODES, table.data.to_dict("records"), strict=True):
         scores = [repeat["test_miou"] for repeat in entry["repeats"][mode]]
         assert row["weights"] == 2 and row["repeats"] == 2
         assert row["sd"] == pytest.approx(statistics.sd(scores), abs=1e-6)
@@ -98,7 +103,7 @@ def test_what_no_seed_repeats_is_seen(tiny_root: Path, tmp_path: Path) -> None:
 
 def entry(**changes: Any) -> dict[str, Any]:
     """As a machine would have left it, with the settings of today."""
-    params = config.load()
+    params = checked(config.load())
     own, student = params.benchmark("streets"), params.student("pspnet-resnet18")
     repeat = {"weights_sha256": "a", "val_miou": 20.0, "test_miou": 20.0, "training_s": 1.0}
     found = {
@@ -109,7 +114,7 @@ def entry(**changes: Any) -> dict[str, Any]:
             "method": params.method_values("kd"),
             "teacher": own.teacher.network.written(),
         },
-        "repeats": {mode: [repeat, repeat | {"test_miou": 21.0}] for mode in spreads.MODES},
+        "repeats": {mode: [repeat, repeat | {"test_miou": 21.0}] for mode in spread_table.MODES},
         "kernels": [],
         "hardware": {"device": "a GPU", "processor": "a processor", "threads": 1, "cores": 8},
     }
@@ -127,23 +132,23 @@ def entry(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_other_settings_are_said(changes: dict[str, Any], status: str, tmp_path: Path) -> None:
-    spreads.add(entry(**changes), tmp_path)
-    rows = spreads.table(config.load(), [], tmp_path).rows
+    spread_table.add(entry(**changes), tmp_path)
+    rows = spread_table.table(checked(config.load()), [], tmp_path).rows
     assert [row[-1] for row in rows] == [status] * 2
 
 
 def test_it_is_said_that_no_gpu_was_measured_until_one_is(tmp_path: Path) -> None:
-    params, processor = config.load(), entry()["hardware"] | {"device": "cpu"}
-    spreads.add(entry(hardware=processor), tmp_path)
-    assert any("No GPU" in note for note in spreads.table(params, [], tmp_path).notes)
-    spreads.add(entry(), tmp_path)
-    found = spreads.table(params, [], tmp_path)
+    params, processor = checked(config.load()), entry()["hardware"] | {"device": "cpu"}
+    spread_table.add(entry(hardware=processor), tmp_path)
+    assert any("No GPU" in note for note in spread_table.table(params, [], tmp_path).notes)
+    spread_table.add(entry(), tmp_path)
+    found = spread_table.table(params, [], tmp_path)
     assert not any("No GPU" in note for note in found.notes) and len(found.rows) == 4
 
 
 @pytest.mark.parametrize("wrong", [["--repeats", "1"], ["--method", "gone"], ["--benchmark", "gone"]])
 def test_wrong_options_are_one_sentence(wrong: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipelines.spread", "--benchmark", "streets", *wrong]
+    command = [sys.executable, "-m", "pipelines.tools.spread", "--benchmark", "streets", *wrong]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
 
@@ -151,6 +156,6 @@ def test_wrong_options_are_one_sentence(wrong: list[str], tmp_path: Path) -> Non
 def test_a_repeat_without_data_is_one_sentence(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (place / "data" / "streets" / "dataset.json").unlink()
     with pytest.raises(config.ConfigError, match=r"A repeat of .*kd/0 did not finish"):
-        spread.spread(config.load(place / "params.yaml"), "streets", "kd", 2, place)
+        spread.spread(checked(config.load(place / "params.yaml")), "streets", "kd", 2, place)
     said = capfd.readouterr().err
     assert "dataset.json" in said and "Traceback" not in said

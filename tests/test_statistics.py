@@ -18,9 +18,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pipelines.results import statistics
-from pipelines.results.confusion import summary
-from pipelines.results.statistics import (
+from pipelines.reports import statistics
+from pipelines.reports.statistics import (
     EXACT,
     Interval,
     cliques,
@@ -35,6 +34,7 @@ from pipelines.results.statistics import (
     t_interval,
     told_apart,
 )
+from pipelines.runs.confusion import summary
 
 finite = st.floats(-50, 50)
 

@@ -26,9 +26,10 @@ from pipelines.engine.cell import run_cell
 from pipelines.engine.evaluate import evaluate, slide
 from pipelines.engine.fit import optimizers
 from pipelines.method import Distiller, MethodConfig
+from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork
-from pipelines.results import records
-from pipelines.results.records import Cell, teacher_cell
+from pipelines.runs import records
+from pipelines.runs.records import Cell, teacher_cell
 
 META = Meta("mixed", ("a", "b", "c"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), 255)
 COUNTS = {"train": 7, "val": 3, "test": 3}
@@ -173,7 +174,7 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
 
 def network(classes: int = 3) -> SegmentationNetwork:
     torch.manual_seed(0)
-    entry = config.load(methods=False).student("pspnet-resnet18")
+    entry = config.load().student("pspnet-resnet18")
     return SegmentationNetwork(entry, classes)
 
 
@@ -274,7 +275,7 @@ def test_a_cell_of_a_streamed_set(mixed: Path, tmp_path: Path, monkeypatch: pyte
         shutil.copytree(mixed, root / "data" / "streets")
         raw["suite"]["workers"] = workers
         write_params(root, raw)
-        params = config.load(root / "params.yaml")
+        params = checked(config.load(root / "params.yaml"))
         run_cell(teacher_cell(params, "streets"), params, root)
         if workers:
             monkeypatch.setattr(fit_module, "_check_finite", killed)
@@ -295,7 +296,7 @@ def test_the_memory_of_the_workers_is_said_and_must_be_there(
     mixed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each holds two batches, of float32 images and int64 labels, and the training one."""
-    params = config.load()
+    params = checked(config.load())
     plan = cell_module.plan(params, Cell("streets", "pspnet-resnet18", "none", 0))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     stream = folder.load(mixed, "train", 2)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipelines.engine import strict
 from pipelines.engine.cost import step_flops
 from pipelines.engine.fit import History, fit
-from pipelines.method import method_class, method_config
+from pipelines.methods import method_class, method_config
 from pipelines.networks import tap_shapes
 
 

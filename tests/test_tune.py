@@ -10,10 +10,12 @@ from typing import Any
 import optuna
 import pytest
 
-from pipelines import config, tune
+from pipelines import config
 from pipelines.config import ConfigError, Params
 from pipelines.engine import cell as cell_module
-from pipelines.results import budget
+from pipelines.methods import checked, configured
+from pipelines.runs import budget
+from pipelines.tools import tune
 
 METHODS = ["kd", "skd"]
 
@@ -36,13 +38,13 @@ def test_tuning_never_reads_the_test_split_and_gives_every_method_as_many_trials
     tune.tune(params, place)
     found = rows(place)
     assert [row["method"] for row in found] == ["kd"] * 3 + ["skd"] * 3
-    after = config.load(place / "params.yaml")
+    after = checked(config.load(place / "params.yaml"))
     for method in METHODS:
         own = [row for row in found if row["method"] == method]
         best = max(own, key=lambda row: float(row["val_miou"]))
         assert [row for row in own if row["chosen"]] == [best]
         assert budget.weights(best).items() <= after.method_values(method).items()
-        ranges = type(params.method(method)).ranges()
+        ranges = type(configured(params, method)).ranges()
         for row in own:
             assert budget.weights(row).keys() == ranges.keys()
             assert all(ranges[k].low <= v <= ranges[k].high for k, v in budget.weights(row).items())
@@ -89,7 +91,7 @@ def test_a_finished_search_runs_nothing_again_also_from_the_log_alone(
     (
         place / "tuning.db"
     ).unlink()  # as in a fresh clone; the weights in params.yaml are the chosen ones by now
-    tune.tune(config.load(place / "params.yaml"), place)
+    tune.tune(checked(config.load(place / "params.yaml")), place)
     assert rows(place) == log
 
 
@@ -167,7 +169,7 @@ def test_writing_the_weights_leaves_the_rest_of_params_as_it_is(tmp_path: Path) 
     text = (config.ROOT / "params.yaml").read_text()
     file = tmp_path / "params.yaml"
     file.write_text(text)
-    values = config.load(file, methods=False)
+    values = config.load(file)
     same = {m: {"weight": values.method_values(m)["weight"]} for m in ("kd", "cwd")}
     tune._write_params(file, same)
     assert file.read_text() == text
@@ -175,7 +177,7 @@ def test_writing_the_weights_leaves_the_rest_of_params_as_it_is(tmp_path: Path) 
     old, new = text.splitlines(), file.read_text().splitlines()
     assert len(old) == len(new)
     assert len([1 for a, b in zip(old, new, strict=True) if a != b]) == 2
-    after = config.load(file, methods=False)
+    after = config.load(file)
     assert after.method_values("kd")["weight"] == 0.123
     assert after.method_values("acfd-ccd")["weight_ccd"] == 7.5  # the variants inherit it
     assert after.method_values("acfd-afd")["weight_ccd"] == 0.0

@@ -16,8 +16,11 @@ from conftest import ROOT, rewrite
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from pipelines import config, report, verify
-from pipelines.results import budget, figures
+from pipelines import config
+from pipelines.reports import figures
+from pipelines.runs import budget
+from pipelines.stages import report
+from pipelines.tools import verify
 
 BENCHMARK = "streets"
 CELL = f"{BENCHMARK}/pspnet-resnet18/cwd/1"
@@ -34,10 +37,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(
         ROOT / "runs" / BENCHMARK, root / "runs" / BENCHMARK, ignore=shutil.ignore_patterns("*.safetensors")
     )
-    log = budget.path(config.load(methods=False), root).relative_to(root)
+    log = budget.path(config.load(), root).relative_to(root)
     (root / log.parent).mkdir(parents=True)
     shutil.copy(ROOT / log, root / log)
-    report.report(config.load(root / "params.yaml", methods=False), root)
+    report.report(config.load(root / "params.yaml"), root)
     return root
 
 
@@ -50,7 +53,7 @@ def before(checkout: Path) -> set[str]:
 
 
 def problems(root: Path) -> set[str]:
-    return set(verify.problems(config.load(root / "params.yaml", methods=False), root))
+    return set(verify.problems(config.load(root / "params.yaml"), root))
 
 
 def change(root: Path, path: str, old: str, new: str) -> None:
@@ -97,7 +100,7 @@ def made_up_and_reported(root: Path) -> None:
     metrics = json.loads((root / "runs" / CELL / "metrics.json").read_text())
     metrics["test"]["miou"] += 1
     rewrite(root / "runs" / CELL, metrics=json.dumps(metrics).encode())
-    report.report(config.load(root / "params.yaml", methods=False), root)
+    report.report(config.load(root / "params.yaml"), root)
 
 
 def better_on_validation(root: Path) -> None:
@@ -115,7 +118,7 @@ def last_line_of_history(root: Path) -> None:
 def best_seeds(root: Path) -> None:
     """A seed deleted, and the tables made anew."""
     shutil.rmtree(root / "runs" / f"{CELL[:-1]}2")
-    report.report(config.load(root / "params.yaml", methods=False), root)
+    report.report(config.load(root / "params.yaml"), root)
 
 
 def seed_twice(root: Path) -> None:

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from pipelines import config, launch
 from pipelines.config import ConfigError, Network, Params, Weights
 from pipelines.engine.cell import run_cell
-from pipelines.fetch_weights import fetch
+from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork, check_weights, file_sha256, load_encoder
-from pipelines.results import records
-from pipelines.results.records import Cell, stale
+from pipelines.runs import records
+from pipelines.runs.records import Cell, stale
+from pipelines.stages.fetch_weights import fetch
 
 R18 = Network(architecture="PSPNet", encoder="tu-resnet18", output_stride=8, weights="mine")
 B0 = Network(architecture="Segformer", encoder="mit_b0", output_stride=32, weights="mine")
@@ -131,7 +132,7 @@ def test_the_file_and_its_sum_are_checked(tmp_path: Path) -> None:
         check_weights("mine", absent, tmp_path)
     for part in (
         "w.pth (sha256 0123456789…) are not there",
-        "`python -m pipelines.fetch_weights --weights mine`",
+        "`python -m pipelines.stages.fetch_weights --weights mine`",
     ):
         assert part in str(error.value)
     with pytest.raises(ConfigError) as error:
@@ -250,7 +251,7 @@ def test_bad_entries_are_one_sentence(
     change(raw)
     write_params(tmp_path, raw)
     with pytest.raises(ConfigError, match=sentence):
-        config.load(tmp_path / "params.yaml")
+        checked(config.load(tmp_path / "params.yaml"))
 
 
 def test_weights_without_a_sum_stop_before_anything_is_fetched(tmp_path: Path) -> None:
@@ -258,11 +259,11 @@ def test_weights_without_a_sum_stop_before_anything_is_fetched(tmp_path: Path) -
     raw["suite"].update(benchmarks=["cityscapes"], students=["pspnet-resnet18-imagenet"])
     raw["suite"]["weights"] = ["resnet18", "resnet101"]
     write_params(tmp_path, raw)
-    launch.check_networks(config.load(tmp_path / "params.yaml"), tmp_path)
+    launch.check_networks(checked(config.load(tmp_path / "params.yaml")), tmp_path)
     raw["weights"]["resnet18"]["sha256"] = None
     write_params(tmp_path, raw)
     with pytest.raises(ConfigError, match=r"'resnet18', of which params.yaml has no sum.*fetch_weights"):
-        launch.check_networks(config.load(tmp_path / "params.yaml"), tmp_path)
+        launch.check_networks(checked(config.load(tmp_path / "params.yaml")), tmp_path)
 
 
 def test_a_cell_starts_from_its_weights_and_says_which(
@@ -275,7 +276,7 @@ def test_a_cell_starts_from_its_weights_and_says_which(
 
     def write(seed: int) -> str:
         torch.manual_seed(seed)
-        network = config.load(place / "params.yaml", methods=False).student(cell.student)
+        network = config.load(place / "params.yaml").student(cell.student)
         save_file(encoder(SegmentationNetwork(network, 3)).state_dict(), file)
         return file_sha256(file)
 

@@ -20,19 +20,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipelines import files
 from pipelines.config import PAPER, ROOT, ConfigError, Network, Params, Suite, Training, load
 from pipelines.datasets import folder as data_folder
-from pipelines.engine import checkpoint, eager, lock
+from pipelines.engine import checkpoint, eager
 from pipelines.engine.cost import step_flops
 from pipelines.engine.evaluate import evaluate, latency
 from pipelines.engine.fit import History, fit, memory_peak_mb
 from pipelines.engine.seeds import derive
 from pipelines.engine.teacher import load_teacher
-from pipelines.method import TAPS, Distiller, MethodConfig, Shapes, method_class
+from pipelines.files import write_bytes
+from pipelines.method import TAPS, Distiller, MethodConfig, Shapes
+from pipelines.methods import configured, method_class
 from pipelines.networks import SegmentationNetwork, file_sha256, flops, load_encoder, tap_shapes
-from pipelines.results import records
-from pipelines.results.confusion import summary
-from pipelines.results.records import Cell, teacher_cell, write_bytes
+from pipelines.runs import records
+from pipelines.runs.confusion import summary
+from pipelines.runs.records import Cell, teacher_cell
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ CODE = (
     "pipelines/engine/seeds.py",
     "pipelines/engine/strict.py",
     "pipelines/engine/teacher.py",
-    "pipelines/results/confusion.py",
+    "pipelines/runs/confusion.py",
 )
 
 
@@ -89,7 +92,7 @@ def plan(params: Params, cell: Cell) -> Plan:
         own = benchmark.teacher
         code = _code(Distiller)
         return Plan(cell, own.network, own.training, Distiller, MethodConfig(), None, own.training, code)
-    student, config = params.student(cell.student), params.method(cell.method)
+    student, config = params.student(cell.student), configured(params, cell.method)
     teacher, method = benchmark.teacher, method_class(cell.method)
     return Plan(
         cell,
@@ -340,7 +343,7 @@ def _budget(
 
     own, dearest = count(method), None
     if keys := plan.config.matched():
-        costs = {key: count(method_class(key)(params.method(key), *shapes)) for key in keys}
+        costs = {key: count(method_class(key)(configured(params, key), *shapes)) for key in keys}
         dearest = max(costs, key=lambda key: costs[key])
         steps = max(training.steps, round(training.steps * costs[dearest] / own))
         training = training.model_copy(update={"steps": steps})
@@ -358,9 +361,9 @@ def run_cell(cell: Cell, params: Params, root: Path = ROOT) -> None:
     """
     planned = plan(params, cell)
     checkpoint.forget(root)
-    with lock.hold(cell.lock(root), cell.path):
+    with files.hold(cell.lock(root), cell.path):
         for folder in (cell.folder(root), cell.scratch(root)):
-            records.clear_parts(folder)
+            files.clear_parts(folder)
         note = records.failure_note(cell, root)
         note.unlink(missing_ok=True)
         started, code = datetime.datetime.now(datetime.UTC), git_state()
@@ -491,7 +494,7 @@ def _write(
         "classes": classes,
         "data_sha256": description.sha256,
         "teacher": trained.teacher,
-        "weights_sha256": records.sha256(weights),
+        "weights_sha256": files.sha256(weights),
         "fingerprint": trained.fingerprint,
         "steps": trained.steps,
         "images_seen": trained.steps * plan.training.batch_size,
@@ -513,7 +516,7 @@ def _write(
     others = {
         "history.csv": table.getvalue().encode(),
         "confusion.npz": arrays.getvalue(),
-        "metrics.json": records.json_bytes(metrics),
+        "metrics.json": files.json_bytes(metrics),
     }
     records.write(folder, run, others)
 

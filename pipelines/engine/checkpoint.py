@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import ROOT
-from pipelines.results.records import write_bytes
+from pipelines.files import write_bytes
 
 SUM = 32  # bytes of a sha256
 HEAD = 2 * SUM  # of a resume file: the sum of what follows, which begins with that of the fingerprint

@@ -13,7 +13,7 @@ from pipelines.config import Sliding, Training
 from pipelines.datasets.folder import Split, Stream
 from pipelines.datasets.transforms import normalise
 from pipelines.networks import SegmentationNetwork, upsample
-from pipelines.results.confusion import confusion_matrix
+from pipelines.runs.confusion import confusion_matrix
 
 BATCH = 16  # images at a time; has no influence on the counts
 

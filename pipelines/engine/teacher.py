@@ -11,9 +11,9 @@ from pipelines.config import ConfigError, Training
 from pipelines.datasets.folder import Split, Stream
 from pipelines.engine.evaluate import evaluate
 from pipelines.networks import SegmentationNetwork, file_sha256, read_state
-from pipelines.results import records
-from pipelines.results.confusion import summary
-from pipelines.results.records import Cell, Record
+from pipelines.runs import records
+from pipelines.runs.confusion import summary
+from pipelines.runs.records import Cell, Record
 
 TOLERANCE = 0.5  # mIoU between the teacher's recorded and measured score: rounding differs between machines
 

@@ -1,0 +1,56 @@
+"""The methods of params.yaml: their classes, and their settings checked by each one's own ``Config``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipelines.config import PAPER, ROOT, ConfigError, Params, explain, known
+from pipelines.method import Distiller, MethodConfig
+
+
+def checked(params: Params) -> Params:
+    """``params``, if the settings of all methods are right and every method that one names exists."""
+    for key in params.method_keys:
+        for other in configured(params, key).matched():
+            known("method", other, params.method_keys)
+    return params
+
+
+def configured(params: Params, key: str) -> MethodConfig:
+    """The checked hyper-parameters of a method of params.yaml."""
+    known("method", key, params.method_keys)
+    return method_config(key, params.method_values(key))
+
+
+def method_class(key: str) -> type[Distiller]:
+    """The class ``Method`` of a baseline ``<key>`` or of the paper's method (``acfd-<variant>``)."""
+    module = f"{PAPER}.method" if key.startswith(f"{PAPER}-") else f"baselines.{key}"
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # whatever stands in the file
+        if not (isinstance(error, ModuleNotFoundError) and error.name in (module, module.split(".")[0])):
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(
+                f"{module.replace('.', '/')}.py cannot be imported ({reason}): correct it, or take its entry "
+                "out of params.yaml."
+            ) from error
+        have = sorted(p.stem for p in (ROOT / "baselines").glob("[a-z]*.py"))
+        raise ConfigError(
+            f"There is no method file baselines/{key}.py; the methods that exist: {', '.join(have)}."
+        ) from None
+    if not (isinstance(cls := getattr(found, "Method", None), type) and issubclass(cls, Distiller)):
+        raise ConfigError(f"{module.replace('.', '/')}.py must define `class Method(Distiller)`.")
+    return cls
+
+
+def method_config(key: str, values: Mapping[str, Any]) -> MethodConfig:
+    """The values that params.yaml gives a method, checked against the method's own ``Config``."""
+    section = f"{PAPER}.{key.removeprefix(PAPER + '-')}" if key.startswith(f"{PAPER}-") else f"methods.{key}"
+    try:
+        return method_class(key).Config.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(explain(section, error)) from None

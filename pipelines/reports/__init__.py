@@ -1,0 +1,1 @@
+"""What is said about the records: statistics, tables, figures, claims, below ``reports/``."""

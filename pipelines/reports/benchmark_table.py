@@ -1,0 +1,177 @@
+"""What a benchmark of params.yaml will cost before anything of it has run: ``reports/benchmarks.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipelines import config
+from pipelines.config import ROOT, Params, Training
+from pipelines.reports import speed_table
+from pipelines.reports.results import Results
+from pipelines.reports.tables import Table, number, render
+from pipelines.runs import counts
+
+SUSTAINED = 40e12  # FLOP/s that a large GPU is assumed to reach here in bf16, until one was measured
+COPIES = 3  # of a data set on disk: its archives, data/<benchmark>, DVC's cache
+(HEIGHT, WIDTH), _ = counts.SIZES[0]  # at which the networks were counted
+COLUMNS = [
+    "benchmark",
+    "crop",
+    "batch",
+    "teacher: steps",
+    "PFLOP",
+    "h",
+    "student alone: steps",
+    "PFLOP",
+    "h",
+    "with its teacher: PFLOP",
+    "h",
+    "cells of the suite",
+    "h",
+    "h, by measured steps",
+]
+
+
+def table(params: Params, root: Path = ROOT) -> Table:
+    """One row a benchmark, for the first student of the suite."""
+    counted = counts.read(root)["networks"]
+    uses = {use: key for key, (_, names) in counts.networks(params).items() for use in names}
+
+    def macs(use: str) -> float | None:
+        found = counted.get(uses[use], [])
+        return next((row["macs"] for row in found if tuple(row["size"]) == (HEIGHT, WIDTH)), None)
+
+    key = params.suite.students[0]
+    student = macs(key)
+    methods = len(params.methods) + len(params.suite.variants)
+    cells = methods * len(params.suite.seeds)
+    rate, source = _rate(params, root)
+    data: list[dict[str, Any]] = []
+    text: list[list[str]] = []
+    for name, benchmark in params.benchmarks.items():
+        teacher = macs(f"teacher of {name}")
+        learned = alone = guided = whole = None
+        if teacher is not None and student is not None:
+            learned = _flops(benchmark.teacher.training, 3 * teacher)
+            alone = _flops(benchmark.training, 3 * student)
+            guided = _flops(benchmark.training, 3 * student + teacher)
+            whole = learned + cells * guided
+        row = {
+            "benchmark": name,
+            "crop": "×".join(map(str, benchmark.training.crop)),
+            "batch_size": benchmark.training.batch_size,
+            "teacher_steps": benchmark.teacher.training.steps,
+            "teacher_flops": learned,
+            "steps": benchmark.training.steps,
+            "alone_flops": alone,
+            "guided_flops": guided,
+            "cells": cells,
+            "suite_flops": whole,
+        }
+        measured = speed_table.hours(name, params, root)
+        row |= dict(zip(("measured_hours", "device"), measured or (None, None), strict=True))
+        data.append(row)
+        steps = f"{row['teacher_steps']:,}", f"{row['steps']:,}"
+        costs = [_cost(flops, rate) for flops in (learned, alone, guided, whole)]
+        parts = (steps[0], *costs[0], steps[1], *costs[1], *costs[2], str(cells), costs[3][1])
+        last = f"{_hours(measured[0])} ({measured[1]})" if measured else "–"
+        text.append([name, str(row["crop"]), str(row["batch_size"]), *parts, last])
+    notes = [
+        "Estimated, not measured: multiply-adds of the networks (networks.md), scaled from "
+        f"{HEIGHT}×{WIDTH} pixels to the crop; a training step costs 3 forward passes of what is trained and "
+        "1 of the teacher. The terms of a method and validation are not in it.",
+        f"Student: {key}. PFLOP: 10¹⁵ operations, 2 per multiply-add. h: hours of one GPU that sustains "
+        f"{rate / 1e12:.3g} TFLOP/s, {source}. {speed_table.COMMAND} measures the steps of a benchmark on "
+        "your GPU, before any data is there; they then stand in the last column and in speed.md.",
+        "cells of the suite: the methods and seeds of params.yaml, each counted as one with its teacher; h: "
+        "of the teacher and of these. none_matched costs as much as the dearest of them.",
+    ]
+    return Table("benchmarks", "planned compute", pd.DataFrame(data, dtype=object), COLUMNS, text, notes)
+
+
+def write(params: Params, folder: Path, root: Path = ROOT) -> None:
+    """Write ``folder/benchmarks.{md,csv,tex}``."""
+    absent = counts.missing(params, root)
+    warnings = [f"not counted yet, run {counts.COMMAND}: {', '.join(absent)}."] if absent else []
+    head = {"benchmark": "all benchmarks", "facts": [], "warnings": warnings}
+    render(table(params, root), folder, head)
+
+
+def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str:
+    """The table of benchmarks in the README: what to download, room, time, and how to run it."""
+    planned = {row["benchmark"]: row["suite_flops"] for row in table(params, root).data.to_dict("records")}
+    measured = {results.benchmark: results.finished for results in every}
+    rate, source = _rate(params, root)
+    lines = [
+        "| benchmark | what to download | disk, about | time | `make repro`, with this under `suite` |",
+        "|---|---|--:|---|---|",
+    ]
+    for name, benchmark in params.benchmarks.items():
+        module = config.dataset_module(benchmark.data, name)
+        if records := measured.get(name):
+            spent = sum(record.run["seconds"]["wall"] for record in records) / 3600
+            devices = ", ".join(sorted({record.run["hardware"]["device"] for record in records}))
+            time = f"{spent:.1f} h measured for {len(records)} trainings, one after the other ({devices})"
+        elif found := speed_table.hours(name, params, root):
+            time = f"{_hours(found[0])} GPU hours, from measured steps ({found[1]})"
+        elif pd.isna(planned[name]):
+            time = "not known"
+        else:
+            time = (
+                f"{_cost(planned[name], rate)[1]} GPU hours, estimated at {rate / 1e12:.3g} TFLOP/s, {source}"
+            )
+        room = "–" if module.GIGABYTES is None else f"{COPIES * module.GIGABYTES:.1f} GB"
+        settings, weights = _settings(params, name)
+        needs = module.NEEDS + (f"; ImageNet weights {', '.join(weights)}" if weights else "")
+        texts = (f"`{name}`", needs, room, time, f"`{settings}`")
+        lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def _settings(params: Params, name: str) -> tuple[str, list[str]]:
+    """What to change in ``suite`` for a benchmark, and the encoder weights that it needs: where its teacher
+    starts from ImageNet, so does the student."""
+    first, teacher = params.suite.students[0], params.benchmark(name).teacher.network
+    found = f"benchmarks: [{name}]"
+    if teacher.weights is None:
+        return found, []
+    plain = params.student(first)
+    same = (plain.architecture, plain.encoder)
+    student = next(
+        (
+            key
+            for key, network in params.students.items()
+            if network.weights and (network.architecture, network.encoder) == same
+        ),
+        first,
+    )
+    weights = list(dict.fromkeys(filter(None, (params.student(student).weights, teacher.weights))))
+    return f"{found}, students: [{student}], weights: [{', '.join(weights)}]", weights
+
+
+def _flops(training: Training, macs: float) -> float:
+    """Of a whole training whose step costs ``macs`` multiply-adds an image of the counted size."""
+    height, width = training.crop
+    return 2 * macs * (height * width) / (HEIGHT * WIDTH) * training.batch_size * training.steps
+
+
+def _rate(params: Params, root: Path) -> tuple[float, str]:
+    """Operations a second of a GPU, and how that is known."""
+    if found := speed_table.sustained(params, root):
+        return found[0], f"measured on {found[1]}"
+    return SUSTAINED, "assumed"
+
+
+def _cost(flops: float | None, rate: float) -> tuple[str, str]:
+    """In PFLOP and in hours."""
+    if flops is None:
+        return "–", "–"
+    return number(flops / 1e15, ".3g" if flops < 1e18 else ",.0f"), _hours(flops / rate / 3600)
+
+
+def _hours(spent: float) -> str:
+    return "<0.1" if spent < 0.1 else number(spent, ".1f" if spent < 10 else ",.0f")

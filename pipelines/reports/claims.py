@@ -1,0 +1,709 @@
+"""Published against measured: what papers report (``reports/claims.yaml``) beside what the run records say.
+
+A verdict is computed from the claim, params.yaml and the finished cells, never typed. The rule is ``RULE``,
+printed with the tables. Cells that the tables leave out do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+from pydantic import ConfigDict, Field, ValidationError
+
+from pipelines import config, files
+from pipelines.config import PAPER, ROOT, ConfigError, Key, Model, Network, Params, Positive, Size
+from pipelines.reports import statistics
+from pipelines.reports.results import HEADLINE, REFERENCE, SCORE, Results, label
+from pipelines.reports.tables import Table, escape_markdown
+from pipelines.runs import exports
+
+FILE = Path("reports") / "claims.yaml"
+
+REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
+NOT_COMPARABLE, NOT_RUN = "not comparable", "not run"
+VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_COMPARABLE, NOT_RUN)
+GAIN, LOSS, UNDECIDED = "gain", "loss", "undecided"
+
+SPLIT = SCORE.split("/")[0]  # the split that the measured scores come from
+COST = {"student/parameters": "parameters", "student/flops": "FLOPs"}  # of one forward pass of the student
+
+RULE = [
+    f"**{NOT_COMPARABLE}**: the source does not state the data set, the unit of the gain or the student's "
+    "baseline; or no benchmark of params.yaml has the data set; or each of them differs from the source "
+    "in a stated condition: student, teacher, image size, crop, batch size, steps, learning rate, weight "
+    "decay, ImageNet weights of the student, split, loss. Not compared are loss weights, temperatures and "
+    "which checkpoint is reported: sources mostly take the best on validation, this suite the last. What "
+    "the source does not state is listed and does not count as a difference; nor do the training images "
+    "that this suite holds out for validation where the published validation split is its test split. The "
+    "differences named are those of the benchmark that was measured, else of the closest one.",
+    f"**{NOT_RUN}**: a benchmark of params.yaml is comparable, but there is no seed for which both the "
+    f"method and `{REFERENCE}` have finished.",
+    f"**{REPRODUCED}**: the 95 % t-interval of the gain over `{REFERENCE}`, paired by seed, lies above 0 and "
+    "its upper end reaches the claimed gain (for a claimed loss: below 0, and the lower end).",
+    f"**{NOT_REPRODUCED}**: every other outcome, fewer than two seeds included.",
+    f"A claim of unchanged inference cost is **{REPRODUCED}** if the exported students of the method and of "
+    f"`{REFERENCE}` have equal numbers of parameters and FLOPs in all finished cells.",
+    "Cells trained with other settings, data or another teacher than today's do not count.",
+]
+
+
+class Entry(Model):
+    """A part of claims.yaml: no value is converted to another type."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Source(Entry):
+    """A publication and the place where its numbers were read."""
+
+    cite: str
+    where: str
+
+
+class Protocol(Entry):
+    """The conditions of a published training; None where the source does not state one."""
+
+    text: str
+    images: Literal["original"] | None
+    crop: Annotated[Size, Field(strict=False)] | None  # YAML has lists, not tuples
+    batch_size: Positive | None
+    steps: Positive | None
+    lr: Annotated[float, Field(gt=0)] | None
+    weight_decay: Annotated[float, Field(ge=0)] | None
+    pretrained: bool | None
+
+
+class Architecture(Entry):
+    """A network by architecture and encoder, the latter without the prefix of its library."""
+
+    architecture: str
+    encoder: str
+
+
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class Claim(Entry):
+    """What a source says about a method: a gain in mIoU, or an unchanged inference cost."""
+
+    id: Key
+    kind: Literal["gain", "cost"] = "gain"
+    method: str
+    published_as: str | None = None
+    terms: Annotated[list[str], Field(min_length=1)] | None = None
+    other_loss: str | None = None
+    dataset: Key | None
+    split: Literal["train", "val", "test"] | None
+    student: str | None
+    teacher: str | None
+    gain: float | None = None
+    unit: Literal["points"] | None = "points"
+    score: Percent | None
+    baseline: Percent | None
+    teacher_score: Percent | None
+    source: str
+    protocol: str
+    evidence: str
+    note: str | None = None
+
+    @property
+    def claimed(self) -> float | None:
+        """The gain as stated, else score - baseline; None where the source gives neither."""
+        if self.gain is not None or self.score is None or self.baseline is None:
+            return self.gain
+        return round(self.score - self.baseline, 6)
+
+    @property
+    def in_points(self) -> bool:
+        """Whether there is a claimed gain that a measured one can be subtracted from."""
+        return self.unit is not None and self.claimed is not None
+
+
+class Claims(Entry):
+    """The whole of claims.yaml."""
+
+    sources: dict[Key, Source]
+    protocols: dict[Key, Protocol]
+    evidence: dict[Key, str]
+    networks: dict[str, Architecture]
+    claims: list[Claim]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The gain of a method over the undistilled student, in points of mIoU, paired by seed."""
+
+    benchmark: str
+    student: str
+    by_seed: dict[int, float]
+
+    @property
+    def n(self) -> int:
+        return len(self.by_seed)
+
+    @property
+    def mean(self) -> float:
+        return sum(self.by_seed.values()) / self.n
+
+    @property
+    def interval(self) -> statistics.Interval | None:
+        return statistics.t_interval(list(self.by_seed.values()))
+
+    @property
+    def direction(self) -> str:
+        """``gain`` or ``loss`` where the interval leaves 0 out, else ``undecided``."""
+        if self.interval is None or not self.interval.excludes_zero:
+            return UNDECIDED
+        return GAIN if self.interval.low > 0 else LOSS
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A word of ``VERDICTS``, why, what the source left open, and the closest measurement."""
+
+    word: str
+    reasons: list[str]
+    unstated: list[str] = field(default_factory=list)
+    setting: tuple[str, str] | None = None  # the benchmark and student that the reasons are about
+    measured: Measured | None = None
+    gap: float | None = None  # measured - claimed, in points
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The published gains of a method beside one measurement, if there is one."""
+
+    method: str
+    claims: list[Claim]
+    measured: Measured | None
+
+    @property
+    def gains(self) -> list[float]:
+        """The published gains in points of mIoU."""
+        return [gain for c in self.claims if c.unit is not None and (gain := c.claimed) is not None]
+
+    @property
+    def word(self) -> str:
+        return NOT_RUN if self.measured is None else self.measured.direction
+
+
+def load(path: Path | None = None) -> Claims:
+    """Read and check claims.yaml. Raises ConfigError, one sentence that says what to correct."""
+    path = path or ROOT / FILE
+    try:
+        claims = Claims.model_validate(config.read_yaml(path))
+    except ValidationError as error:
+        raise ConfigError(config.explain("", error, path.name)) from None
+    methods = [*sorted(file.stem for file in (ROOT / "baselines").glob("[a-z]*.py")), HEADLINE]
+    seen: set[str] = set()
+    for claim in claims.claims:
+        if claim.id in seen:
+            raise ConfigError(f"In {path.name}: two claims are called '{claim.id}': rename one.")
+        seen.add(claim.id)
+        for kind, key, have in (
+            ("method", claim.method, methods),
+            ("source", claim.source, claims.sources),
+            ("protocol", claim.protocol, claims.protocols),
+            ("evidence level", claim.evidence, claims.evidence),
+            ("network", claim.student, claims.networks),
+            ("network", claim.teacher, claims.networks),
+        ):
+            if key is not None and key not in have:
+                raise ConfigError(
+                    f"In {path.name}: claim '{claim.id}' names the {kind} '{key}', which does not exist; "
+                    f"those that do: {', '.join(have)}."
+                )
+    return claims
+
+
+def judge(claim: Claim, claims: Claims, every: Sequence[Results], params: Params) -> Verdict:
+    """Whether a claim holds here, by ``RULE``; ``every`` holds the results of the benchmarks with records."""
+    if claim.kind == "cost":
+        return _judge_cost(claim, every)
+    settings = {
+        (benchmark, student): _differences(claim, claims, params, benchmark, student)
+        for benchmark, own in params.benchmarks.items()
+        if claim.dataset in (None, own.data.get("dataset"))
+        for student in params.students
+    }
+
+    def distance(setting: tuple[str, str]) -> tuple[bool, int]:
+        return "student" in settings[setting], len(settings[setting])
+
+    measurements = {
+        setting: found
+        for found in _measurements(claim.method, every)  # where several are as close: the one with most seeds
+        if (setting := (found.benchmark, found.student)) in settings
+    }
+    nearest = min(measurements, key=lambda s: (distance(s), -measurements[s].n), default=None)
+    measured = None if nearest is None else measurements[nearest]
+    gap = None if measured is None or not claim.in_points else measured.mean - (claim.claimed or 0.0)
+
+    def verdict(word: str, reasons: list[str], setting: tuple[str, str] | None) -> Verdict:
+        return Verdict(word, reasons, _unstated(claim, claims, params), setting, measured, gap)
+
+    stated = {
+        "data set": claim.dataset,
+        "unit of the gain": claim.unit,
+        "score" if claim.score is None else "baseline": claim.claimed,
+    }
+    if lacks := [f"{name} not stated" for name, value in stated.items() if value is None]:
+        return verdict(NOT_COMPARABLE, lacks, None)
+    if not settings:
+        return verdict(NOT_COMPARABLE, [f"no benchmark with the data set {claim.dataset}"], None)
+    closest = min(settings, key=distance)
+    if settings[closest]:
+        shown = nearest or closest
+        return verdict(NOT_COMPARABLE, list(settings[shown].values()), shown)
+    if measured is None or nearest is None or settings[nearest]:
+        missing = f"no seed with finished cells of both {claim.method} and {REFERENCE}"
+        return verdict(NOT_RUN, [missing], closest)
+    word, reason = _outcome(measured, claim.claimed or 0.0)
+    return verdict(word, [reason], nearest)
+
+
+def table(claims: Claims, every: Sequence[Results], params: Params) -> Table:
+    """Every claim with its verdict and the closest measurement."""
+    data, text = [], []
+    for claim in claims.claims:
+        verdict = judge(claim, claims, every, params)
+        measured = verdict.measured
+        interval = None if measured is None else measured.interval
+        row: dict[str, Any] = claim.model_dump(exclude={"gain", "note", "terms"})
+        row["terms"] = "+".join(claim.terms or [])
+        row["gain"] = claim.claimed
+        row |= {
+            "verdict": verdict.word,
+            "reasons": "; ".join(verdict.reasons),
+            "reasons_benchmark": verdict.setting[0] if verdict.setting else None,
+            "reasons_student": verdict.setting[1] if verdict.setting else None,
+            "not_stated": "; ".join(verdict.unstated),
+            "measured_benchmark": measured.benchmark if measured else None,
+            "measured_student": measured.student if measured else None,
+            "measured_n": measured.n if measured else 0,
+            "measured_gain": _rounded(measured.mean if measured else None),
+            "measured_low": _rounded(interval.low if interval else None),
+            "measured_high": _rounded(interval.high if interval else None),
+            "gap": _rounded(verdict.gap),
+            "note": claim.note,
+        }
+        data.append(row)
+        where = f"{claim.dataset or 'data set not stated'}{f' ({claim.split})' if claim.split else ''}"
+        teacher = f" from {claim.teacher}" if claim.teacher else ", teacher not stated"
+        text.append(
+            [
+                claim.id,
+                claim.method,
+                claim.published_as or "",
+                where,
+                (claim.student or "student not stated") + teacher,
+                _claimed_text(claim),
+                verdict.word,
+                _why(verdict),
+                "–" if measured is None else f"{_measured_text(measured)}, {_place(measured)}",
+                "–" if verdict.gap is None else f"{verdict.gap:+.2f}",
+                claim.source,
+                claim.evidence,
+            ]
+        )
+    columns = [
+        "claim",
+        "method",
+        "published as",
+        "data set (split)",
+        "student from teacher",
+        "claimed gain",
+        "verdict",
+        "why",
+        "measured gain",
+        "measured − claimed",
+        "source",
+        "evidence",
+    ]
+    notes = [
+        "gains: points of mIoU; in brackets the 95 % t-interval over n paired seeds.",
+        "measured gain: of the comparable benchmark, else of the closest one with the same data set (same "
+        "student first, then fewest differences); of any data set where the source does not state its own.",
+    ]
+    return Table("claims", "claims", pd.DataFrame(data, dtype=object), columns, text, notes)
+
+
+def directions(claims: Claims, every: Sequence[Results]) -> Table:
+    """Per method, benchmark and student: the published gains, the measured gain and its direction."""
+    data, text = [], []
+    for item in _directions(claims, every):
+        measured, gains = item.measured, item.gains
+        interval = None if measured is None else measured.interval
+        sources = {claim.source for claim in item.claims}
+        data.append(
+            {
+                "method": item.method,
+                "claims": len(item.claims),
+                "sources": len(sources),
+                "published_low": min(gains, default=None),
+                "published_high": max(gains, default=None),
+                "benchmark": measured.benchmark if measured else None,
+                "student": measured.student if measured else None,
+                "n": measured.n if measured else 0,
+                "measured_gain": _rounded(measured.mean if measured else None),
+                "measured_low": _rounded(interval.low if interval else None),
+                "measured_high": _rounded(interval.high if interval else None),
+                "direction": item.word,
+            }
+        )
+        text.append(
+            [
+                item.method,
+                _published_text(item),
+                f"{len(item.claims)} ({len(sources)})",
+                "–" if measured is None else _place(measured),
+                str(measured.n if measured else 0),
+                "–" if measured is None else f"{measured.mean:+.2f}",
+                "–" if interval is None else f"{interval.low:+.2f} to {interval.high:+.2f}",
+                item.word,
+            ]
+        )
+    columns = [
+        "method",
+        "published gain",
+        "claims (sources)",
+        "measured on",
+        "n",
+        "measured gain",
+        "95 % t-interval",
+        "here",
+    ]
+    notes = [
+        f"here: {GAIN} if the interval lies above 0, {LOSS} if below, {UNDECIDED} if it holds 0 or n < 2.",
+        "published gain: lowest to highest over all data sets, networks and schedules of the claims.",
+    ]
+    return Table("directions", "directions", pd.DataFrame(data, dtype=object), columns, text, notes)
+
+
+def sentences(claims: Claims, every: Sequence[Results], params: Params) -> list[str]:
+    """The outcome in a few plain sentences, without Markdown; the claims of the paper itself one by one."""
+    verdicts = {claim.id: judge(claim, claims, every, params) for claim in claims.claims}
+    words = [verdicts[claim.id].word for claim in claims.claims if claim.kind == "gain"]
+    counts = [f"{words.count(word)} {word}" for word in VERDICTS]
+    found = [
+        f"Of {len(words)} published gains by the methods of this suite, {', '.join(counts[:-1])} and "
+        f"{counts[-1]}."
+    ]
+    for claim in claims.claims:
+        if claim.method == HEADLINE:
+            verdict = verdicts[claim.id]
+            reasons = "; ".join(verdict.reasons)
+            if (claim.kind, verdict.word) == ("cost", REPRODUCED):
+                reasons = f"it holds by construction, as adapters are dropped: {reasons}"
+            found.append(f"{PAPER}'s {_claimed_text(claim)}: {verdict.word} ({reasons}).")
+    measured = [item for item in _directions(claims, every) if item.measured is not None]
+    seen = [item for item in measured if item.word == GAIN]
+    unseen = [item for item in measured if item.word != GAIN]
+    if seen:
+        found.append(
+            f"A gain over {REFERENCE}, as published, is seen here, by the interval over seeds alone and "
+            f"at equal steps, for {_listed(seen)}."
+        )
+    if unseen:
+        found.append(f"No gain over {REFERENCE} is shown here for {_listed(unseen)}.")
+    if not measured:
+        found.append("None of these methods has been measured here yet.")
+    return found
+
+
+def write(claims: Claims, every: Sequence[Results], params: Params, folder: Path) -> None:
+    """Write ``folder/claims.md`` and ``folder/claims.csv``; the same input gives the same bytes."""
+    judged, outline = table(claims, every, params), directions(claims, every)
+    words = judged.data["verdict"].tolist()
+    lines = [
+        "# Published against measured",
+        "",
+        "Generated from claims.yaml, params.yaml and the run records: the verdicts are computed.",
+        "",
+        "## Does the direction hold?",
+        "",
+        *_markdown(outline),
+        "",
+        "## How a claim is judged",
+        "",
+        *(f"- {rule}" for rule in RULE),
+        "",
+        "## Claims",
+        "",
+        f"{len(words)} claims: " + ", ".join(f"{words.count(word)} {word}" for word in VERDICTS) + ".",
+        "",
+        *_markdown(judged),
+        "",
+        "## Sources",
+        "",
+        *(f"- **{key}**: {_plain(s.cite)}. Read in: {_plain(s.where)}." for key, s in claims.sources.items()),
+        "",
+        "## Evidence",
+        "",
+        *(f"- **{key}**: {_plain(text)}" for key, text in claims.evidence.items()),
+        "",
+        "## Published protocols",
+        "",
+        *(f"- **{key}**: {_plain(_protocol_text(p))}" for key, p in claims.protocols.items()),
+        "",
+    ]
+    files.write_bytes(folder / "claims.md", "\n".join(lines).encode())
+    files.write_bytes(folder / "claims.csv", judged.data.to_csv(index=False, lineterminator="\n").encode())
+
+
+def _judge_cost(claim: Claim, every: Sequence[Results]) -> Verdict:
+    """Compare the exported students of the method and of the reference over all their cells."""
+    equal: list[str] = []
+    different: list[str] = []
+    for results in every:
+        for student in results.students:
+            pairs = [
+                [_cost(results, student, method, column) for method in (claim.method, REFERENCE)]
+                for column in COST
+            ]
+            if not all(here and there for here, there in pairs):
+                continue
+            same = all(here == there and len(here) == 1 for here, there in pairs)
+            parts = [
+                f"{_numbers(here)} {name}" + ("" if same else f" against {_numbers(there)}")
+                for name, (here, there) in zip(COST.values(), pairs, strict=True)
+            ]
+            parts += _latency(results, student, claim.method)
+            (equal if same else different).append(f"{results.benchmark}, {student}: {', '.join(parts)}")
+    if different:
+        return Verdict(NOT_REPRODUCED, [f"not equal on {place}" for place in different])
+    if equal:
+        return Verdict(REPRODUCED, [f"equal on {place}" for place in equal])
+    return Verdict(NOT_RUN, [f"no finished cells of both {claim.method} and {REFERENCE}"])
+
+
+def _latency(results: Results, student: str, method: str) -> list[str]:
+    """What an export record adds: for information, a time is never exactly equal."""
+    if (record := results.exported(student, method)) is None:
+        return []
+    found = exports.timing(record, method, REFERENCE, "onnxruntime")
+    if found.ratio is None or found.interval is None:
+        return []
+    low, high = found.interval.low, found.interval.high
+    return [f"{found.ratio:.2f} ({low:.2f} to {high:.2f}) times its latency with onnxruntime"]
+
+
+def _cost(results: Results, student: str, method: str, column: str) -> set[float]:
+    """The different values of a cost over the cells of a row."""
+    return set(results.by_seed(student, method, column).values())
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " or ".join(f"{value:,.0f}" for value in sorted(values))
+
+
+def _outcome(measured: Measured, claimed: float) -> tuple[str, str]:
+    """The verdict on a comparable measurement, and why."""
+    interval = measured.interval
+    if interval is None:
+        return NOT_REPRODUCED, "not decided: only one seed"
+    text = f"{interval.low:+.2f} to {interval.high:+.2f}"
+    if not interval.excludes_zero:
+        if interval.contains(claimed):
+            return NOT_REPRODUCED, f"not decided with n = {measured.n}: {text} holds 0 and the claim"
+        return NOT_REPRODUCED, f"the interval holds 0 and not the claim: {text}"
+    low, high, wanted = interval.low, interval.high, claimed
+    if claimed < 0:  # a claimed loss: the same rule, mirrored
+        low, high, wanted = -interval.high, -interval.low, -claimed
+    if low <= 0:
+        return NOT_REPRODUCED, f"the opposite of the claim: {text}, claimed {claimed:+.2f}"
+    if high < wanted:
+        return (
+            NOT_REPRODUCED,
+            f"{'below' if claimed >= 0 else 'above'} the claim: {text}, claimed {claimed:+.2f}",
+        )
+    return REPRODUCED, f"{text} reaches {claimed:+.2f}"
+
+
+def _differences(
+    claim: Claim, claims: Claims, params: Params, benchmark: str, student: str
+) -> dict[str, str]:
+    """In which stated conditions a benchmark and student differ from a claim: condition to text, in order."""
+    own, protocol = params.benchmark(benchmark), claims.protocols[claim.protocol]
+    training, size = own.training, own.data.get("size")
+    found = {}
+    for role, network, wanted in (
+        ("student", params.student(student), claim.student),
+        ("teacher", own.teacher.network, claim.teacher),
+    ):
+        if wanted is not None and not _same(network, claims.networks[wanted]):
+            found[role] = f"{role} {_name(network, claims)} instead of {wanted}"
+    if protocol.images is not None and size is not None:
+        found["image size"] = f"images of {_pixels(size)} instead of the {protocol.images} size"
+    if protocol.crop is not None and protocol.crop != training.crop:
+        found["crop"] = f"crop {_pixels(training.crop)} instead of {_pixels(protocol.crop)}"
+    if protocol.batch_size not in (None, training.batch_size):
+        found["batch size"] = f"batches of {training.batch_size} images instead of {protocol.batch_size}"
+    if protocol.steps not in (None, training.steps):
+        found["steps"] = f"{training.steps:,} steps instead of {protocol.steps:,}"
+    for name, text in (("lr", "learning rate"), ("weight_decay", "weight decay")):
+        wanted, here = getattr(protocol, name), getattr(params.student(student).recipe or training, name)
+        if wanted not in (None, here):
+            found[text] = f"{text} {here:g} instead of {wanted:g}"
+    pretrained = params.student(student).weights is not None
+    if protocol.pretrained not in (None, pretrained):
+        found["weights"] = "ImageNet weights instead of none" if pretrained else "no ImageNet weights"
+    scored = getattr(config.dataset_module(own.data, benchmark), "TEST", SPLIT)
+    if claim.split not in (None, scored):
+        found["split"] = f"{scored} split instead of {claim.split}"
+    weights = _weights(claim.method, params)
+    terms = [name for name, value in weights.items() if value]
+    if claim.terms is not None and set(claim.terms) != set(terms):
+        found["terms"] = f"loss terms {' + '.join(terms) or 'none'} instead of {' + '.join(claim.terms)}"
+    if claim.other_loss is not None:
+        found["loss"] = f"another loss ({claim.other_loss})"
+    if claim.method not in params.method_keys:
+        found["method"] = f"{claim.method} is not in params.yaml"
+    return found
+
+
+def _unstated(claim: Claim, claims: Claims, params: Params) -> list[str]:
+    """The conditions that the source of a claim leaves open, in the order of ``_differences``."""
+    protocol = claims.protocols[claim.protocol]
+    conditions: dict[str, Any] = {
+        "student": claim.student,
+        "teacher": claim.teacher,
+        "image size": protocol.images,
+        "crop": protocol.crop,
+        "batch size": protocol.batch_size,
+        "steps": protocol.steps,
+        "learning rate": protocol.lr,
+        "weight decay": protocol.weight_decay,
+        "ImageNet weights": protocol.pretrained,
+        "split": claim.split,
+    }
+    if _weights(claim.method, params):
+        conditions["loss terms"] = claim.terms
+    return [name for name, value in conditions.items() if value is None]
+
+
+def _weights(method: str, params: Params) -> dict[str, Any]:
+    """The weights of a method's loss terms in params.yaml, by term; {} for a method of one term."""
+    values = params.method_values(method) if method in params.method_keys else {}
+    prefix = "weight_"
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def _measurements(method: str, every: Iterable[Results]) -> list[Measured]:
+    """Every benchmark and student with a seed that the method and the reference have both finished."""
+    found = []
+    for results in every:
+        for student in results.students:
+            if by_seed := results.paired(student, method).by_seed:
+                found.append(Measured(results.benchmark, student, by_seed))
+    return found
+
+
+def _directions(claims: Claims, every: Sequence[Results]) -> list[Direction]:
+    """Methods in the order of claims.yaml; one line for a method that was not measured."""
+    about: dict[str, list[Claim]] = {}
+    for claim in claims.claims:
+        if claim.kind == "gain":
+            about.setdefault(claim.method, []).append(claim)
+    found = []
+    for method, own in about.items():
+        measurements: list[Measured | None] = [*_measurements(method, every)]
+        found += [Direction(method, own, measured) for measured in measurements or [None]]
+    return found
+
+
+def _same(network: Network, wanted: Architecture) -> bool:
+    encoder = network.encoder.removeprefix("tu-")
+    return (network.architecture, encoder) == (wanted.architecture, wanted.encoder)
+
+
+def _name(network: Network, claims: Claims) -> str:
+    """A network as claims.yaml calls it, else by its architecture and encoder."""
+    names = [name for name, known in claims.networks.items() if _same(network, known)]
+    return names[0] if names else f"{network.architecture}-{network.encoder.removeprefix('tu-')}"
+
+
+def _pixels(size: Iterable[int]) -> str:
+    return "×".join(map(str, size))
+
+
+def _claimed_text(claim: Claim) -> str:
+    if claim.kind == "cost":
+        return "unchanged inference cost"
+    if claim.claimed is None:
+        return "–"
+    return f"{claim.claimed:+.2f}" + ("" if claim.unit else " (unit not stated)")
+
+
+def _why(verdict: Verdict) -> str:
+    text = "; ".join(verdict.reasons)
+    if verdict.word == NOT_COMPARABLE and verdict.setting is not None:
+        text = f"{', '.join(verdict.setting)}: {text}"
+    return text + (f"; not stated: {', '.join(verdict.unstated)}" if verdict.unstated else "")
+
+
+def _place(measured: Measured) -> str:
+    return f"{measured.benchmark}, {measured.student}"
+
+
+def _measured_text(measured: Measured) -> str:
+    """``+1.20 (+0.30 to +2.10, n = 5)``; without an interval for one seed."""
+    interval = measured.interval
+    spread = "" if interval is None else f"{interval.low:+.2f} to {interval.high:+.2f}, "
+    return f"{measured.mean:+.2f} ({spread}n = {measured.n})"
+
+
+def _published_text(item: Direction) -> str:
+    """The range of the published gains, in points where the sources say so."""
+    gains = item.gains
+    if gains:
+        low, high = (f"{value:+.2f}" for value in (min(gains), max(gains)))
+        return low if low == high else f"{low} to {high}"
+    return ", ".join(_claimed_text(claim) for claim in item.claims)
+
+
+def _listed(items: Sequence[Direction]) -> str:
+    """Methods with where and what was measured, joined to the part of a sentence."""
+    return "; ".join(
+        f"{label(item.method)} on {_place(item.measured)}: {_measured_text(item.measured)}"
+        + ("" if item.word == GAIN else f", {item.word}")
+        for item in items
+        if item.measured is not None
+    )
+
+
+def _protocol_text(protocol: Protocol) -> str:
+    stated = [
+        text
+        for text, value in (
+            (f"{protocol.images} images", protocol.images),
+            (f"crop {_pixels(protocol.crop or ())}", protocol.crop),
+            (f"batches of {protocol.batch_size} images", protocol.batch_size),
+            (f"{protocol.steps or 0:,} steps", protocol.steps),
+            (f"learning rate {protocol.lr or 0:g}", protocol.lr),
+            (f"weight decay {protocol.weight_decay or 0:g}", protocol.weight_decay),
+            ("ImageNet weights" if protocol.pretrained else "no ImageNet weights", protocol.pretrained),
+        )
+        if value is not None
+    ]
+    return "; ".join([*stated, protocol.text])
+
+
+def _markdown(shown: Table) -> list[str]:
+    """A table in Markdown, its notes below it."""
+    rows = [shown.columns, ["---"] * len(shown.columns), *shown.rows]
+    lines = ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows]
+    return [*lines, "", *(f"- {_plain(note)}" for note in shown.notes)]
+
+
+def _plain(text: str) -> str:
+    return escape_markdown(text)
+
+
+def _rounded(value: float | None) -> float | None:
+    """To six decimals, as in the other tables."""
+    return None if value is None else round(value, 6)

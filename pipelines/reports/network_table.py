@@ -1,0 +1,195 @@
+"""Parameters and multiply-adds of the networks as counted (``runs/networks.json``), beside published ones
+(``reports/networks.yaml``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+from pydantic import Field, ValidationError
+
+from pipelines import config
+from pipelines.config import ROOT, ConfigError, Model, Network, Params, Positive, Size
+from pipelines.reports.tables import Table, number, render
+from pipelines.runs import counts
+
+PUBLISHED = Path("reports") / "networks.yaml"
+
+
+class Source(Model):
+    """A publication and the place where its numbers were read."""
+
+    cite: str
+    where: str
+
+
+class Count(Model):
+    """Multiply-adds (10⁹) of one image of ``size``; None where the source does not state the size."""
+
+    size: Size | None
+    classes: Positive
+    gmacs: Annotated[float, Field(gt=0)]
+
+
+class Difference(Model):
+    """What the published network has more than this suite's, and at which stride its weights are used."""
+
+    what: str
+    parameters: int
+    stride: Positive | None
+
+
+class Publication(Model):
+    """What a source says of a network, the encoder without the prefix of its library."""
+
+    architecture: str
+    encoder: str
+    source: str
+    parameters: Annotated[float, Field(gt=0)]  # 10⁶
+    counts: list[Count] = Field(min_length=1)
+    differences: list[Difference]
+
+
+class Published(Model):
+    """The whole of networks.yaml."""
+
+    sources: dict[str, Source]
+    networks: list[Publication]
+
+
+def load(path: Path) -> Published:
+    """Read and check networks.yaml. :class:`ConfigError`, one sentence that says what to correct."""
+    try:
+        found = Published.model_validate(config.read_yaml(path))
+    except ValidationError as error:
+        raise ConfigError(config.explain("", error, path.name)) from None
+    for entry in found.networks:
+        if entry.source not in found.sources:
+            raise ConfigError(
+                f"In {path.name}: {entry.architecture}-{entry.encoder} names the source '{entry.source}', "
+                f"which does not exist; those that do: {', '.join(found.sources)}."
+            )
+    return found
+
+
+def table(published: Published, params: Params, root: Path = ROOT) -> Table:
+    """One row for every network and published count, and for every network without one."""
+    counted = counts.read(root)["networks"]
+    data = []
+    for key, (network, uses) in counts.networks(params).items():
+        own = counted.get(key, [])
+        base = _at(own, *counts.SIZES[0])
+        row: dict[str, Any] = {"network": key, "used_as": "; ".join(uses)}
+        row |= {"parameters": base.get("parameters"), "macs": base.get("macs")}
+        beside = [_beside(entry, count, own) for entry, count in _of(published, network)]
+        data += [row | more for more in beside or [dict.fromkeys(BESIDE)]]
+    size = "×".join(map(str, counts.SIZES[0][0]))
+    columns = ["network", "used as", "parameters (M)", f"GMACs, {size}", "source", "input, classes"]
+    columns += ["published (M)", "here (M)", "and differences (M)"]
+    columns += ["published GMACs", "here GMACs", "and differences GMACs"]
+    notes = [
+        f"Counted: the deployed network (no auxiliary head), one image of {size} pixels, "
+        f"{counts.SIZES[0][1]} classes. GMACs: 10⁹ multiply-adds of convolutions and matrix "
+        "products, those of attention included; "
+        "FLOPs in the other tables are twice as many.",
+        "Beside a published count stands that of this suite at the same input and number of classes, and "
+        "with what the source's network is known to have more or less (below). What is left is rounding, and "
+        "normalisation and activations, which some sources count.",
+        *(_explained(entry) for entry in published.networks if entry.differences),
+        "SegFormer at 1024×2048: the source does not state the number of classes; the numbers fit 150, not "
+        "the 19 of Cityscapes.",
+        "Where the source does not state the input, multiply-adds are not compared.",
+    ]
+    return Table("networks", "parameters and multiply-adds", _frame(data), columns, _text(data), notes)
+
+
+def write(published: Published, params: Params, folder: Path, root: Path = ROOT) -> None:
+    """Write ``folder/networks.{md,csv,tex}``."""
+    facts = [(key, f"{source.cite}. Read in: {source.where}.") for key, source in published.sources.items()]
+    absent = counts.missing(params, root)
+    warnings = [f"not counted yet, run {counts.COMMAND}: {', '.join(absent)}."] if absent else []
+    head = {"benchmark": "all networks", "facts": facts, "warnings": warnings}
+    render(table(published, params, root), folder, head)
+
+
+BESIDE = (
+    "source",
+    "published_size",
+    "published_classes",
+    "published_parameters_m",
+    "parameters_there",
+    "parameters_with_differences",
+    "published_gmacs",
+    "macs_there",
+    "macs_with_differences",
+)
+
+
+def _beside(entry: Publication, count: Count, own: list[dict[str, Any]]) -> dict[str, Any]:
+    """The columns ``BESIDE`` of a published count."""
+    size = count.size
+    same = next((row for row in own if row["classes"] == count.classes), {})
+    here, parameters = (_at(own, size, count.classes) if size else {}), same.get("parameters")
+    extra = None
+    if size and here:
+        area = size[0] * size[1]
+        extra = here["macs"] + sum(d.parameters * area // d.stride**2 for d in entry.differences if d.stride)
+    more = sum(difference.parameters for difference in entry.differences)
+    values = (
+        entry.source,
+        "×".join(map(str, size)) if size else None,
+        count.classes,
+        entry.parameters,
+        parameters,
+        None if parameters is None else parameters + more,
+        count.gmacs,
+        here.get("macs"),
+        extra,
+    )
+    return dict(zip(BESIDE, values, strict=True))
+
+
+def _at(own: list[dict[str, Any]], size: tuple[int, int], classes: int) -> dict[str, Any]:
+    return next((row for row in own if tuple(row["size"]) == size and row["classes"] == classes), {})
+
+
+def _of(published: Published, network: Network) -> list[tuple[Publication, Count]]:
+    same = (network.architecture, counts.encoder_name(network))
+    entries = [entry for entry in published.networks if (entry.architecture, entry.encoder) == same]
+    return [(entry, count) for entry in entries for count in entry.counts]
+
+
+def _explained(entry: Publication) -> str:
+    parts = [f"{d.what} ({d.parameters / 1e6:+.2f} M)" for d in entry.differences]
+    return f"{entry.architecture}-{entry.encoder} of {entry.source}: {', '.join(parts)}."
+
+
+def _frame(data: list[dict[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(data, dtype=object)
+
+
+def _text(data: list[dict[str, Any]]) -> list[list[str]]:
+    return [list(_cells(row)) for row in data]
+
+
+def _cells(row: dict[str, Any]) -> Iterator[str]:
+    def scaled(name: str, unit: float, form: str) -> str:
+        return number(None if row[name] is None else row[name] / unit, form)
+
+    yield row["network"]
+    yield row["used_as"]
+    yield scaled("parameters", 1e6, ".2f")
+    yield scaled("macs", 1e9, ".1f")
+    yield row["source"] or "–"
+    if row["source"]:
+        yield f"{row['published_size'] or 'not stated'}, {row['published_classes']}"
+    else:
+        yield "–"
+    yield number(row["published_parameters_m"], ".1f")
+    yield scaled("parameters_there", 1e6, ".2f")
+    yield scaled("parameters_with_differences", 1e6, ".2f")
+    yield number(row["published_gmacs"], ".1f")
+    yield scaled("macs_there", 1e9, ".1f")
+    yield scaled("macs_with_differences", 1e9, ".1f")

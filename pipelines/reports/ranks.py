@@ -1,0 +1,153 @@
+"""Methods over several benchmarks and students: mean ranks, what they can tell apart, chance of improvement.
+
+A block is a student on a benchmark; its score of a method is the mean over the seeds. Only methods that every
+block has are ranked, and with fewer than two blocks there is nothing to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pipelines.reports import statistics
+from pipelines.reports.results import REFERENCE, RESAMPLES, RESAMPLING_SEED, Results, label
+from pipelines.reports.statistics import Interval
+from pipelines.reports.tables import Table, between, render
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How the methods rank over all blocks."""
+
+    blocks: list[tuple[str, str]]  # benchmark, student
+    ranks: dict[str, float]  # mean over the blocks, 1 is the best; in this order
+    friedman_p: float | None  # of the hypothesis that all methods are alike
+    critical_difference: float  # Nemenyi: mean ranks closer than this are not told apart
+    cliques: list[tuple[str, ...]]  # methods that are not told apart
+    improvement: dict[str, tuple[float, Interval]]  # probability that a run beats one of REFERENCE
+    seeds: dict[str, int]  # the fewest seeds of a method in any block
+
+
+def rank(every: Sequence[Results]) -> Ranks | None:
+    """Rank the methods; None with fewer than two blocks or two methods that all of them have."""
+    scores = {
+        (results.benchmark, student): {
+            m: list(values.values()) for m in results.methods if (values := results.by_seed(student, m))
+        }
+        for results in every
+        for student in results.students
+    }
+    scores = {block: own for block, own in scores.items() if REFERENCE in own and len(own) > 1}
+    order = list(dict.fromkeys(m for results in every for m in results.methods))
+    methods = [m for m in order if all(m in own for own in scores.values())]
+    if len(scores) < 2 or len(methods) < 2:
+        return None
+    means = {block: {m: float(np.mean(own[m])) for m in methods} for block, own in scores.items()}
+    ranks = statistics.mean_ranks(means)
+    ranks = {m: ranks[m] for m in sorted(methods, key=lambda m: (ranks[m], methods.index(m)))}
+    cd = statistics.critical_difference(len(methods), len(scores))
+    improvement = {}
+    for method in methods:
+        if method != REFERENCE:
+            chance = statistics.probability_of_improvement(
+                [own[method] for own in scores.values()],
+                [own[REFERENCE] for own in scores.values()],
+                resamples=RESAMPLES,
+                seed=RESAMPLING_SEED,
+            )
+            if chance is not None:
+                improvement[method] = chance
+    return Ranks(
+        blocks=list(scores),
+        ranks=ranks,
+        friedman_p=statistics.friedman_p(means),
+        critical_difference=cd,
+        cliques=statistics.cliques(ranks, cd),
+        improvement=improvement,
+        seeds={m: min(len(own[m]) for own in scores.values()) for m in methods},
+    )
+
+
+def table(found: Ranks) -> Table:
+    """Method × (mean rank, probability of improvement)."""
+    data, text = [], []
+    for method, mean in found.ranks.items():
+        chance, interval = found.improvement.get(method, (None, None))
+        data.append(
+            {
+                "method": label(method),
+                "blocks": len(found.blocks),
+                "seeds_min": found.seeds[method],
+                "mean_rank": round(mean, 6),
+                "improvement": None if chance is None else round(chance, 6),
+                "improvement_low": None if interval is None else round(interval.low, 6),
+                "improvement_high": None if interval is None else round(interval.high, 6),
+            }
+        )
+        shown = "–" if chance is None else f"{chance:.2f} {between(interval, '.2f')}"
+        text.append([label(method), str(found.seeds[method]), f"{mean:.2f}", shown])
+    columns = ["method", "seeds (fewest)", "mean rank", f"probability of improvement on {REFERENCE}"]
+    return Table("ranks", "mean ranks", pd.DataFrame(data, dtype=object), columns, text)
+
+
+def facts(found: Ranks) -> list[tuple[str, str]]:
+    """What stands above the table."""
+    p = "unknown" if found.friedman_p is None else f"p = {found.friedman_p:.2g}"
+    return [
+        ("blocks", "; ".join(", ".join(block) for block in found.blocks)),
+        ("mean rank", "of the mean test mIoU over the seeds, 1 is the best of a block; mean over the blocks"),
+        ("Friedman test", f"that the methods do not differ: {p}"),
+        (
+            "critical difference",
+            f"{found.critical_difference:.2f} (Nemenyi, 5 %): mean ranks that are closer are not told apart; "
+            f"not told apart here: {_groups(found)}",
+        ),
+        (
+            "probability of improvement",
+            f"that a run of the method beats a run of {REFERENCE} on the same block, mean over the blocks; "
+            f"95 % interval from {RESAMPLES:,} bootstrap resamples of the seeds inside each block",
+        ),
+    ]
+
+
+def warnings(found: Ranks) -> list[str]:
+    """What a reader has to know before believing the ranks."""
+    n = len(found.blocks)
+    texts = []
+    if n < len(found.ranks):
+        texts.append(f"only {n} blocks for {len(found.ranks)} methods: the ranks say little, by themselves.")
+    if len({student for _, student in found.blocks}) < n or len({name for name, _ in found.blocks}) < n:
+        texts.append("blocks that share a benchmark or a student are not independent of each other.")
+    if min(found.seeds.values()) < statistics.SEEDS_FOR_SIGNIFICANCE:
+        texts.append("with so few seeds the intervals of the probability of improvement are too narrow.")
+    return texts
+
+
+def sentence(found: Ranks) -> str:
+    """The outcome in plain words."""
+    first, *_, last = found.ranks
+    spread = found.ranks[last] - found.ranks[first]
+    told = "tells some methods apart" if spread >= found.critical_difference else "tells no methods apart"
+    return (
+        f"Over {len(found.blocks)} blocks (student on benchmark), {label(first)} has the best mean rank "
+        f"({found.ranks[first]:.2f}) and {label(last)} the worst ({found.ranks[last]:.2f}); the critical "
+        f"difference is {found.critical_difference:.2f}, so the ranking {told}."
+    )
+
+
+def write(found: Ranks, folder: Path) -> None:
+    """Write ``folder/ranks.{md,csv,tex}``."""
+    head = {
+        "benchmark": "all benchmarks and students",
+        "facts": facts(found),
+        "warnings": warnings(found),
+    }
+    render(table(found), folder, head)
+
+
+def _groups(found: Ranks) -> str:
+    return "; ".join(", ".join(map(label, group)) for group in found.cliques) or "none"

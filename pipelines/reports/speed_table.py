@@ -1,0 +1,205 @@
+"""Measured steps of the protocols (``runs/speed.json``, by ``make speed``) and what follows from them: the
+table ``reports/speed.*`` and the hours of a benchmark.
+
+There is one entry for a benchmark, student, device and batch size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipelines.config import PAPER, ROOT, TEACHER, Benchmark, Params
+from pipelines.reports.results import MATCHED, REFERENCE, label
+from pipelines.reports.tables import Table, number, render
+from pipelines.runs import journal
+from pipelines.runs.journal import device, on_gpu
+
+FILE = Path("runs") / "speed.json"
+COMMAND = "`make speed BENCHMARK=<name>`"
+OUT_OF_MEMORY = 3  # the exit status of a measurement that did not fit
+COLUMNS = [
+    "benchmark",
+    "device",
+    "batch",
+    "what is trained",
+    "ms a step",
+    "quartiles",
+    f"× {REFERENCE}",
+    "steps a second",
+    "TFLOP/s",
+    "memory (MB)",
+    "evaluation (ms an image)",
+    "loading (ms a sample)",
+    "processes to load",
+    "status",
+]
+
+
+def read(root: Path = ROOT) -> list[dict[str, Any]]:
+    return journal.read(FILE, COMMAND, root)
+
+
+def add(entry: Mapping[str, Any], root: Path = ROOT) -> None:
+    """Add an entry in place of an older one of the same benchmark, student, device and batch size."""
+    journal.add(FILE, COMMAND, entry, _key, root)
+
+
+def _key(entry: Mapping[str, Any]) -> tuple[str, str, str, int]:
+    return entry["benchmark"], entry["student"], device(entry), entry["batch_size"]
+
+
+def is_current(entry: Mapping[str, Any], params: Params) -> bool:
+    """Whether what was measured is what params.yaml says now, as far as it decides the time of a step."""
+    own = params.benchmarks.get(entry["benchmark"])
+    student = params.students.get(entry["student"])
+    return own is not None and student is not None and entry["protocol"] == protocol(own, student.written())
+
+
+def protocol(own: Benchmark, student: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide the time of a step."""
+
+    def of(training: dict[str, Any], network: dict[str, Any]) -> dict[str, Any]:
+        kept = ("crop", "precision", "augmentation", "auxiliary_weight", "sliding")
+        plain = {key: value for key, value in network.items() if key != "weights"}
+        return {key: training[key] for key in kept if key in training} | {"network": plain}
+
+    return {
+        TEACHER: of(own.teacher.training.written(), own.teacher.network.written()),
+        "student": of(own.training.written(), student),
+    }
+
+
+def hours(benchmark: str, params: Params, root: Path = ROOT) -> tuple[float, str] | None:
+    """Hours of the teacher and of all methods and seeds of the suite on the fastest GPU that a benchmark was
+    measured on, and its name. None where no GPU was, or not everything fitted.
+
+    Time goes by images: an entry of a smaller batch than the protocol's counts for as many images.
+    """
+    found = []
+    for entry in read(root):
+        gpu = on_gpu(entry)
+        same = (entry["benchmark"], entry["student"]) == (benchmark, params.suite.students[0])
+        if gpu and same and is_current(entry, params) and (spent := _hours(entry, params)) is not None:
+            found.append((spent, device(entry)))
+    return min(found, default=None)
+
+
+def _hours(entry: Mapping[str, Any], params: Params) -> float | None:
+    own, rows = params.benchmark(entry["benchmark"]), entry["rows"]
+    methods = [*params.methods, *(f"{PAPER}-{variant}" for variant in params.suite.variants)]
+    if any(rows.get(name, {}).get("status") != "measured" for name in (TEACHER, *methods)):
+        return None
+    seconds = own.teacher.training.steps * _step(rows[TEACHER]) * own.teacher.training.batch_size
+    for name in methods:
+        steps = float(own.training.steps)
+        if matched := [rows[key]["step_flops"] for key in rows[name]["matched"] if key in rows]:
+            steps = max(steps, steps * max(matched) / rows[name]["step_flops"])
+        seconds += len(params.suite.seeds) * steps * _step(rows[name]) * own.training.batch_size
+    return float(seconds / entry["batch_size"] / 3600)
+
+
+def _step(row: Mapping[str, Any]) -> float:
+    """Seconds of a step, the median."""
+    return float(np.median(row["step_ms"])) / 1000
+
+
+def sustained(params: Params, root: Path = ROOT) -> tuple[float, str] | None:
+    """Operations a second of the GPU that did most, over all that was measured on it. None without a GPU."""
+    work: dict[str, list[float]] = {}
+    for entry in read(root):
+        if on_gpu(entry) and is_current(entry, params):
+            for row in _measured(entry["rows"].values()):
+                total = work.setdefault(device(entry), [0.0, 0.0])
+                total[0] += row["step_flops"]
+                total[1] += _step(row)
+    return max(((flops / seconds, name) for name, (flops, seconds) in work.items()), default=None)
+
+
+def _measured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["status"] == "measured"]
+
+
+def table(params: Params, root: Path = ROOT) -> Table:
+    """One row for everything that was measured."""
+    data: list[dict[str, Any]] = []
+    text: list[list[str]] = []
+    for entry in read(root):
+        reference = entry["rows"].get(REFERENCE, {})
+        for name, own in entry["rows"].items():
+            row = {
+                "benchmark": entry["benchmark"],
+                "device": device(entry),
+                "batch_size": entry["batch_size"],
+                "trained": name if name == TEACHER else f"{entry['student']}, {label(name)}",
+            }
+            row |= _times(own, reference if name != TEACHER else {}, entry["batch_size"])
+            row["status"] = own["status"] if is_current(entry, params) else "other settings than params.yaml"
+            data.append(row)
+            text.append(_text(row))
+    notes = [
+        f"By {COMMAND}: the real loader, loop and evaluation on random images of the real size, from random "
+        "weights; a step holds the student, its teacher and the method's terms.",
+        "ms a step: the median. TFLOP/s: counted operations of a step over its time. memory: peak of the "
+        "GPU, or of the process on the CPU. loading: by one process; processes to load: as many as a step "
+        "of this time needs (`suite.workers`).",
+        f"{MATCHED} takes the same steps as {REFERENCE}, more of them: where the two differ here, it is the "
+        "noise of the machine.",
+    ]
+    return Table("speed", "measured steps", pd.DataFrame(data, dtype=object), COLUMNS, text, notes)
+
+
+def _times(own: Mapping[str, Any], reference: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    names = ["step_ms", "step_ms_low", "step_ms_high", "ratio", "steps_per_s", "tflops", "memory_mb"]
+    names += ["evaluation_ms", "loading_ms", "processes"]
+    if own["status"] != "measured":
+        return dict.fromkeys(names)
+    low, median, high = (float(value) for value in np.percentile(own["step_ms"], [25, 50, 75]))
+    base = 1000 * _step(reference) if reference.get("status") == "measured" else None
+    values = (
+        median,
+        low,
+        high,
+        base and median / base,
+        1000 / median,
+        own["step_flops"] / median / 1e9,
+        own["memory_mb"],
+        own["evaluation_ms"],
+        own["loading_ms"],
+        math.ceil(own["loading_ms"] * batch_size / median),
+    )
+    return {
+        name: round(value, 4) if isinstance(value, float) else value
+        for name, value in zip(names, values, strict=True)
+    }
+
+
+def _text(row: Mapping[str, Any]) -> list[str]:
+    def quartiles() -> str:
+        low, high = row["step_ms_low"], row["step_ms_high"]
+        return "–" if low is None else f"{low:,.0f} to {high:,.0f}"
+
+    return [
+        *(str(row[name]) for name in ("benchmark", "device", "batch_size", "trained")),
+        number(row["step_ms"], ",.0f"),
+        quartiles(),
+        number(row["ratio"], ".2f"),
+        number(row["steps_per_s"], ".3g"),
+        number(row["tflops"], ".3g"),
+        number(row["memory_mb"], ",.0f"),
+        number(row["evaluation_ms"], ",.0f"),
+        number(row["loading_ms"], ",.1f"),
+        number(row["processes"], "d"),
+        str(row["status"]),
+    ]
+
+
+def write(params: Params, folder: Path, root: Path = ROOT) -> None:
+    """Write ``folder/speed.{md,csv,tex}``, if anything was measured."""
+    if read(root):
+        render(table(params, root), folder, {"benchmark": "all benchmarks", "facts": [], "warnings": []})

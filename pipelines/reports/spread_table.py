@@ -1,0 +1,149 @@
+"""How far a training moves when it is run again with the same seed: ``runs/spread.json``, by ``make spread``,
+and the table ``reports/spread.*``.
+
+There is one entry for a benchmark, student, method, seed and device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipelines.config import ROOT, Params
+from pipelines.reports import statistics
+from pipelines.reports.results import Results, label
+from pipelines.reports.tables import Table, number, render
+from pipelines.runs import journal, records
+from pipelines.runs.journal import device, on_gpu
+from pipelines.runs.records import Cell
+
+FILE = Path("runs") / "spread.json"
+COMMAND = "`make spread BENCHMARK=<name>`"
+FAST, STRICT = MODES = ("fast", "strict")  # suite.strict: false, true
+COLUMNS = [
+    "benchmark",
+    "device",
+    "what is trained",
+    "seed",
+    "mode",
+    "repeats",
+    "different weights",
+    "test mIoU",
+    "sd",
+    "largest difference",
+    "sd over seeds",
+    "training (s)",
+    "without a deterministic kernel",
+    "status",
+]
+
+
+def read(root: Path = ROOT) -> list[dict[str, Any]]:
+    return journal.read(FILE, COMMAND, root)
+
+
+def add(entry: Mapping[str, Any], root: Path = ROOT) -> None:
+    """Add an entry in place of an older one of the same cell and device."""
+    journal.add(FILE, COMMAND, entry, lambda known: (_cell(known).path, device(known)), root)
+
+
+def _cell(entry: Mapping[str, Any]) -> Cell:
+    return Cell(**entry["cell"])
+
+
+def is_current(entry: Mapping[str, Any], params: Params) -> bool:
+    """Whether what was trained is what params.yaml says now."""
+    cell = _cell(entry)
+    known = cell.benchmark in params.benchmarks and cell.student in params.students
+    if not known or cell.method not in params.method_keys:
+        return False
+    return not records.stale(cell, entry["config"], params)
+
+
+def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
+    """One row for every mode of what was repeated."""
+    data: list[dict[str, Any]] = []
+    text: list[list[str]] = []
+    seeds = {results.benchmark: results for results in every}
+    entries = read(root)
+    for entry in entries:
+        cell, current = _cell(entry), is_current(entry, params)
+        own = seeds.get(cell.benchmark) if current else None
+        over_seeds = statistics.sd(own.by_seed(cell.student, cell.method).values()) if own else None
+        for mode in MODES:
+            repeats = entry["repeats"][mode]
+            scores = [repeat["test_miou"] for repeat in repeats]
+            row = {
+                "benchmark": cell.benchmark,
+                "device": device(entry),
+                "trained": f"{cell.student}, {label(cell.method)}",
+                "seed": cell.seed,
+                "mode": mode,
+                "repeats": len(repeats),
+                "weights": len({repeat["weights_sha256"] for repeat in repeats}),
+                "test_miou": statistics.mean(scores),
+                "sd": statistics.sd(scores),
+                "range": max(scores) - min(scores),
+                "sd_over_seeds": over_seeds,
+                "training_s": statistics.mean([repeat["training_s"] for repeat in repeats]),
+                "kernels": ", ".join(entry["kernels"]) if mode == STRICT else None,
+                "status": "measured" if current else "other settings than params.yaml",
+            }
+            data.append({key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()})
+            text.append(_text(row))
+    notes = [
+        f"By {COMMAND}: one cell, the same seed, trained again and again on one machine, each time in a "
+        "process of its own. What differs is the arithmetic of the device alone.",
+        "different weights: 1 is the same bits every time. sd, largest difference: of the test mIoU of the "
+        "repeats. sd over seeds: of the row of the comparison table, where it has more than one.",
+        "strict: `suite.strict: true`; without a deterministic kernel are the operations that torch warned "
+        "of while this cell was trained.",
+    ]
+    if apart := rounding(params, root):
+        notes.append(
+            "On a CPU the two modes compute the same but for rounding. What that alone does to a score, over "
+            f"a whole training, is how far they lie apart: {apart}."
+        )
+    if not any(on_gpu(entry) for entry in entries):
+        notes.append("No GPU has been measured yet.")
+    return Table("spread", "trainings repeated", pd.DataFrame(data, dtype=object), COLUMNS, text, notes)
+
+
+def rounding(params: Params, root: Path = ROOT) -> str:
+    """How far apart the two modes scored on a CPU, for each cell of today's settings: mIoU, test."""
+    found = []
+    for entry in read(root):
+        if is_current(entry, params) and not on_gpu(entry):
+            fast, strict = (
+                statistics.mean([repeat["test_miou"] for repeat in entry["repeats"][mode]]) or 0.0
+                for mode in MODES
+            )
+            cell = _cell(entry)
+            found.append(f"{abs(fast - strict):.2f} ({cell.benchmark}, {cell.student}, {label(cell.method)})")
+    return "; ".join(found)
+
+
+def _text(row: Mapping[str, Any]) -> list[str]:
+    return [
+        *(
+            str(row[name])
+            for name in ("benchmark", "device", "trained", "seed", "mode", "repeats", "weights")
+        ),
+        number(row["test_miou"], ".2f"),
+        number(row["sd"], ".3f"),
+        number(row["range"], ".3f"),
+        number(row["sd_over_seeds"], ".2f"),
+        number(row["training_s"], ",.0f"),
+        "–" if row["kernels"] is None else row["kernels"] or "none met",
+        str(row["status"]),
+    ]
+
+
+def write(params: Params, every: Sequence[Results], folder: Path, root: Path = ROOT) -> None:
+    """Write ``folder/spread.{md,csv,tex}``, if anything was measured."""
+    if read(root):
+        head = {"benchmark": "all benchmarks", "facts": [], "warnings": []}
+        render(table(params, every, root), folder, head)

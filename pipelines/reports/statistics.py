@@ -1,0 +1,350 @@
+"""The statistics of the tables: pure functions of scores, and of the confusion counts of the test images.
+
+Scores are mIoU in percent, differences and interval bounds are in the same points. ± always means the sample
+standard deviation over n seeds (ddof 1). It is None for one seed, not 0.
+
+Uncertainty has two sources, which are never pooled: the seeds of the training (t_interval, sign_flip_p), and
+the choice of the test images with the trained networks held fixed (image_bootstrap).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite, sqrt
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+LEVEL = 0.95  # of every interval
+SEEDS_FOR_SIGNIFICANCE = 6  # below this, no two-sided sign-flip test over paired seeds can reach p < 0.05
+EXACT = 16  # differences up to which all 2^n sign flips are enumerated
+FLIPS = 2**16 - 1  # random ones beyond; no p is then below 2^-16, which is smallest_p(EXACT + 1)
+TIE = 1e-9  # of the sum of |differences|: two sums that are closer differ by rounding only
+CHUNK = 1000  # resamples at a time: their image weights and sums are all that has to fit into memory
+
+Block = TypeVar("Block", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A closed interval of scores or of differences of scores."""
+
+    low: float
+    high: float
+
+    def contains(self, x: float) -> bool:
+        return self.low <= x <= self.high
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether all of it lies on one side of 0; never true of NaN."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences of two methods over the seeds that both have."""
+
+    by_seed: dict[int, float]
+
+    @property
+    def n(self) -> int:
+        return len(self.by_seed)
+
+    @property
+    def mean(self) -> float | None:
+        return mean(self.by_seed.values())
+
+    @property
+    def sd(self) -> float | None:
+        """Of the differences themselves, so what the two methods share in a seed has dropped out."""
+        return sd(self.by_seed.values())
+
+
+@dataclass(frozen=True)
+class ImageBootstrap:
+    """Test mIoU of every cell on the same resamples of the test images."""
+
+    scores: dict[tuple[str, int], np.ndarray]  # by method and seed: float64 (resamples,), percent
+
+    def score(self, method: str) -> np.ndarray:
+        """Mean over the method's seeds, float64 (resamples,), percent. ValueError if it has no cell."""
+        return self._mean(method, self._seeds(method))
+
+    def difference(self, a: str, b: str) -> Interval | None:
+        """95 % percentile interval of ``a - b`` (Efron and Tibshirani 1993, chapter 13); None without a seed.
+
+        Each is the mean over the seeds that both have. Both are scored on the same resamples, so what makes
+        an image hard for both drops out.
+        """
+        if not (seeds := self._seeds(a) & self._seeds(b)):
+            return None
+        return _percentiles(self._mean(a, seeds) - self._mean(b, seeds))
+
+    def _seeds(self, method: str) -> set[int]:
+        return {seed for name, seed in self.scores if name == method}
+
+    def _mean(self, method: str, seeds: set[int]) -> np.ndarray:
+        if not seeds:
+            raise ValueError(f"No cell of {method} was resampled.")
+        return np.mean([self.scores[method, seed] for seed in sorted(seeds)], axis=0)
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """Arithmetic mean; None of nothing."""
+    scores = list(values)
+    return statistics.fmean(scores) if scores else None
+
+
+def median(values: Iterable[float]) -> float | None:
+    """Median; None of nothing."""
+    scores = list(values)
+    return statistics.median(scores) if scores else None
+
+
+def sd(values: Iterable[float]) -> float | None:
+    """Sample standard deviation (ddof 1); None when there are fewer than two values."""
+    scores = list(values)
+    return statistics.stdev(scores) if len(scores) > 1 else None
+
+
+def paired(scores: Mapping[int, float], reference: Mapping[int, float]) -> Paired:
+    """``scores - reference`` by seed; both map a seed to its score. Seeds that only one has are left out."""
+    return Paired({seed: scores[seed] - reference[seed] for seed in sorted(scores.keys() & reference.keys())})
+
+
+def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
+    """Two-sided Student t interval of the mean of paired differences; None below two of them.
+
+    mean ± t(n - 1) sd / √n (Student 1908), exact for normal differences. ValueError if one is not finite.
+    """
+    _check_finite(values)
+    spread = sd(values)
+    if spread is None:
+        return None
+    n, centre = len(values), statistics.fmean(values)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * spread / sqrt(n)
+    return Interval(centre - half, centre + half)
+
+
+def sign_flip_p(differences: Sequence[float]) -> float | None:
+    """Two-sided p of the sign-flip (paired permutation) test that the mean is 0; None of nothing.
+
+    The share of all 2^n assignments of signs whose |sum| reaches the observed one (Fisher 1935);
+    exact for differences that are symmetric about 0. Beyond ``EXACT`` differences a seeded sample of
+    assignments, with the observed one counted in (Phipson and Smyth 2010). ValueError if one is not finite.
+    """
+    _check_finite(differences)
+    values = np.asarray(differences, dtype=np.float64)
+    n = len(values)
+    if n == 0:
+        return None
+    if n <= EXACT:
+        # Flipping every sign keeps |sum|, so the last difference can keep its own.
+        flipped = (np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1
+    else:
+        flipped = np.random.default_rng(0).integers(0, 2, size=(FLIPS, n))
+    sums = np.abs((1 - 2 * flipped) @ values)
+    reached = int((sums >= abs(values.sum()) - TIE * np.abs(values).sum()).sum())
+    return reached / len(sums) if n <= EXACT else (reached + 1) / (len(sums) + 1)
+
+
+def smallest_p(n: int) -> float:
+    """The smallest two-sided p that a sign-flip test over ``n`` paired seeds can give: 2 / 2^n, at most 1."""
+    return min(1.0, 2.0 / 2**n)
+
+
+def holm(mapping: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down adjusted p values (Holm 1979), in the order of the keys.
+
+    The i-th smallest of m is multiplied by m - i + 1, is at least the one before it and at most 1. Rejecting
+    those up to α keeps the familywise error at α under any dependence. ValueError if a p is not in [0, 1].
+    """
+    adjusted: dict[str, float] = {}
+    before = 0.0
+    for i, name in enumerate(sorted(mapping, key=lambda name: mapping[name])):
+        if not 0 <= mapping[name] <= 1:
+            raise ValueError(f"The p value of {name} is not between 0 and 1: {mapping[name]}.")
+        before = adjusted[name] = min(1.0, max(before, (len(mapping) - i) * mapping[name]))
+    return {name: adjusted[name] for name in mapping}
+
+
+def image_bootstrap(
+    counts: Mapping[tuple[str, int], np.ndarray], resamples: int, seed: int
+) -> ImageBootstrap:
+    """Score every cell on resamples of the test images, the same ones for all cells (Efron 1979).
+
+    ``counts``: by method and seed, integer confusion counts (images, C, C) in the convention of
+    :mod:`pipelines.runs.confusion`, the images in the same order for all. The score of a resample is the
+    mIoU of its summed matrix, in percent: the mean over the classes in the ground truth of the whole split,
+    without those that no image of the resample has (NaN if it has none). ValueError when there is no cell,
+    when cells differ in the number of images or classes, and when no pixel of a cell carries a label.
+    """
+    sums, shapes = {}, set[tuple[int, ...]]()
+    for cell, array in counts.items():  # one at a time: a mapping may read them from files
+        shapes.add(array.shape)
+        if len(shapes) > 1:
+            raise ValueError(
+                f"All cells must have counts of the same images and classes, not of shapes {sorted(shapes)}."
+            )
+        if array.ndim != 3 or array.shape[0] == 0 or array.shape[1] != array.shape[2]:
+            raise ValueError(f"Counts must be (images, C, C), not {array.shape}.")
+        if not array.any():
+            raise ValueError(f"No pixel of cell {cell} carries a label: there is nothing to score.")
+        sums[cell] = _image_sums(array)
+    if not sums:
+        raise ValueError("There is no cell to score.")
+    images = len(next(iter(sums.values())))
+    scores = {cell: np.empty(resamples) for cell in sums}
+    random = np.random.default_rng(seed)
+    for start in range(0, resamples, CHUNK):
+        part = slice(start, min(start + CHUNK, resamples))
+        # How often each image was drawn: drawing row by row, chunks of any size give the same weights.
+        weights = random.multinomial(images, np.full(images, 1 / images), size=part.stop - start)
+        weights = weights.astype(np.float64)  # whole numbers stay exact up to 2^53
+        for cell, array in sums.items():
+            scores[cell][part] = _miou(weights @ array)
+    return ImageBootstrap(scores)
+
+
+def ratio_of_medians(a: ArrayLike, b: ArrayLike, resamples: int, seed: int) -> tuple[float, Interval]:
+    """median(a) / median(b) with its 95 % percentile bootstrap interval (Efron and Tibshirani 1993).
+
+    ``a``, ``b``: (rounds,), positive; a round measured both, so rounds are resampled, not measurements.
+    """
+    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if left.shape != right.shape or left.ndim != 1 or not left.size:
+        raise ValueError(f"Both need the same rounds, one at least, not {left.shape} and {right.shape}.")
+    drawn = np.random.default_rng(seed).integers(0, left.size, size=(resamples, left.size))
+    ratios = np.median(left[drawn], axis=1) / np.median(right[drawn], axis=1)
+    return float(np.median(left) / np.median(right)), _percentiles(ratios)
+
+
+def told_apart(over_seeds: Interval | None, over_images: Interval | None) -> bool:
+    """Whether two methods differ: both intervals of the difference are known and on the same side of 0."""
+    if over_seeds is None or over_images is None:
+        return False
+    return min(over_seeds.low, over_images.low) > 0 or max(over_seeds.high, over_images.high) < 0
+
+
+def mean_ranks(blocks: Mapping[Block, Mapping[str, float]]) -> dict[str, float]:
+    """Mean rank over the blocks of every method that all of them have; rank 1 is the highest score.
+
+    ``blocks``: by block, the score of each method. Ties share their mean rank (Demšar 2006, section 3.2.2).
+    """
+    methods, scores = _complete(blocks)
+    ranks = stats.rankdata(-scores, axis=1).mean(axis=0) if methods else []
+    return {method: float(rank) for method, rank in zip(methods, ranks, strict=True)}
+
+
+def friedman_p(blocks: Mapping[Block, Mapping[str, float]]) -> float | None:
+    """p of Friedman's test that all methods rank alike, corrected for ties (Friedman 1937, Demšar 2006).
+
+    Of the methods that every block has; None below three of them or below two blocks. χ² is an approximation,
+    conservative for few blocks.
+    """
+    methods, scores = _complete(blocks)
+    if len(methods) < 3 or len(blocks) < 2:
+        return None
+    if (scores == scores[:, :1]).all():
+        return 1.0  # scipy divides 0 by 0 when everything is tied
+    return float(stats.friedmanchisquare(*scores.T).pvalue)
+
+
+def critical_difference(methods: int, blocks: int, alpha: float = 0.05) -> float:
+    """Difference of mean ranks that is significant in Nemenyi's test (Demšar 2006, section 3.2.2).
+
+    q √(k (k + 1) / 6N) for k methods and N blocks, q the upper α quantile of the studentized range over √2.
+    ValueError below two methods or one block.
+    """
+    if methods < 2 or blocks < 1:
+        raise ValueError(f"Ranks need two methods and one block at least, not {methods} and {blocks}.")
+    q = float(stats.studentized_range.ppf(1 - alpha, methods, inf)) / sqrt(2)
+    return q * sqrt(methods * (methods + 1) / (6 * blocks))
+
+
+def cliques(ranks: Mapping[str, float], cd: float) -> list[tuple[str, ...]]:
+    """Largest groups of two or more methods that are not told apart: the bars of a CD diagram (Demšar 2006).
+
+    The mean ranks of a group lie closer together than ``cd``: a difference of ``cd`` is significant. Best
+    rank first, in the groups and among them; no group is part of another.
+    """
+    order = sorted(ranks, key=lambda method: ranks[method])
+    found = []
+    end = 0
+    for start, method in enumerate(order):
+        stop = sum(ranks[other] - ranks[method] < cd for other in order)
+        if stop > max(end, start + 1):
+            found.append(tuple(order[start:stop]))
+            end = stop
+    return found
+
+
+def probability_of_improvement(
+    a_blocks: Sequence[ArrayLike], b_blocks: Sequence[ArrayLike], resamples: int = 10_000, seed: int = 0
+) -> tuple[float, Interval] | None:
+    """P(a run of ``a`` beats one of ``b``), mean over the blocks, with its 95 % percentile interval.
+
+    ``a_blocks``, ``b_blocks``: per block the scores of the runs, (runs,) each, not paired. In a block it is
+    the share of all pairs of runs that ``a`` wins, ties as half. The bootstrap is stratified: it draws the
+    runs of each method anew inside every block (Agarwal et al. 2021, rliable). None without a block or when
+    one is empty. ValueError when the numbers of blocks differ.
+    """
+    if len(a_blocks) != len(b_blocks):
+        raise ValueError(f"Both methods need the same blocks, not {len(a_blocks)} and {len(b_blocks)}.")
+    blocks = [
+        (np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
+        for a, b in zip(a_blocks, b_blocks, strict=True)
+    ]
+    if not blocks or any(a.size == 0 or b.size == 0 for a, b in blocks):
+        return None
+    random = np.random.default_rng(seed)
+    share = 0.0
+    drawn = np.zeros(resamples)
+    for a, b in blocks:
+        wins = (1 + np.sign(a[:, None] - b)) / 2
+        share += float(wins.mean()) / len(blocks)
+        shares_a, shares_b = (
+            random.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=resamples) / len(runs)
+            for runs in (a, b)
+        )
+        drawn += ((shares_a @ wins) * shares_b).sum(axis=1) / len(blocks)
+    return share, _percentiles(drawn)
+
+
+def _check_finite(values: Sequence[float]) -> None:
+    if not all(map(isfinite, values)):
+        raise ValueError(f"Differences must be finite: {list(values)}.")
+
+
+def _percentiles(samples: np.ndarray) -> Interval:
+    """``LEVEL`` percentile interval of bootstrap samples; those without a score (NaN) are left out."""
+    low, high = np.nanquantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(low), float(high))
+
+
+def _image_sums(counts: np.ndarray) -> np.ndarray:
+    """Hits, union and truth of every class per image, float64 (images, 3 classes)."""
+    hit = np.diagonal(counts, axis1=1, axis2=2)
+    truth, guess = counts.sum(axis=2), counts.sum(axis=1)
+    return np.hstack([hit, truth + guess - hit, truth]).astype(np.float64)
+
+
+def _miou(sums: np.ndarray) -> np.ndarray:
+    """mIoU in percent (resamples,) from hits, union and truth of every class, (resamples, 3 classes)."""
+    hit, union, truth = np.split(sums, 3, axis=1)
+    there = truth > 0  # as in confusion.iou: a class without a pixel in the truth is left out
+    iou = np.divide(hit, union, out=np.zeros_like(hit), where=there)
+    classes = there.sum(axis=1)
+    return 100 * np.divide(iou.sum(axis=1), classes, out=np.full(len(iou), np.nan), where=classes > 0)
+
+
+def _complete(blocks: Mapping[Block, Mapping[str, float]]) -> tuple[list[str], np.ndarray]:
+    """The methods that every block has, in the order of the first, and their scores (blocks, methods)."""
+    rows = list(blocks.values())
+    methods = [method for method in rows[0] if all(method in row for row in rows)] if rows else []
+    return methods, np.array([[row[method] for method in methods] for row in rows], dtype=np.float64)

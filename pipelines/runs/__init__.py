@@ -1,0 +1,1 @@
+"""What trainings and measurements leave behind, below ``runs/``."""

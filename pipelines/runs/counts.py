@@ -1,0 +1,50 @@
+"""Parameters and multiply-adds of every network of params.yaml, as counted: ``runs/networks.json``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipelines import files
+from pipelines.config import ROOT, Network, Params
+
+COUNTS = Path("runs") / "networks.json"
+# Size and classes: Cityscapes' training crop first, then those at which published counts were made
+SIZES = (((512, 1024), 19), ((512, 512), 150), ((1024, 2048), 150))
+COMMAND = "`dvc repro -s count`"
+
+
+def read(root: Path = ROOT) -> dict[str, Any]:
+    """``runs/networks.json``; without any network where it is not there or damaged: it can be made again."""
+    try:
+        found = files.unseal((root / COUNTS).read_bytes())
+        return found if isinstance(found["networks"], dict) else {"networks": {}}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"networks": {}}
+
+
+def networks(params: Params) -> dict[str, tuple[Network, list[str]]]:
+    """Every network of params.yaml by its name, with what it is used as. Weights and recipe do not matter."""
+    found: dict[str, tuple[Network, list[str]]] = {}
+    teachers = {f"teacher of {name}": own.teacher.network for name, own in params.benchmarks.items()}
+    for use, network in {**teachers, **params.students}.items():
+        plain = Network(
+            architecture=network.architecture,
+            encoder=network.encoder,
+            output_stride=network.output_stride,
+            weights=None,
+        )
+        key = f"{network.architecture}-{encoder_name(network)}, stride {network.output_stride}"
+        found.setdefault(key, (plain, []))[1].append(use)
+    return found
+
+
+def missing(params: Params, root: Path = ROOT) -> list[str]:
+    """Networks of params.yaml that have not been counted."""
+    have = read(root)["networks"]
+    return [key for key in networks(params) if key not in have]
+
+
+def encoder_name(network: Network) -> str:
+    """The encoder without the prefix of its library."""
+    return network.encoder.removeprefix("tu-")

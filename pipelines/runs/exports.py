@@ -1,0 +1,105 @@
+"""The record of an export, ``runs/<benchmark>/exports/<student>.json``: one student, deployed after every
+method.
+
+It holds how far each runtime is from the trained network, parameters, FLOPs and the time of every inference;
+medians, quartiles and ratios are made from these here. It is sealed like run.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines import files
+from pipelines.config import EXPORTS, ROOT, ConfigError
+from pipelines.reports import statistics
+from pipelines.reports.statistics import Interval
+
+RUNTIMES = ("onnxruntime", "torch")  # whose times are recorded
+RESAMPLES = 10_000  # of the rounds
+RESAMPLING_SEED = 0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one inference: median and quartiles over the rounds; ratio of the median to that of the
+    undistilled student, with its 95 % interval (None for that student itself)."""
+
+    median: float
+    low: float
+    high: float
+    ratio: float | None
+    interval: Interval | None
+
+
+def path(benchmark: str, student: str, root: Path = ROOT) -> Path:
+    return root / "runs" / benchmark / EXPORTS / f"{student}.json"
+
+
+def read(benchmark: str, student: str, root: Path = ROOT) -> dict[str, Any] | None:
+    """The record, None if there is none. ConfigError if it is damaged."""
+    file = path(benchmark, student, root)
+    if not file.is_file():
+        return None
+    try:
+        found = files.unseal(file.read_bytes())
+        if (found["benchmark"], found["student"]) != (benchmark, student):
+            raise ValueError
+    except (ValueError, KeyError):
+        name = file.relative_to(root).as_posix()
+        raise ConfigError(
+            f"{name} is damaged or was changed by hand: restore it by `git checkout -- {name}`, or delete it "
+            "and run `make repro`."
+        ) from None
+    return found
+
+
+def write(record: Mapping[str, Any], root: Path = ROOT) -> None:
+    """Write a record whole, with its seal."""
+    file = path(record["benchmark"], record["student"], root)
+    files.write_bytes(file, files.json_bytes(files.sealed(record)))
+
+
+def timing(record: Mapping[str, Any], method: str, reference: str, runtime: str) -> Timing:
+    """How fast the student of a method is, beside that of the undistilled one."""
+    own, plain = (np.asarray(record["methods"][key]["ms"][runtime]) for key in (method, reference))
+    low, median, high = (float(value) for value in np.percentile(own, [25, 50, 75]))
+    if method == reference:
+        return Timing(median, low, high, None, None)
+    ratio, interval = statistics.ratio_of_medians(own, plain, RESAMPLES, RESAMPLING_SEED)
+    return Timing(median, low, high, ratio, interval)
+
+
+def difference(record: Mapping[str, Any], method: str) -> float:
+    """The largest difference of a logit between the trained network and its exports, over the scale."""
+    found = record["methods"][method]["logits"]
+    return float(np.max([value for name, value in found.items() if name != "scale"]) / found["scale"])
+
+
+def problems(record: Mapping[str, Any], reference: str) -> list[str]:
+    """What a record itself says against the deployed students costing the same and computing the same."""
+    methods = record["methods"]
+    listed = [
+        f"{method}: {name} {own[name]:,}, {reference} has {methods[reference][name]:,}."
+        for method, own in methods.items()
+        for name in ("parameters", "flops")
+        if own[name] != methods[reference][name]
+    ]
+    listed += [
+        f"{method}: its ONNX graph is another than that of {reference}."
+        for method, own in methods.items()
+        if own["graph_sha256"] != methods[reference]["graph_sha256"]
+    ]
+    listed += [
+        f"{method}: logits differ by {value:.3g} of their scale, more than {record['tolerance']:g}."
+        for method in methods
+        if not (value := difference(record, method)) <= record["tolerance"]
+    ]
+    counts = {len(own["ms"][runtime]) for own in methods.values() for runtime in RUNTIMES}
+    if counts != {record["rounds"]}:
+        listed.append("not every method has the time of every round.")
+    return listed

@@ -1,0 +1,260 @@
+"""What a finished cell leaves behind, and which cells there should be.
+
+A cell's folder ``runs/<benchmark>/<student>/<method>/<seed>/`` (a teacher's: ``runs/<benchmark>/teacher/``)
+holds ``metrics.json``, ``history.csv``, ``confusion.npz``, ``run.json`` (all in git) and
+``weights.safetensors`` (DVC cache). ``run.json`` is written last and holds the sums of the other files and of
+itself, so a record is whole or none.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines import files
+from pipelines.config import PAPER, ROOT, TEACHER, ConfigError, Params
+
+log = logging.getLogger(__name__)
+
+TO_MATCH = "compute to match"  # what differs where a method now costs more or less than its control
+RECORD_FILES = ("metrics.json", "history.csv", "confusion.npz", "run.json")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run: benchmark × student × method × seed. A teacher is the cell whose student is
+    ``teacher``."""
+
+    benchmark: str
+    student: str
+    method: str
+    seed: int
+
+    @property
+    def is_teacher(self) -> bool:
+        return self.student == TEACHER
+
+    @property
+    def path(self) -> str:
+        """The cell's folder below ``runs/`` and ``.scratch/``."""
+        parts = (
+            (self.benchmark, TEACHER)
+            if self.is_teacher
+            else (self.benchmark, self.student, self.method, str(self.seed))
+        )
+        return "/".join(parts)
+
+    def folder(self, root: Path = ROOT) -> Path:
+        return root / "runs" / self.path
+
+    def scratch(self, root: Path = ROOT) -> Path:
+        """Where resume state and the note of a failure live, outside the outputs of DVC."""
+        return root / ".scratch" / self.path
+
+    def lock(self, root: Path = ROOT) -> Path:
+        """The file that the process which trains the cell has locked."""
+        return root / ".scratch" / "locks" / f"{self.path.replace('/', '--')}.lock"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished cell as read back from its files."""
+
+    cell: Cell
+    metrics: dict[str, Any]
+    run: dict[str, Any]
+    history: list[dict[str, float | None]]
+    folder: Path
+
+    def confusion(self, split: str) -> np.ndarray:
+        """int64 counts (images, classes, classes), rows = truth, columns = prediction."""
+        return self._array(split)
+
+    def test_names(self) -> list[str]:
+        """The test images, in the order of the counts."""
+        return [str(name) for name in self._array("test_names")]
+
+    def _array(self, name: str) -> np.ndarray:
+        try:
+            content = (self.folder / "confusion.npz").read_bytes()
+            if (
+                files.sha256(content) != self.run["files"]["confusion.npz"]
+            ):  # which was right when it was read
+                raise ConfigError(
+                    f"The record runs/{self.cell.path} was replaced while it was read: run the same command "
+                    "again."
+                )
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
+                return np.asarray(file[name])
+        except ConfigError:  # a ValueError too
+            raise
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ConfigError(
+                f"runs/{self.cell.path}/confusion.npz is damaged ({type(error).__name__}): delete the folder "
+                "and run `make repro`."
+            ) from None
+
+
+def teacher_cell(params: Params, benchmark: str) -> Cell:
+    return Cell(benchmark, TEACHER, TEACHER, params.benchmark(benchmark).teacher.seed)
+
+
+def students(params: Params, benchmark: str, root: Path = ROOT) -> list[str]:
+    """The students of a benchmark's tables: the suite's, and those of params.yaml that have a record."""
+    return [
+        key
+        for key in params.students
+        if key in params.suite.students or any((root / "runs" / benchmark / key).glob("*/*/run.json"))
+    ]
+
+
+def seeds(params: Params, benchmark: str, student: str, method: str, root: Path = ROOT) -> list[int]:
+    """The seeds of a row: those of the suite, and those beyond them that have a record."""
+    found = (root / "runs" / benchmark / student / method).glob("*/run.json")
+    more = {int(path.parent.name) for path in found if path.parent.name.isdigit()}
+    return sorted(more.union(params.suite.seeds))
+
+
+def expected_cells(params: Params, benchmark: str, root: Path = ROOT) -> Iterator[Cell]:
+    """The cells of a benchmark's tables: none whose student or method is not in params.yaml."""
+    for student in students(params, benchmark, root):
+        for method in params.method_keys:
+            for seed in seeds(params, benchmark, student, method, root):
+                yield Cell(benchmark, student, method, seed)
+
+
+def is_variant(method: str) -> bool:
+    return method.startswith(f"{PAPER}-")
+
+
+def read(cell: Cell, root: Path = ROOT) -> Record | None:
+    """A cell's record, or None when it has not finished. ConfigError when a file of it is damaged."""
+    folder = cell.folder(root)
+    if not all((folder / name).is_file() for name in RECORD_FILES):
+        return None
+    run = _json(folder / "run.json", root)
+    if "seal" not in run:
+        place = folder.relative_to(root).as_posix()
+        raise ConfigError(f"{place} is the record of an older version: delete it and run `make repro`.")
+    if run["seal"] != files.seal(run):
+        raise _damaged(folder / "run.json", root)
+    for name in RECORD_FILES:
+        if name != "run.json" and files.sha256((folder / name).read_bytes()) != run["files"].get(name):
+            raise _damaged(folder / name, root)
+    with (folder / "history.csv").open(newline="", encoding="utf-8") as file:
+        history = [
+            {key: float(value) if value else None for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+    return Record(cell, _json(folder / "metrics.json", root), run, history, folder)
+
+
+def write(folder: Path, run: dict[str, Any], others: Mapping[str, bytes]) -> None:
+    """Write a record: ``others`` are all files beside run.json, which gets their sums and goes last."""
+    if sorted([*others, "run.json"]) != sorted(RECORD_FILES):
+        raise ValueError(f"A record has the files {', '.join(RECORD_FILES)}, not {', '.join(others)}.")
+    (folder / "run.json").unlink(missing_ok=True)  # from here on the old record is none
+    for name, content in others.items():
+        files.write_bytes(folder / name, content)
+    run = {**run, "files": {name: files.sha256(content) for name, content in sorted(others.items())}}
+    files.write_bytes(folder / "run.json", files.json_bytes(files.sealed(run)))
+
+
+def _json(path: Path, root: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        raise _damaged(path, root) from None
+
+
+def _damaged(path: Path, root: Path) -> ConfigError:
+    folder = path.parent.relative_to(root).as_posix()
+    return ConfigError(
+        f"{folder}/{path.name} is damaged or was changed by hand: restore the record with `git checkout -- "
+        f"{folder}`, or delete {folder} and run `make repro`."
+    )
+
+
+def stale(cell: Cell, recorded: Mapping[str, Any], params: Params) -> list[str]:
+    """The parts of a recorded configuration that stand otherwise in params.yaml now: network, training, …"""
+    benchmark = params.benchmark(cell.benchmark)
+    if cell.is_teacher:
+        own = benchmark.teacher
+        wanted = {
+            "network": own.network.written(),
+            "training": own.training.written(),
+        }
+    else:
+        wanted = {
+            "network": params.student(cell.student).written(),
+            "training": benchmark.training.written(),
+            "method": params.method_values(cell.method),
+            "teacher": benchmark.teacher.network.written(),
+        }
+    recorded = {**recorded, "network": _unresolved(recorded["network"], params)}
+    return [part for part, value in wanted.items() if recorded.get(part) != value]
+
+
+def outdated(own: Sequence[Record], params: Params) -> dict[Cell, list[str]]:
+    """Of the records of a benchmark those that are none of today's, with what differs: a part of the
+    configuration, or the data or the teacher of which the record is beside them. No table counts them in."""
+    teacher = next((record for record in own if record.cell.is_teacher), None)
+    found = {record.cell: stale(record.cell, record.run["config"], params) for record in own}
+    if teacher is not None:
+        for record in own:
+            if record.run["data_sha256"] != teacher.run["data_sha256"]:
+                found[record.cell].append("data")
+            used = record.run["teacher"]
+            if used and (found[teacher.cell] or used["sha256"] != teacher.run["weights_sha256"]):
+                found[record.cell].append("weights of the teacher")
+    costs = {
+        (r.cell.student, r.cell.method): r.run["compute"]["step_flops"] for r in own if not found[r.cell]
+    }
+    for record in own:
+        if matching_steps(record, costs) not in (None, record.run["steps"]):
+            found[record.cell].append(TO_MATCH)
+    return {cell: parts for cell, parts in found.items() if parts}
+
+
+def matching_steps(record: Record, costs: Mapping[tuple[str, str], int]) -> int | None:
+    """The steps in which a cell has the compute of the dearest method that it is to match; ``costs``: FLOPs
+    of a step by student and method. None for a cell that matches none, or where a method has no cost yet."""
+    run = record.run
+    if run["compute"]["matched"] is None:
+        return None
+    keys = [(record.cell.student, method) for method in run["config"]["method"].get("match", ())]
+    if any(key not in costs for key in keys):
+        return None
+    base = int(run["config"]["training"]["steps"])
+    return max(base, round(base * max(costs[key] for key in keys) / run["compute"]["step_flops"]))
+
+
+def _unresolved(network: dict[str, Any], params: Params) -> dict[str, Any]:
+    """A recorded network as params.yaml writes it: with the key of its encoder weights, if that still means
+    the file it was trained from."""
+    if not isinstance(found := network.get("weights"), dict):
+        return network
+    entry = params.weights.get(found["key"])
+    same = entry is not None and entry.sha256 is not None and found["sha256"].startswith(entry.sha256)
+    return {**network, "weights": found["key"]} if same else network
+
+
+def failure_note(cell: Cell, root: Path = ROOT) -> Path:
+    """Where it stands why a cell's last attempt stopped."""
+    return cell.scratch(root) / "failure.txt"
+
+
+def failure(cell: Cell, root: Path = ROOT) -> str | None:
+    """Why a cell's last attempt stopped, if it failed."""
+    note = failure_note(cell, root)
+    return note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else None

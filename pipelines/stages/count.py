@@ -1,0 +1,74 @@
+"""Stage ``count``: parameters and multiply-adds of every network of params.yaml (``runs/networks.json``).
+
+Counted on torch's meta device: nothing is computed, no weights are read. A network that was counted before,
+by the same code and libraries, is not counted again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipelines import cli, config, files
+from pipelines.config import ROOT, Network, Params
+from pipelines.runs import counts
+
+LIBRARIES = ("torch", "timm", "segmentation-models-pytorch")
+
+
+def count(params: Params, root: Path = ROOT) -> None:
+    """Bring ``runs/networks.json`` up to date. :class:`ConfigError` when a network cannot be built."""
+    with files.hold(root / ".scratch" / "locks" / "count.lock", "The count of networks"):
+        files.clear_parts(root / "runs", below=False)
+        _count(params, root)
+
+
+def _count(params: Params, root: Path) -> None:
+    mark = _mark()
+    old = counts.read(root)
+    known = old["networks"] if old.get("mark") == mark else {}
+    found = {key: known.get(key) or measure(network) for key, (network, _) in counts.networks(params).items()}
+    content = {"mark": mark, "versions": {name: version(name) for name in LIBRARIES}, "networks": found}
+    files.write_bytes(root / counts.COUNTS, files.json_bytes(files.sealed(content)))
+
+
+def measure(network: Network) -> list[dict[str, Any]]:
+    """``{size, classes, parameters, macs}`` of the deployed network at every size of ``counts.SIZES``."""
+    from pipelines.networks import SegmentationNetwork, flops
+
+    rows = []
+    for classes in dict.fromkeys(classes for _, classes in counts.SIZES):
+        built = SegmentationNetwork(network, classes).to("meta")
+        rows += [
+            {
+                "size": list(size),
+                "classes": classes,
+                "parameters": built.deployed_parameters(),
+                "macs": flops(built, size) // 2,
+            }
+            for size, wanted in counts.SIZES
+            if wanted == classes
+        ]
+    return rows
+
+
+def _mark() -> str:
+    """A hash of all that a count depends on beside the network."""
+    parts = [*(version(name) for name in LIBRARIES), json.dumps(counts.SIZES)]
+    parts += [
+        (ROOT / "pipelines" / name).read_text(encoding="utf-8") for name in ("stages/count.py", "networks.py")
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    count(config.load())
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,27 @@
+"""Stages `distill` and `acfd`: train one cell, a student by a method with a seed."""
+
+from __future__ import annotations
+
+import argparse
+
+from pipelines import cli, config
+from pipelines.methods import checked
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--benchmark", required=True)
+    parser.add_argument("--student", required=True)
+    parser.add_argument("--method", required=True, help="a key of `methods`, or acfd-<variant>")
+    parser.add_argument("--seed", required=True, type=int)
+    options = parser.parse_args()
+    params = checked(config.load())
+
+    from pipelines.engine.cell import run_cell
+    from pipelines.runs.records import Cell
+
+    run_cell(Cell(options.benchmark, options.student, options.method, options.seed), params)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,200 @@
+"""A distilled student for use elsewhere, and stage ``export``: what it costs there.
+
+With ``--method``, ``--seed`` and ``--output``: one trained student as ``student.onnx``, ``student.pt2`` (a
+``torch.export`` program) and ``student.json``, which says what goes in and what comes out. Without them, the
+stage: the student of every method, at the first seed of the suite, is exported into a temporary folder, its
+outputs are compared, its parameters, FLOPs and latency measured. That makes the record
+``runs/<benchmark>/exports/<student>.json``.
+Latencies are those of the CPU, with ``suite.threads`` threads and in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipelines import cli, config, files
+from pipelines.config import PAPER, ROOT, ConfigError, Params, Size
+from pipelines.files import json_bytes, sha256, write_bytes
+from pipelines.methods import checked
+from pipelines.reports.results import REFERENCE
+from pipelines.runs import exports, records
+from pipelines.runs.records import Cell, Record
+
+log = logging.getLogger(__name__)
+
+
+def export_student(
+    cell: Cell, params: Params, output: Path, size: Size | None = None, root: Path = ROOT
+) -> dict[str, Any]:
+    """Write the three files of a cell's student for images of ``size`` (H, W), by default those of the data
+    set, into ``output``, after a check on test images; the content of student.json."""
+    from pipelines.datasets import folder as data_folder
+    from pipelines.datasets.transforms import MEAN, STD
+    from pipelines.engine import deploy
+
+    config.known("student", cell.student, params.students)
+    config.known("method", cell.method, params.method_keys)
+    protocol = params.benchmark(cell.benchmark).training
+    record = _record(cell, root)
+    data = root / "data" / cell.benchmark
+    description = data_folder.describe(data)
+    size = size or description.size or protocol.crop
+    deployed = deploy.Deployed(deploy.load(record.run, record.folder / "weights.safetensors"))
+    names, images = deploy.samples(data_folder.load(data, "test"), size)
+    files = (deploy.ONNX, deploy.PROGRAM)
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        deploy.export(deployed, size, place)
+        apart = deploy.differences(deployed, place, images, params.suite.threads)
+        counted = deploy.count(deploy.program(place / deploy.PROGRAM), size)
+        contents = {name: (place / name).read_bytes() for name in files}
+    about = {
+        "cell": record.run["cell"],
+        "weights_sha256": record.run["weights_sha256"],
+        "network": record.run["config"]["network"],
+        "classes": list(description.classes),
+        "palette": [list(colour) for colour in description.palette],
+        "input": {
+            "name": deploy.IMAGES,
+            "type": "float32",
+            "shape": ["batch", 3, *size],
+            "channels": "RGB: each value / 255, less mean, over std",
+            "mean": list(MEAN),
+            "std": list(STD),
+        },
+        "output": {
+            "name": deploy.LOGITS,
+            "type": "float32",
+            "shape": ["batch", len(description.classes), *size],
+            "meaning": "logits; the class of a pixel is the index of the largest",
+        },
+        **counted,
+        "largest_difference": {**apart, "images": names, "tolerance": deploy.TOLERANCE},
+        "files": {name: sha256(content) for name, content in contents.items()},
+    }
+    for name, content in contents.items():
+        write_bytes(output / name, content)
+    write_bytes(output / "student.json", json_bytes(about))
+    return about
+
+
+def check(benchmark: str, student: str, params: Params, root: Path = ROOT) -> dict[str, Any]:
+    """The stage: write and return the export record of a student.
+
+    A method whose cell has not finished is left out, with a warning. :class:`ConfigError` when the reference
+    has not, when a runtime computes something else, and when a method's student costs more than the
+    reference's.
+    """
+    place = root / ".scratch" / "locks" / f"{benchmark}--exports--{student}.lock"
+    with files.hold(place, f"The export of {benchmark}, {student}"):
+        for part in exports.path(benchmark, student, root).parent.glob(f".{student}.json.*.part"):
+            part.unlink(missing_ok=True)  # of one that was killed
+        return _check(benchmark, student, params, root)
+
+
+def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str, Any]:
+    from pipelines.datasets import folder as data_folder
+    from pipelines.engine import deploy
+    from pipelines.engine.cell import git_state, hardware, set_up, versions
+
+    protocol, network = params.benchmark(benchmark).training, params.student(student)
+    set_up(params.suite)
+    data = root / "data" / benchmark
+    description = data_folder.describe(data)
+    size = description.size or protocol.crop
+    seed, threads = params.suite.seeds[0], params.suite.threads
+    names, images = deploy.samples(data_folder.load(data, "test"), size)
+    found: dict[str, dict[str, Any]] = {}
+    deployed: dict[str, tuple[deploy.Deployed, Path]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for method in (*params.methods, *(f"{PAPER}-{variant}" for variant in params.suite.variants)):
+            cell = Cell(benchmark, student, method, seed)
+            try:
+                record = _record(cell, root)
+            except UnfinishedError as error:
+                if method == REFERENCE:
+                    raise
+                log.warning("%s It is left out.", error)
+                continue
+            place = Path(temporary) / method
+            place.mkdir()
+            own = deploy.Deployed(deploy.load(record.run, record.folder / "weights.safetensors"))
+            deploy.export(own, size, place)
+            found[method] = {
+                "weights_sha256": record.run["weights_sha256"],
+                "graph_sha256": deploy.graph_sha256(place / deploy.ONNX),
+                **deploy.count(deploy.program(place / deploy.PROGRAM), size),
+                "logits": deploy.differences(own, place, images, threads),
+            }
+            deployed[method] = own, place
+        if REFERENCE not in found:
+            raise ConfigError(f"params.yaml has no method '{REFERENCE}' to compare with: add it.")
+        taken = deploy.latencies(deployed, images[:1], threads)
+    for method, times in taken.items():
+        found[method]["ms"] = times
+    rounds = len(taken[REFERENCE]["torch"])
+    content = {
+        "benchmark": benchmark,
+        "student": student,
+        "seed": seed,
+        "network": network.written(),
+        "data_sha256": description.sha256,
+        "input": list(size),
+        "images": names,
+        "tolerance": deploy.TOLERANCE,
+        "warm_up": deploy.WARM_UP,
+        "rounds": rounds,
+        "methods": found,
+        "hardware": {**hardware(), "device": "cpu"},
+        "versions": versions() | {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")},
+        "git": git_state(),
+    }
+    if wrong := exports.problems(content, REFERENCE):
+        raise ConfigError(f"{benchmark}, {student}: {' '.join(wrong)}")
+    exports.write(content, root)
+    log.info("%s, %s: %d methods compared, %d rounds.", benchmark, student, len(found), rounds)
+    return content
+
+
+class UnfinishedError(ConfigError):
+    """A cell has no record yet."""
+
+
+def _record(cell: Cell, root: Path) -> Record:
+    record = records.read(cell, root)
+    if record is None:
+        raise UnfinishedError(f"{cell.path} has not finished: run `make repro`.")
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="pipelines.stages.export", description=__doc__)
+    parser.add_argument("--benchmark", required=True)
+    parser.add_argument("--student", required=True)
+    parser.add_argument("--method", help="a key of `methods`, or acfd-<variant>")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--output", type=Path, help="the folder for student.onnx, student.pt2, student.json")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of the images, in pixels")
+    options = parser.parse_args()
+    params = checked(config.load())
+    one = (options.method, options.seed, options.output)
+    if one == (None, None, None) and options.size is None:
+        check(options.benchmark, options.student, params)
+    elif None in one:
+        parser.error("--method, --seed and --output belong together (--size goes with them).")
+    else:
+        size = tuple(options.size) if options.size else None
+        if size and min(size) < 1:
+            parser.error("--size: both numbers must be 1 or more.")
+        cell = Cell(options.benchmark, options.student, options.method, options.seed)
+        about = export_student(cell, params, options.output, size)
+        log.info("%s: %s written to %s.", cell.path, ", ".join(about["files"]), options.output)
+
+
+if __name__ == "__main__":
+    cli.run(main)

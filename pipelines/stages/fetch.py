@@ -1,0 +1,71 @@
+"""Stage ``fetch``: make ``data/<benchmark>/`` complete, or leave it absent."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipelines import cli, config, files
+from pipelines.config import ConfigError
+from pipelines.datasets import folder
+from pipelines.methods import checked
+
+
+def fetch(data: Path, benchmark: str, settings: config.Benchmark) -> folder.Description:
+    """Build ``data/<benchmark>`` beside its place, check it, then rename it into place.
+
+    An older folder stays until the new one is complete. Whatever goes wrong raises and leaves no half of
+    either; what a killed run left behind is cleared by the next. The mirror named by ``ACFD_MIRROR`` is
+    passed to the data set.
+    """
+    module, checked = config.dataset(settings.data, benchmark)
+    mirror = Path(os.environ["ACFD_MIRROR"]).expanduser() if os.environ.get("ACFD_MIRROR") else None
+    with files.hold(data.parent / ".scratch" / "locks" / f"data--{benchmark}.lock", f"data/{benchmark}"):
+        return _build(data, benchmark, module, checked, mirror)
+
+
+def _build(data: Path, benchmark: str, module: Any, checked: Any, mirror: Path | None) -> folder.Description:
+    target = data / benchmark
+    part = data / f"{benchmark}.part-{os.getpid()}"
+    clear_leftovers(data, benchmark)
+    try:
+        part.mkdir(parents=True)
+        module.prepare(checked, part, mirror)
+        folder.write_description(part, module.meta(checked))
+        description = folder.check(part, published=hasattr(module, "TEST"))
+        if target.exists():
+            target.rename(f"{part}-old")  # a rename cannot be interrupted half way, a removal can
+        part.rename(target)
+    except OSError as error:
+        if error.errno in cli.NO_ROOM:
+            raise
+        raise ConfigError(
+            f"{target.parent.name}/{benchmark} could not be made: {error}. Nothing half was left: run the "
+            "same command again."
+        ) from None
+    finally:
+        for rest in (part, Path(f"{part}-old")):
+            shutil.rmtree(rest, ignore_errors=True)
+    return description
+
+
+def clear_leftovers(data: Path, benchmark: str) -> None:
+    """Remove the unfinished folders of runs that are no longer alive."""
+    for rest in data.glob(f"{benchmark}.part-*"):
+        pid = rest.name.removeprefix(f"{benchmark}.part-").removesuffix("-old")
+        if not (pid.isdigit() and int(pid) != os.getpid() and files.alive(int(pid))):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="pipelines.stages.fetch", description=__doc__)
+    parser.add_argument("--benchmark", required=True)
+    benchmark = parser.parse_args().benchmark
+    fetch(config.ROOT / "data", benchmark, checked(config.load()).benchmark(benchmark))
+
+
+if __name__ == "__main__":
+    cli.run(main)

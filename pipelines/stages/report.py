@@ -1,0 +1,107 @@
+"""The last stage: records → MLflow → tables, figures, claims and the results in the README.
+
+Needs the small files of ``runs/`` and nothing else: no weights, no GPU, no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from pipelines import config, files
+from pipelines.config import Params
+from pipelines.engine import checkpoint
+from pipelines.reports import (
+    benchmark_table,
+    claims,
+    figures,
+    network_table,
+    ranks,
+    readme,
+    speed_table,
+    spread_table,
+    tables,
+)
+from pipelines.reports.results import Results, gather
+from pipelines.runs import records, tracking
+from pipelines.runs.records import Record
+
+
+def finished(params: Params, root: Path) -> dict[str, list[Record]]:
+    """The records of every benchmark that has any, teacher first, in the order of params.yaml."""
+    found = {}
+    for benchmark in params.benchmarks:
+        cells = [records.teacher_cell(params, benchmark), *records.expected_cells(params, benchmark, root)]
+        if have := [record for cell in cells if (record := records.read(cell, root)) is not None]:
+            found[benchmark] = have
+    return found
+
+
+def report(params: Params, root: Path = config.ROOT) -> None:
+    """Write everything that is made from the records: ``reports/`` and the results in README.md."""
+    with files.hold(root / ".scratch" / "locks" / "report.lock", "The report"):
+        _report(params, root)
+
+
+def _report(params: Params, root: Path) -> None:
+    files.clear_parts(root / "reports")
+    files.clear_parts(root, below=False)  # of README.md
+    checkpoint.forget(root)
+    found = finished(params, root)
+    frames, problem = tracking.collect(root, found)
+    every = gather_all(params, root, found, frames, problem)
+    write_texts(params, every, root, root)
+    for results in every:
+        figures.write(results, root / "reports" / results.benchmark)
+    if ranked := ranks.rank(every):
+        figures.write_ranks(ranked, every, root / "reports")
+
+
+def gather_all(
+    params: Params,
+    root: Path,
+    found: Mapping[str, list[Record]],
+    frames: Mapping[str, pd.DataFrame],
+    problem: str | None = None,
+) -> list[Results]:
+    """The results of every benchmark; ``frames`` are its cells in the form of ``tracking.frame``."""
+    return [gather(params, name, frames[name], root, problem, found[name]) for name in found]
+
+
+def write_texts(params: Params, every: Sequence[Results], root: Path, target: Path) -> None:
+    """Write all tables and the README's results below ``target``; what is published is read in ``root``."""
+    folder = target / "reports"
+    for results in every:
+        tables.write(results, folder / results.benchmark)
+    if ranked := ranks.rank(every):
+        ranks.write(ranked, folder)
+    said = []
+    if every and (root / claims.FILE).is_file():
+        published = claims.load(root / claims.FILE)
+        claims.write(published, every, params, folder)
+        said = claims.sentences(published, every, params)
+    if (root / network_table.PUBLISHED).is_file():
+        network_table.write(network_table.load(root / network_table.PUBLISHED), params, folder, root)
+        speed_table.write(params, folder, root)
+        benchmark_table.write(params, folder, root)
+    spread_table.write(params, every, folder, root)
+    readme.update(
+        target / "README.md",
+        readme.RESULTS,
+        readme.block(every, ranked, said, spread_table.rounding(params, root)),
+    )
+    readme.update(target / "README.md", readme.PLANS, benchmark_table.overview(params, every, root))
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    report(config.load())
+
+
+if __name__ == "__main__":
+    from pipelines.cli import run
+
+    run(main)

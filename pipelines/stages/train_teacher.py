@@ -1,0 +1,24 @@
+"""Stage `train_teacher`: train a benchmark's teacher, by its own, longer schedule."""
+
+from __future__ import annotations
+
+import argparse
+
+from pipelines import cli, config
+from pipelines.methods import checked
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--benchmark", required=True)
+    options = parser.parse_args()
+    params = checked(config.load())
+
+    from pipelines.engine.cell import run_cell
+    from pipelines.runs.records import teacher_cell
+
+    run_cell(teacher_cell(params, options.benchmark), params)
+
+
+if __name__ == "__main__":
+    cli.run(main)

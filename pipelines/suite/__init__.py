@@ -1,0 +1,1 @@
+"""Which cells are due, and who trains them where."""

@@ -1,0 +1,272 @@
+"""``make speed BENCHMARK=…``: steps a second and memory of a benchmark's protocol on the machine at hand,
+before any data is there (``runs/speed.json``, of which the report makes ``reports/speed.*``).
+
+Random images of the real size are written into the real layout, read by the real loader and trained on by the
+real loop, each network in a process of its own. Scores mean nothing here, and no weights are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipelines import cli, config, files
+from pipelines.config import ROOT, TEACHER, Benchmark, ConfigError, Params
+from pipelines.datasets import folder as data_folder
+from pipelines.methods import checked
+from pipelines.reports import speed_table
+
+WARM = 2  # steps before those that are timed: memory is allocated, kernels are chosen
+TESTS = 2  # images that evaluation is timed on
+SCALES = 32  # of the random images, coarser than their pixels, so that they compress about as photographs do
+
+log = logging.getLogger(__name__)
+
+
+def speed(
+    params: Params,
+    benchmark: str,
+    batch_size: int | None,
+    steps: int,
+    root: Path = ROOT,
+    size: tuple[int, int] | None = None,
+) -> None:
+    """Measure the teacher's training, and that of the suite's first student by every method.
+
+    ``batch_size`` in place of the protocol's, where memory is short; ``size`` (height, width) of the images
+    where the data set's own is not known. A training that does not fit into memory
+    is noted as such. :class:`ConfigError` when the size of the images is not known.
+    """
+    own, student = params.benchmark(benchmark), params.suite.students[0]
+    batch_size = batch_size or own.training.batch_size
+    with tempfile.TemporaryDirectory() as place:
+        data = Path(place) / benchmark
+        count, size = write_images(own, benchmark, data, 2 * batch_size, size)
+        rows = {}
+        for name in (TEACHER, *methods(params)):
+            log.info("%s: %s", benchmark, name)
+            rows[name] = _apart(benchmark, name, batch_size, steps, count, data, root)
+    first = next((row for row in rows.values() if row["status"] == "measured"), None)
+    if first is None:
+        raise ConfigError(
+            f"Nothing of {benchmark} ran here ({rows[TEACHER]['status']}): nothing was written. Give a "
+            "smaller --batch-size."
+        )
+    about = {name: first.pop(name) for name in ("hardware", "versions")}
+    for row in rows.values():
+        for name in about:
+            row.pop(name, None)
+    entry = {
+        "benchmark": benchmark,
+        "student": student,
+        "images": list(size),
+        "batch_size": batch_size,
+        "protocol": speed_table.protocol(own, params.student(student).written()),
+        "workers": params.suite.workers,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **about,
+        "rows": rows,
+    }
+    speed_table.add(entry, root)
+
+
+def methods(params: Params) -> list[str]:
+    """The methods of the suite, as in its tables."""
+    variants = [f"{config.PAPER}-{variant}" for variant in params.suite.variants]
+    return [*params.methods, *variants]
+
+
+def write_images(
+    own: Benchmark, benchmark: str, data: Path, count: int, given: tuple[int, int] | None = None
+) -> tuple[int, tuple[int, int]]:
+    """Write ``count`` random images and labels in the layout of ``data/<benchmark>``. Returns how many the
+    real set has for training, and their size in pixels."""
+    module, settings = config.dataset(own.data, benchmark)
+    # of a set of the user's own nobody has counted them
+    total, *usual = getattr(module, "IMAGES", (getattr(settings, "train", 2**20),))
+    size = settings.size or tuple(usual) or given
+    if not size:
+        raise ConfigError(f"The size of the images of {benchmark} is not known: give --size HEIGHT WIDTH.")
+    meta, draw = module.meta(settings), np.random.default_rng(0)
+    for split, number in zip(data_folder.SPLITS, (count, 1, TESTS), strict=True):
+        for kind in (split, f"{split}annot"):
+            (data / kind).mkdir(parents=True)
+        lines = []
+        for index in range(number):
+            coarse = [max(2, side // SCALES) for side in size]
+            pixels = draw.integers(0, 256, (*coarse, 3), np.uint8)
+            picture = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)
+            noise = draw.integers(-4, 5, (*size, 3))
+            Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8)).save(
+                data / split / f"{index}.png"
+            )
+            labels = Image.fromarray(draw.integers(0, len(meta.classes), coarse, np.uint8))
+            labels.resize(size[::-1], Image.Resampling.NEAREST).save(data / f"{split}annot" / f"{index}.png")
+            lines.append(f"{split}/{index}.png {split}annot/{index}.png\n")
+        (data / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
+    data_folder.write_description(data, meta)
+    return total, size
+
+
+def _apart(
+    benchmark: str, name: str, batch_size: int, steps: int, count: int, data: Path, root: Path
+) -> dict[str, Any]:
+    """:func:`row` in a process of its own, whose memory is then that of one training."""
+    command = [sys.executable, "-m", "pipelines.tools.speed", "--benchmark", benchmark, "--row", name]
+    command += ["--batch-size", str(batch_size), "--steps", str(steps), "--count", str(count)]
+    done = subprocess.run(
+        [*command, "--data", str(data), "--params", str(root / "params.yaml")],
+        check=False,
+    )
+    if done.returncode == 0:
+        return dict(json.loads((data.parent / "row.json").read_bytes()))
+    if done.returncode in (-9, speed_table.OUT_OF_MEMORY):
+        return {"status": "out of memory"}
+    raise ConfigError(f"{name} of {benchmark} could not be measured: what stopped it stands above.")
+
+
+def row(
+    params: Params, benchmark: str, name: str, batch_size: int, steps: int, count: int, data: Path
+) -> Any:
+    """The times of a training in milliseconds, its memory in MB, the operations of a step."""
+    import torch
+
+    from pipelines.datasets.transforms import training_batches
+    from pipelines.engine import cell as cells
+    from pipelines.engine import eager
+    from pipelines.engine.cost import step_flops
+    from pipelines.engine.evaluate import evaluate
+    from pipelines.engine.fit import fit, memory_peak_mb
+    from pipelines.networks import SegmentationNetwork, tap_shapes
+    from pipelines.runs.records import Cell, teacher_cell
+
+    eager.install()
+    cells.set_up(params.suite)
+    student = params.suite.students[0]
+    cell = teacher_cell(params, benchmark) if name == TEACHER else Cell(benchmark, student, name, 0)
+    plan = cells.plan(params, cell)
+    changes = {"steps": WARM + steps, "batch_size": batch_size, "warmup_steps": 0, "lr": 1e-6}
+    training = plan.training.model_copy(update=changes)
+    description = data_folder.describe(data)
+    classes, ignore = len(description.classes), description.ignore_index
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = SegmentationNetwork(plan.network, classes).to(device)
+    teacher = SegmentationNetwork(plan.teacher, classes) if plan.teacher else None
+    shapes = tap_shapes(network, training.crop)
+    method = plan.method(plan.config, shapes, tap_shapes(teacher, training.crop) if teacher else shapes)
+    if not method.teacher_taps:
+        teacher = None
+    if teacher is not None:
+        teacher.eval().requires_grad_(False).to(device)
+
+    assert description.size is not None
+    large = data_folder.streams(count, description.size)
+    pairs = data_folder.read_list(data, "train")
+    split = (
+        data_folder.Stream(data, description, pairs, params.suite.workers)
+        if large
+        else data_folder.load(data, "train").to(device)
+    )
+    alone = data_folder.Stream(data, description, pairs, 0) if large else split
+    start, batches = time.perf_counter(), 0
+    for _ in training_batches(alone, training.model_copy(update={"steps": 2}), ignore, 0, 0):
+        batches += 1
+    loading = 1000 * (time.perf_counter() - start) / batches / batch_size
+
+    quiet = training.model_copy(update={"validate_every": 2 * training.steps})
+    label = f"{benchmark} {name}"
+    state = data.parent / "state.pt"
+    history = fit(
+        network,
+        teacher,
+        method,
+        split,
+        classes,
+        ignore,
+        quiet,
+        plan.network.recipe,
+        0,
+        lambda: 0.0,
+        state,
+        "",
+        label,
+    )
+    test = data_folder.load(data, "test")
+    evaluate(network, test, classes, ignore, training)
+    start = time.perf_counter()
+    evaluate(network, test, classes, ignore, training)
+    evaluation = 1000 * (time.perf_counter() - start) / len(test.names)
+    memory = memory_peak_mb()
+    state.unlink()
+    return {
+        "status": "measured",
+        "step_ms": [round(1000 * seconds, 2) for seconds in history.seconds[WARM:]],
+        "step_flops": step_flops(network, teacher, method, classes, ignore, training),
+        "loading_ms": round(loading, 2),
+        "evaluation_ms": round(evaluation, 2),
+        "memory_mb": round(memory, 1),
+        "matched": plan.config.matched(),
+        "hardware": cells.hardware(),
+        "versions": cells.versions(),
+    }
+
+
+def _row(params: Params, arguments: argparse.Namespace) -> None:
+    import torch
+
+    try:
+        found = row(
+            params,
+            arguments.benchmark,
+            arguments.row,
+            arguments.batch_size,
+            arguments.steps,
+            arguments.count,
+            arguments.data,
+        )
+    except (RuntimeError, MemoryError) as error:
+        # on the CPU torch has no error of its own for it
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(
+            error
+        ):
+            raise
+        log.warning("%s: %s", arguments.row, " ".join(str(error).split())[:200])
+        sys.exit(speed_table.OUT_OF_MEMORY)
+    files.write_bytes(arguments.data.parent / "row.json", files.json_bytes(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--benchmark", required=True, help="an entry of benchmarks in params.yaml")
+    parser.add_argument("--batch-size", type=int, help="in place of the protocol's, where memory is short")
+    parser.add_argument("--size", type=int, nargs=2, help="of images whose size is not known: height, width")
+    parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
+    for hidden, kind in (("--row", str), ("--count", int), ("--data", Path), ("--params", Path)):
+        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    for name in ("batch_size", "steps"):
+        value = getattr(arguments, name)
+        if value is not None and value < 2:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is not allowed: give 2 or more.")
+    params = checked(config.load(arguments.params))
+    if arguments.row:
+        _row(params, arguments)
+    else:
+        size = arguments.size and (arguments.size[0], arguments.size[1])
+        speed(params, arguments.benchmark, arguments.batch_size, arguments.steps, size=size)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,306 @@
+"""`make tune`: search every method's loss weights by the same number of short trainings, on validation alone.
+
+What is searched, and in which range, stands in the ``Config`` of each method (``pipelines.method.Search``).
+Every method gets ``tuning.trials`` trials on the same schedule and seed: first the middle of its ranges, then
+what Optuna's TPE proposes. A killed search goes on where it stopped and proposes the same trials. The test
+split is never read. When all methods have their trials, the best weights of each go into params.yaml and the
+log of all trials to ``reports/<benchmark>/tuning.csv``; the seeds of the tables play no part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import math
+import shutil
+import warnings
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines import cli, config, files
+from pipelines.config import PAPER, ROOT, ConfigError, Params
+from pipelines.files import write_bytes
+from pipelines.methods import checked
+from pipelines.runs import budget, records
+from pipelines.runs.records import Cell, teacher_cell
+
+if TYPE_CHECKING:
+    import optuna
+
+    from pipelines.engine.cell import Plan
+    from pipelines.method import Search
+
+STARTUP = 4  # trials at the middle or at random before the sampler learns from scores
+ATTEMPTS = 20  # to propose weights that have not been tried
+DATABASE = "tuning.db"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The search for one method's weights; ``context`` names everything beside them that moves a score."""
+
+    method: str
+    planned: Plan
+    ranges: dict[str, Search]
+    context: str
+
+    def plan(self, weights: dict[str, float]) -> Plan:
+        values = self.planned.config.model_dump() | weights
+        return dataclasses.replace(self.planned, config=type(self.planned.config).model_validate(values))
+
+    def trial_id(self, weights: dict[str, float]) -> str:
+        return _hash([self.context, weights])
+
+
+def tune(params: Params, root: Path = ROOT, only: str | None = None) -> Path | None:
+    """Run the trials that are missing (of method ``only``, if given) and return the log.
+
+    None while another method still lacks trials. Raises :class:`ConfigError` when there is no teacher, when a
+    method has no range to search, and when no trial of a method gave a score.
+    """
+    tuning = params.tuning
+    config.known("method", only or tuning.methods[0], tuning.methods)
+    tasks = [_task(params, method, root) for method in tuning.methods]
+    path = budget.path(params, root)
+    files.probe(root.resolve() / DATABASE)
+    with files.hold(root / ".scratch" / "locks" / "tune.lock", f"The opening of {DATABASE}"):
+        studies = {task.method: _study(task, tuning.trials, root, path) for task in tasks}
+    for number in range(tuning.trials):
+        for task in tasks:
+            if only in (None, task.method) and len(_counted(studies[task.method])) <= number:
+                _run(task, studies[task.method], number, params, root)
+    missing = [task.method for task in tasks if len(_counted(studies[task.method])) < tuning.trials]
+    if missing:
+        log.info("trials of %s are still missing: no weights are chosen yet.", ", ".join(missing))
+        return None
+    chosen = {task.method: _best(task, studies[task.method]) for task in tasks}
+    _export(path, params, tasks, studies, chosen)
+    _write_params(root / "params.yaml", chosen)
+    return path
+
+
+def _task(params: Params, method: str, root: Path) -> Task:
+    from pipelines.datasets.folder import describe
+    from pipelines.engine.cell import plan
+
+    tuning = params.tuning
+    planned = plan(params, Cell(tuning.benchmark, tuning.student, method, tuning.seed))
+    schedule = {"steps": tuning.steps, "validate_every": tuning.steps}
+    planned = dataclasses.replace(planned, training=planned.training.model_copy(update=schedule))
+    # a term that is off stays off: its weight is no weight to search
+    values = planned.config.model_dump()
+    ranges = {name: mark for name, mark in type(planned.config).ranges().items() if values[name] > 0}
+    if not ranges:
+        raise ConfigError(
+            f"{method} has no weight to search: mark one in its Config by `Search(low, high)`, or take "
+            f"{method} out of tuning.methods in params.yaml."
+        )
+    teacher = records.read(teacher_cell(params, tuning.benchmark), root)
+    if teacher is None:
+        raise ConfigError(
+            f"{tuning.benchmark} has no teacher: put it into suite.benchmarks and run `make repro` first."
+        )
+    known = planned.values()
+    known["method"] = {name: value for name, value in known["method"].items() if name not in ranges}
+    context = _hash(
+        [
+            known,
+            {name: [mark.low, mark.high] for name, mark in ranges.items()},
+            [tuning.student, method, tuning.seed],
+            describe(root / "data" / tuning.benchmark).sha256,
+            teacher.run["weights_sha256"],
+        ]
+    )
+    return Task(method, planned, ranges, context)
+
+
+def _study(task: Task, trials: int, root: Path, path: Path) -> optuna.Study:
+    """The method's own study; one that the database lacks is rebuilt from the log."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    study = optuna.create_study(
+        storage=f"sqlite:///{root.resolve() / DATABASE}",
+        study_name=f"{task.method}-{task.context}",
+        direction="maximize",
+        load_if_exists=True,
+    )
+    own = [row for row in budget.read(path) if row["method"] == task.method]
+    logged = [row for row in own if row["trial_id"] == task.trial_id(budget.weights(row))]
+    for row in logged[len(_counted(study)) :]:  # all of them, or those that a kill has kept out
+        failed = {"state": optuna.trial.TrialState.FAIL, "user_attrs": {"reason": row["note"]}}
+        study.add_trial(
+            optuna.trial.create_trial(
+                params={name: _exponent(value) for name, value in budget.weights(row).items()},
+                distributions=_distributions(task),
+                **({"value": float(row["val_miou"])} if row["val_miou"] else failed),
+            )
+        )
+    if len(_counted(study)) > trials:
+        raise ConfigError(
+            f"{task.method} has had {len(_counted(study))} trials, more than tuning.trials = {trials}: raise "
+            f"it in params.yaml, so that every method gets as many, or delete {DATABASE} and "
+            f"{path.relative_to(root)} to start anew."
+        )
+    return study
+
+
+def _counted(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that ran to their end, with a score or the reason why there is none; not the killed ones."""
+    return [t for t in study.trials if t.value is not None or "reason" in t.user_attrs]
+
+
+def _run(task: Task, study: optuna.Study, number: int, params: Params, root: Path) -> None:
+    import optuna
+
+    from pipelines.datasets.folder import describe
+    from pipelines.engine.cell import train
+    from pipelines.engine.seeds import derive
+    from pipelines.runs.confusion import summary
+
+    distributions = _distributions(task)
+    if number == 0 and not study.get_trials(states=(optuna.trial.TrialState.WAITING,)):
+        study.enqueue_trial(
+            {name: _exponent(math.sqrt(mark.low * mark.high)) for name, mark in task.ranges.items()}
+        )
+    tried = [{name: _value(old.params[name]) for name in task.ranges} for old in _counted(study)]
+    for attempt in range(ATTEMPTS):
+        # seeded per trial, so that a search that was killed proposes what it would have proposed
+        seed = derive(params.tuning.seed, "tune", task.method, number, attempt) % 2**32
+        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
+        trial = study.ask(fixed_distributions=distributions)
+        weights = {name: _value(trial.params[name]) for name in task.ranges}
+        if weights not in tried:
+            break
+        if attempt + 1 < ATTEMPTS:  # the same again would teach nothing
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    try:
+        trained, _ = train(task.plan(weights), params, root)
+    except ConfigError as error:  # a term was not finite: a trial as any other, but without a score
+        trial.set_user_attr("reason", " ".join(str(error).split()))
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        log.warning("%s with %s: %s", task.method, budget.text(weights), error)
+        return
+    description = describe(root / "data" / params.tuning.benchmark)
+    score = round(summary(trained.val, description.classes)["miou"], 4)
+    study.tell(trial, score)
+    shutil.rmtree(task.planned.cell.scratch(root), ignore_errors=True)  # the state of a finished training
+    log.info("%s with %s: %.4f mIoU on validation", task.method, budget.text(weights), score)
+
+
+def _best(task: Task, study: optuna.Study) -> dict[str, float]:
+    scored = [trial for trial in _counted(study) if trial.value is not None]
+    if not scored:
+        reason = _counted(study)[-1].user_attrs["reason"]
+        raise ConfigError(f"No trial of {task.method} gave a score; the last one: {reason}")
+    best = max(scored, key=lambda trial: (trial.value, -trial.number))
+    return {name: _value(best.params[name]) for name in task.ranges}
+
+
+def _export(
+    path: Path,
+    params: Params,
+    tasks: Iterable[Task],
+    studies: dict[str, optuna.Study],
+    chosen: dict[str, dict[str, float]],
+) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, budget.COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for task in tasks:
+        marked = False
+        for number, trial in enumerate(_counted(studies[task.method])):
+            weights = {name: _value(trial.params[name]) for name in task.ranges}
+            mark = trial.value is not None and weights == chosen[task.method] and not marked
+            marked |= mark
+            writer.writerow(
+                {
+                    "method": task.method,
+                    "trial": number,
+                    "weights": budget.text(weights),
+                    "steps": params.tuning.steps,
+                    "seed": params.tuning.seed,
+                    "val_miou": "" if trial.value is None else f"{trial.value:.4f}",
+                    "chosen": "yes" if mark else "",
+                    "note": trial.user_attrs.get("reason", ""),
+                    "trial_id": task.trial_id(weights),
+                }
+            )
+    write_bytes(path, text.getvalue().encode())
+
+
+def _write_params(path: Path, chosen: dict[str, dict[str, float]]) -> None:
+    """Set the chosen weights in params.yaml; comments, anchors and the layout stay as they are."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.preserve_quotes, yaml.width = True, 10_000
+    null = "tag:yaml.org,2002:null"  # or ruamel writes nothing where `null` stood
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar(null, "null"))
+    content = yaml.load(path.read_text(encoding="utf-8"))
+    for method, weights in chosen.items():
+        prefix = f"{PAPER}-"
+        own = (
+            content[PAPER][method.removeprefix(prefix)]
+            if method.startswith(prefix)
+            else content["methods"][method]
+        )
+        for name, value in weights.items():
+            if own[name] != value:
+                own[name] = value
+    text = io.StringIO()
+    yaml.dump(content, text)
+    if (changed := text.getvalue().encode()) != path.read_bytes():
+        write_bytes(path, changed)
+        log.info("the chosen weights are in params.yaml; `dvc repro` reruns the cells that they change.")
+
+
+def _distributions(task: Task) -> dict[str, Any]:
+    from optuna.distributions import IntDistribution
+
+    return {
+        name: IntDistribution(
+            math.ceil(round(10 * math.log10(mark.low), 6)), math.floor(round(10 * math.log10(mark.high), 6))
+        )
+        for name, mark in sorted(task.ranges.items())
+    }
+
+
+def _value(exponent: int) -> float:
+    """A weight on the grid of ten values a decade, to two digits: what the log shows is what was trained."""
+    return float(f"{10 ** (exponent / 10):.2g}")
+
+
+def _exponent(value: float) -> int:
+    return round(10 * math.log10(value))
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--method", help="search this method alone, for searches that run side by side")
+    params, only = checked(config.load()), parser.parse_args().method
+    with ExitStack() as stack:
+        for method in params.tuning.methods if only is None else [only]:
+            path = ROOT / ".scratch" / "locks" / f"tune--{method}.lock"
+            stack.enter_context(files.hold(path, f"The search for {method}"))
+        if written := tune(params, only=only):
+            log.info("all trials are in %s.", written.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    cli.run(main)
