@@ -22,6 +22,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = "acfd"  # the package and the section of params.yaml that hold the variants of the paper's method
 TEACHER = "teacher"  # the folder of a benchmark's teacher, beside its students'
+OFFICIAL = "-official"  # ends the key of a method that runs with its authors' weights
 EXPORTS = "exports"  # the folder of a benchmark's export records, in the same place
 
 
@@ -87,6 +88,7 @@ Size = tuple[Side, Side]  # height, width in pixels
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
 Keys = Annotated[list[Key], AfterValidator(_distinct)]
+Control = Annotated[float, Field(gt=1, le=100)]
 
 
 class Model(BaseModel):
@@ -205,6 +207,10 @@ class Suite(Model):
     benchmarks: Keys = Field(min_length=1)
     students: Keys = Field(min_length=1)
     seeds: Annotated[list[Seed], AfterValidator(_distinct)] = Field(min_length=1)
+    reference: Key  # the undistilled student, to which every method is compared
+    controls: Annotated[list[Control], AfterValidator(_distinct)]  # it again, for so many times the steps
+    methods: Keys = Field(min_length=1)
+    official: Keys  # of the methods, those that run with their authors' weights too
     variants: Keys
     threads: Positive  # of a cell, on the CPU
     workers: Annotated[int, Field(ge=0)]  # processes that read a large data set for a cell
@@ -240,13 +246,44 @@ class Params(Model):
 
     @property
     def method_keys(self) -> list[str]:
-        """Every method of params.yaml, baselines first: ``kd``, …, ``acfd-full``, …"""
-        return [*self.methods, *(f"{PAPER}-{variant}" for variant in self.acfd)]
+        """Every method of params.yaml: the controls after the reference, then ``kd``, …, ``kd-official``, …,
+        ``acfd-full``, …"""
+        reference = self.suite.reference
+        others = [key for key in self.methods if key != reference]
+        official = [f"{key}{OFFICIAL}" for key in self.official]
+        return [reference, *self.controls, *others, *official, *(f"{PAPER}-{key}" for key in self.acfd)]
+
+    @property
+    def suite_methods(self) -> list[str]:
+        """The methods that the suite runs, in the order of :attr:`method_keys`."""
+        suite = self.suite
+        chosen = {suite.reference, *self.controls, *suite.methods}
+        chosen |= {f"{key}{OFFICIAL}" for key in suite.official} | {
+            f"{PAPER}-{key}" for key in suite.variants
+        }
+        return [key for key in self.method_keys if key in chosen]
+
+    @property
+    def controls(self) -> dict[str, float]:
+        """The keys of the reference trained longer (``none-x1.5``), with the factor on its steps."""
+        return {f"{self.suite.reference}-x{factor:g}": factor for factor in self.suite.controls}
+
+    def schedule(self, benchmark: str, method: str) -> Training:
+        """How a student is trained by a method: the protocol of the benchmark, longer for a control."""
+        training = self.benchmark(benchmark).training
+        factor = self.controls.get(method)
+        return training.model_copy(update={"steps": round(factor * training.steps)}) if factor else training
+
+    def module_key(self, key: str) -> str:
+        """The method whose file computes ``key``: ``kd`` for ``kd-official``, the reference for a control."""
+        return self.suite.reference if key in self.controls else key.removesuffix(OFFICIAL)
 
     def method_values(self, key: str) -> dict[str, Any]:
         """The hyper-parameters of a method as they stand in params.yaml."""
-        prefix = f"{PAPER}-"
-        return self.acfd[key.removeprefix(prefix)] if key.startswith(prefix) else self.methods[key]
+        if key.startswith(f"{PAPER}-"):
+            return self.acfd[key.removeprefix(f"{PAPER}-")]
+        base = self.module_key(key)
+        return self.methods[base] | (self.official[base] if key.endswith(OFFICIAL) else {})
 
     def benchmark(self, key: str) -> Benchmark:
         return self.benchmarks[known("benchmark", key, self.benchmarks)]
@@ -306,6 +343,9 @@ def load(path: Path | None = None) -> Params:
     for kind, wanted, have in (
         ("benchmark", suite.benchmarks, params.benchmarks),
         ("student", suite.students, params.students),
+        ("method", [suite.reference, *suite.methods], params.methods),
+        ("method", params.official, params.methods),
+        ("entry of official", suite.official, params.official),
         ("variant", suite.variants, params.acfd),
         ("benchmark", [params.tuning.benchmark], params.benchmarks),
         ("student", [params.tuning.student], params.students),
@@ -325,10 +365,10 @@ def load(path: Path | None = None) -> Params:
                 f"In params.yaml: no student may be called '{name}', that folder holds {holds}."
             )
     for key in params.methods:
-        if key.startswith(f"{PAPER}-"):
+        if key.startswith(f"{PAPER}-") or key.endswith(OFFICIAL) or key in params.controls:
             raise ConfigError(
-                f"In params.yaml: methods.{key} takes a name that belongs to the variants of {PAPER}: "
-                f"rename it."
+                f"In params.yaml: methods.{key} takes a name that belongs to the variants of {PAPER}, to the "
+                f"controls or to the authors' weights: rename it."
             )
     for name, benchmark in params.benchmarks.items():
         dataset(benchmark.data, name)

@@ -50,11 +50,6 @@ class MethodConfig(BaseModel):
             if isinstance(mark, Search)
         }
 
-    def matched(self) -> tuple[str, ...]:
-        """Keys of methods whose dearest training this one has to cost: the engine lengthens the schedule
-        until it does, counted in FLOPs. () = the protocol's own number of steps."""
-        return ()
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -13,17 +13,16 @@ from pipelines.method import Distiller, MethodConfig
 
 
 def checked(params: Params) -> Params:
-    """``params``, if the settings of all methods are right and every method that one names exists."""
+    """``params``, if the settings of all methods are right."""
     for key in params.method_keys:
-        for other in configured(params, key).matched():
-            known("method", other, params.method_keys)
+        configured(params, key)
     return params
 
 
 def configured(params: Params, key: str) -> MethodConfig:
     """The checked hyper-parameters of a method of params.yaml."""
     known("method", key, params.method_keys)
-    return method_config(key, params.method_values(key))
+    return method_config(params.module_key(key), params.method_values(key))
 
 
 def method_class(key: str) -> type[Distiller]:

@@ -30,7 +30,7 @@ from pipelines.engine.fit import History, fit, memory_peak_mb
 from pipelines.engine.seeds import derive
 from pipelines.engine.teacher import load_teacher
 from pipelines.files import write_bytes
-from pipelines.method import TAPS, Distiller, MethodConfig, Shapes
+from pipelines.method import TAPS, Distiller, MethodConfig
 from pipelines.methods import configured, method_class
 from pipelines.networks import SegmentationNetwork, file_sha256, flops, load_encoder, tap_shapes
 from pipelines.runs import records
@@ -93,11 +93,11 @@ def plan(params: Params, cell: Cell) -> Plan:
         code = _code(Distiller)
         return Plan(cell, own.network, own.training, Distiller, MethodConfig(), None, own.training, code)
     student, config = params.student(cell.student), configured(params, cell.method)
-    teacher, method = benchmark.teacher, method_class(cell.method)
+    teacher, method = benchmark.teacher, method_class(params.module_key(cell.method))
     return Plan(
         cell,
         student,
-        benchmark.training,
+        params.schedule(cell.benchmark, cell.method),
         method,
         config,
         teacher.network,
@@ -181,9 +181,10 @@ def prepare(plan: Plan, params: Params, root: Path = ROOT) -> Prepared:
                 f"{cell.method} asks the {role} for unknown taps {unknown}; the taps that exist: "
                 f"{', '.join(TAPS)}."
             )
-    training, compute = _budget(
-        plan, params, network, teacher, method, (shapes, teacher_shapes), len(classes), ignore_index
-    )
+    training = plan.training
+    needed = teacher if method.teacher_taps else None
+    own = step_flops(network, needed, method, len(classes), ignore_index, training)
+    compute = {"step_flops": own, "flops": own * training.steps}
     scores = None
     if not method.teacher_taps:
         teacher = None
@@ -321,33 +322,6 @@ def _log_memory(data: data_folder.Stream, plan: Plan) -> None:
             f"({SHARED}), and {free:,.0f} MB are free: give the container more (`docker run --shm-size`), or "
             f"set suite.workers to {fits} in params.yaml."
         )
-
-
-def _budget(
-    plan: Plan,
-    params: Params,
-    network: SegmentationNetwork,
-    teacher: SegmentationNetwork | None,
-    method: Distiller,
-    shapes: tuple[Shapes, Shapes],
-    classes: int,
-    ignore_index: int,
-) -> tuple[Training, dict[str, Any]]:
-    """The schedule, lengthened where the method has to match the compute of others, and what it costs."""
-    training = plan.training
-
-    def count(other: Distiller) -> int:
-        return step_flops(
-            network, teacher if other.teacher_taps else None, other, classes, ignore_index, training
-        )
-
-    own, dearest = count(method), None
-    if keys := plan.config.matched():
-        costs = {key: count(method_class(key)(configured(params, key), *shapes)) for key in keys}
-        dearest = max(costs, key=lambda key: costs[key])
-        steps = max(training.steps, round(training.steps * costs[dearest] / own))
-        training = training.model_copy(update={"steps": steps})
-    return training, {"step_flops": own, "flops": own * training.steps, "matched": dearest}
 
 
 def run_cell(cell: Cell, params: Params, root: Path = ROOT) -> None:

@@ -26,7 +26,6 @@ from pipelines.config import PAPER, ROOT, TEACHER, ConfigError, Params
 
 log = logging.getLogger(__name__)
 
-TO_MATCH = "compute to match"  # what differs where a method now costs more or less than its control
 RECORD_FILES = ("metrics.json", "history.csv", "confusion.npz", "run.json")
 
 
@@ -197,7 +196,7 @@ def stale(cell: Cell, recorded: Mapping[str, Any], params: Params) -> list[str]:
     else:
         wanted = {
             "network": params.student(cell.student).written(),
-            "training": benchmark.training.written(),
+            "training": params.schedule(cell.benchmark, cell.method).written(),
             "method": params.method_values(cell.method),
             "teacher": benchmark.teacher.network.written(),
         }
@@ -217,26 +216,7 @@ def outdated(own: Sequence[Record], params: Params) -> dict[Cell, list[str]]:
             used = record.run["teacher"]
             if used and (found[teacher.cell] or used["sha256"] != teacher.run["weights_sha256"]):
                 found[record.cell].append("weights of the teacher")
-    costs = {
-        (r.cell.student, r.cell.method): r.run["compute"]["step_flops"] for r in own if not found[r.cell]
-    }
-    for record in own:
-        if matching_steps(record, costs) not in (None, record.run["steps"]):
-            found[record.cell].append(TO_MATCH)
     return {cell: parts for cell, parts in found.items() if parts}
-
-
-def matching_steps(record: Record, costs: Mapping[tuple[str, str], int]) -> int | None:
-    """The steps in which a cell has the compute of the dearest method that it is to match; ``costs``: FLOPs
-    of a step by student and method. None for a cell that matches none, or where a method has no cost yet."""
-    run = record.run
-    if run["compute"]["matched"] is None:
-        return None
-    keys = [(record.cell.student, method) for method in run["config"]["method"].get("match", ())]
-    if any(key not in costs for key in keys):
-        return None
-    base = int(run["config"]["training"]["steps"])
-    return max(base, round(base * max(costs[key] for key in keys) / run["compute"]["step_flops"]))
 
 
 def _unresolved(network: dict[str, Any], params: Params) -> dict[str, Any]:

@@ -83,8 +83,7 @@ def speed(
 
 def methods(params: Params) -> list[str]:
     """The methods of the suite, as in its tables."""
-    variants = [f"{config.PAPER}-{variant}" for variant in params.suite.variants]
-    return [*params.methods, *variants]
+    return [key for key in params.suite_methods if key not in params.controls]
 
 
 def write_images(
@@ -217,7 +216,6 @@ def row(
         "loading_ms": round(loading, 2),
         "evaluation_ms": round(evaluation, 2),
         "memory_mb": round(memory, 1),
-        "matched": plan.config.matched(),
         "hardware": cells.hardware(),
         "versions": cells.versions(),
     }
