@@ -22,6 +22,7 @@ from pipelines.config import PAPER, TEACHER, Params
 from pipelines.reports import statistics
 from pipelines.reports.statistics import ImageBootstrap, Interval, Paired
 from pipelines.runs import budget, exports, records
+from pipelines.runs.fingerprint import outdated
 from pipelines.runs.records import Cell, Record
 
 REFERENCE = "none"  # the method that every other one is compared to: the undistilled student
@@ -262,7 +263,7 @@ def gather(
     :class:`~pipelines.config.ConfigError` when the methods were tuned with unequal numbers of trials.
     """
     students = records.students(params, benchmark, root)
-    stale = records.outdated(finished, params)
+    stale = outdated(finished, params)
     old = {(cell.student, cell.method, cell.seed) for cell in stale}
     keys = zip(cells["student"], cells["method"], cells["seed"], strict=True)
     planned = (records.teacher_cell(params, benchmark), *records.expected_cells(params, benchmark, root))
