@@ -23,7 +23,8 @@ instance norm removes whatever is constant over positions: their gradient is rou
 softmax the products associate: g phi is summed over j first, which gives the same z without a matrix of
 positions by positions. The authors take maps of equal size only; here unequal ones meet at the smaller by
 average pooling. All pixels count. The layer is the last stage after ReLU. No published term is missing:
-the tables are this term beside the task loss."""
+the tables are this term beside the task loss.
+"""
 
 from __future__ import annotations
 

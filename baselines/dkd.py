@@ -17,7 +17,8 @@ Differences from the authors' code: the labelled class is left out exactly, wher
 from its logit; 1 - p_y is a difference of logsumexp, where theirs takes the logarithm of a summed
 softmax, -inf when it underflows. Applied to the logits before upsampling, with labels at that size by
 nearest neighbour. A batch without labels gives 0. A term with weight 0 is not computed. No published term
-is missing."""
+is missing.
+"""
 
 from __future__ import annotations
 

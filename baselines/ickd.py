@@ -18,7 +18,8 @@ an adapter (the version in AICSD's repository, which its training never adds to 
 Differences from the authors' code: the embedding of the teacher that it registers and never uses is not
 there. The sizes of the two maps may differ, as rows have unit norm and no position meets another's; all
 pixels count. Not in it: the variant on a grid of patches that the paper's segmentation tables report, 1 x
-1 to 32 x 32 (this is 1 x 1), and the other losses of those tables."""
+1 to 32 x 32 (this is 1 x 1), and the other losses of those tables.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ alone.
 Differences from the authors' code: it standardises over the last dimension, which is the classes for (B,
 C) logits and would be the width of a map; here it is the classes. A pixel whose logits are all equal (std
 below 1e-6) has no direction: it becomes 0 without a gradient, where theirs would give a gradient of 1e7
-or NaN. No published term is missing."""
+or NaN. No published term is missing.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """SP: similarity-preserving distillation; which images of a step resemble each other.
 
 Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019), eqs. 1 to 4. No
-repository of the authors was found; compared is HobbitLong/RepDistiller, commit b84f547, which names the
-first author as a reader. With X the maps of the step as (B, C h w), G(X) = X Xᵀ (B x B) and its rows at
-unit L2 norm:
+repository of the authors was found; compared is HobbitLong/RepDistiller, commit b84f547, which its header
+says the original author verified. With X the maps of the step as (B, C h w), G(X) = X Xᵀ (B x B) and its
+rows at unit L2 norm:
 
     L = 1 / B² * sum over pairs of images of (G(X_s) - G(X_t))²
 
@@ -15,7 +15,8 @@ four entries, two of them near 1, and hardly a signal). None is published for se
 
 No adapter. Widths and sizes may differ freely; all pixels count. After ReLU all similarities are
 positive, and nothing is subtracted, as in the paper. With one image the loss is 0. No published term is
-missing."""
+missing.
+"""
 
 from __future__ import annotations
 
