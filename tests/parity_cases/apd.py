@@ -1,53 +1,55 @@
-"""APD against the authors' code."""
+"""APD against its authors' code."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from baselines import apd
+from parity_cases import Case, below, gradient, integers, load, maps
 from pipelines.maps import labels_at
 
 
-def adapter(side: str, data: Mapping[str, np.ndarray]) -> nn.Sequential:
-    first, last = (data[f"{side}_adapter/{i}.weight"] for i in (0, 2))
-    module = apd.perspective(first.shape[1], first.shape[0], last.shape[0])
-    prefix = f"{side}_adapter/"
-    module.load_state_dict(
-        {k.removeprefix(prefix): torch.from_numpy(v) for k, v in data.items() if k.startswith(prefix)}
-    )
+def adapter(data: Case, prefix: str) -> nn.Sequential:
+    parameters = below(data, prefix)
+    hidden, width = parameters["0.weight"].shape[:2]
+    module = apd.perspective(width, hidden, len(parameters["2.weight"]))
+    load(module, parameters)
     return module
 
 
-def compare(case: str, data: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Tensor, np.ndarray]]:
+def compare(case: str, data: Case) -> Iterator[tuple[str, Tensor, np.ndarray]]:
     if case not in ("a", "absent_class"):
         raise KeyError(case)
-    student = torch.from_numpy(data["student"]).requires_grad_()
-    teacher = torch.from_numpy(data["teacher"])
-    full = torch.from_numpy(data["labels"].astype(np.int64))
-    classes, ignore_index = int(data["classes"]), int(data["ignore_index"])
-    scale = float(data["kmeans_temp"])
+    student, teacher, full = (
+        maps(data, "student", gradient=True),
+        maps(data, "teacher"),
+        integers(data, "labels"),
+    )
+    ignore_index = int(data["ignore_index"])
     labels = labels_at(full.masked_fill(full == ignore_index, -1), student.shape[-2:])
-    own = adapter("teacher", data)
-    seen, centres, present = apd.views(adapter("student", data)(student), labels, classes, scale)
-    target, target_centres, _ = apd.views(own(teacher), labels, classes, scale)
+    given = (labels, int(data["classes"]), float(data["kmeans_temp"]))
+    ours, theirs = adapter(data, "student_adapter/"), adapter(data, "teacher_adapter/")
+    seen, centres, present = apd.views(ours(student), *given)
+    target, target_centres, _ = apd.views(theirs(teacher), *given)
 
     view = apd.view_loss(seen, target, present)
+    yield "loss_view_kl", view, data["loss_view_kl"]
+    yield "grad_view_kl", gradient(view, student), data["grad_view_kl"]
     align = apd.align_loss(centres, target_centres, present)
-    for name, loss in {"view_kl": view, "align": align}.items():
-        yield f"loss_{name}", loss, data[f"loss_{name}"]
-        (gradient,) = torch.autograd.grad(loss, student, retain_graph=True)
-        yield f"grad_{name}", gradient, data[f"grad_{name}"]
+    yield "loss_align", align, data["loss_align"]
+    yield "grad_align", gradient(align, student), data["grad_align"]
 
     loss = apd.teacher_loss(target, full, ignore_index)
     yield "loss_teacher_ce", loss, data["loss_teacher_ce"]
-    (gradient,) = torch.autograd.grad(loss, own[0].weight)
-    yield "grad_teacher_ce/0.weight", gradient, data["grad_teacher_ce/0.weight"]
+    for key in data:
+        if key.startswith("grad_teacher_ce/"):
+            parameter = theirs.get_parameter(key.removeprefix("grad_teacher_ce/"))
+            yield key, gradient(loss, parameter), data[key]
 
-    logits = torch.from_numpy(data["logits_student"]).requires_grad_()
-    loss = apd.pixel_loss(logits, torch.from_numpy(data["logits_teacher"]), full.shape[-2:])
+    logits = maps(data, "logits_student", gradient=True)
+    loss = apd.pixel_loss(logits, maps(data, "logits_teacher"), full.shape[-2:])
     yield "loss_pixel_kd", loss, data["loss_pixel_kd"]
-    yield "grad_pixel_kd", torch.autograd.grad(loss, logits)[0], data["grad_pixel_kd"]
+    yield "grad_pixel_kd", gradient(loss, logits), data["grad_pixel_kd"]

@@ -1,57 +1,51 @@
-"""ReviewKD against the authors' code (``square``), TransKD's port (``wide``), and its loss on given maps."""
+"""ReviewKD against its authors' code (``square``), TransKD's port (``wide``), and the loss on given maps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from baselines.reviewkd import Review, hcl_loss
+from parity_cases import Case, below, gradient, load, maps, shape
 
-NAMES = {"conv1": "reduce", "conv2": "expand"}  # theirs -> ours
+PLACES = {"conv1.": "reduce.", "conv2.": "expand.", "att_conv.0.": "attention."}  # theirs -> ours
 
 
-def review(data: Mapping[str, np.ndarray], student: list[Tensor], teacher: list[Tensor]) -> Review:
-    """Theirs are listed from the deepest stage, ours from the shallowest."""
-    last = len(student) - 1
-    state: dict[str, Tensor] = {}
-    for key, value in data.items():
-        if key.startswith("abf/"):
-            index, part, number, leaf = key.removeprefix("abf/").split(".")
-            name = f"attention.{leaf}" if part == "att_conv" else f"{NAMES[part]}.{number}.{leaf}"
-            state[f"stages.{last - int(index)}.{name}"] = torch.from_numpy(value)
-    module = Review([x.shape[1] for x in student], int(data["mid"]), [x.shape[1] for x in teacher])
-    left = module.load_state_dict(state, strict=False)
-    assert not left.unexpected_keys
-    assert all(name.rsplit(".")[-1].startswith(("running_", "num_batches")) for name in left.missing_keys)
+def listed(data: Case, name: str) -> list[str]:
+    """The keys ``<name>/<i>`` from the shallowest stage to the deepest, or ``<name>`` alone."""
+    if name in data:
+        return [name]
+    return sorted((k for k in data if k.startswith(f"{name}/")), key=lambda k: int(k.rpartition("/")[2]))
+
+
+def review(data: Case, student: list[Tensor], teacher: list[Tensor]) -> Review:
+    """The authors list the stages from the deepest, here they stand from the shallowest."""
+    module = Review([shape(x)[0] for x in student], int(data["mid"]), [shape(x)[0] for x in teacher])
+    parameters = {}
+    for name, value in below(data, "abf/").items():
+        stage, place = name.split(".", 1)
+        for theirs, ours in PLACES.items():
+            place = place.replace(theirs, ours)
+        parameters[f"stages.{len(student) - 1 - int(stage)}.{place}"] = value
+    load(module, parameters)
     return module
 
 
-def listed(data: Mapping[str, np.ndarray], name: str) -> list[str]:
-    """Keys ``<name>/<i>`` from the shallowest stage to the deepest, or ``<name>`` alone."""
-    if name in data:
-        return [name]
-    found = sorted((k for k in data if k.startswith(f"{name}/")), key=lambda k: int(k.split("/")[1]))
-    if not found:
-        raise KeyError(name)
-    return found
-
-
-def compare(case: str, data: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Tensor, np.ndarray]]:
+def compare(case: str, data: Case) -> Iterator[tuple[str, Tensor, np.ndarray]]:
     if case not in ("square", "wide", "hcl_only"):
         raise KeyError(case)
     keys = listed(data, "student")
-    student = [torch.from_numpy(data[k]).requires_grad_() for k in keys]
-    teacher = [torch.from_numpy(data[k]) for k in listed(data, "teacher")]
-    maps = student
+    student = [maps(data, key, gradient=True) for key in keys]
+    teacher = [maps(data, key) for key in listed(data, "teacher")]
+    compared = student
     if case != "hcl_only":
-        maps = review(data, student, teacher)(student, [t.shape[-2:] for t in teacher])
-        for i, x in enumerate(maps):
-            if f"out/{i}" in data:
-                yield f"out/{i}", x, data[f"out/{i}"]
-    loss = torch.stack([hcl_loss(s, t) for s, t in zip(maps, teacher, strict=True)]).sum()
+        compared = review(data, student, teacher)(student, [t.shape[-2:] for t in teacher])
+        for key in listed(data, "out"):
+            yield key, compared[int(key.removeprefix("out/"))], data[key]
+    loss = torch.stack([hcl_loss(s, t) for s, t in zip(compared, teacher, strict=True)]).sum()
     yield "loss", loss, data["loss"]
-    for key, gradient in zip(keys, torch.autograd.grad(loss, student), strict=True):
-        yield f"grad_{key}", gradient, data[f"grad_{key}"]
+    for key, x in zip(keys, student, strict=True):
+        yield f"grad_{key}", gradient(loss, x), data[f"grad_{key}"]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from baselines.sp import sp_loss
+from parity_cases import Case, gradient, maps
 
 
-def compare(case: str, data: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Tensor, np.ndarray]]:
+def compare(case: str, data: Case) -> Iterator[tuple[str, Tensor, np.ndarray]]:
     if case not in ("a", "unequal", "pair"):
         raise KeyError(case)
-    student = torch.from_numpy(data["student"]).requires_grad_()
-    loss = sp_loss(student, torch.from_numpy(data["teacher"]))
+    student = maps(data, "student", gradient=True)
+    loss = sp_loss(student, maps(data, "teacher"))
     yield "loss", loss, data["loss"]
-    yield "grad_student", torch.autograd.grad(loss, student)[0], data["grad_student"]
+    yield "grad_student", gradient(loss, student), data["grad_student"]
