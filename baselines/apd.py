@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
-from pipelines.maps import labels_at, one_hot, pixel_kl, unit
+from pipelines.maps import direction, labels_at, one_hot, pixel_kl
 from pipelines.method import Batch, Distiller, MethodConfig, Search, Shapes, Taps, same_size
 
 ABSENT = -1e4  # logit of a class without a centre: its probability is exactly 0
@@ -58,11 +58,11 @@ def views(adapted: Tensor, labels: Tensor, classes: int, scale: float) -> tuple[
     Returns ``scale`` * cosine with each class centre (B, classes, h, w), 0 where a class is absent; the
     centres (classes, D) at unit length; and which classes are present (classes,) bool.
     """
-    vectors = unit(adapted.float())
+    vectors = direction(adapted.float())
     members = one_hot(labels, classes)  # (B, classes, h * w)
     count = members.sum(dim=(0, 2))
     total = torch.einsum("bkp,bdp->kd", members, vectors.flatten(2))
-    centres = unit(total / count.clamp(min=1).unsqueeze(1))
+    centres = direction(total / count.clamp(min=1).unsqueeze(1))
     seen = scale * torch.einsum("kd,bdhw->bkhw", centres, vectors)
     return seen, centres, count > 0
 

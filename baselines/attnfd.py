@@ -28,7 +28,8 @@ Differences from the authors' code: all of the student's CBAM is trained (theirs
 and so is K at every step (theirs: in the first epoch alone, in which the student is not); the teacher is
 in eval mode, where theirs is in train mode and gets a gradient. Layers are the last stage and the map
 before the classifier, both after ReLU; theirs are the last stage *before* ReLU, the ASPP, and the
-decoder. Unequal sizes meet at the smaller by average pooling of the refined maps. All pixels count.
+decoder. Unequal sizes meet at the smaller by average pooling of the refined maps. All pixels count. A
+dead tensor has no direction and gets no gradient, where theirs divides by 0.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipelines.maps import unit
+from pipelines.maps import direction
 from pipelines.method import Batch, Distiller, MethodConfig, Search, Shapes, Taps, same_size
 
 LAYERS = ("backbone.4", "fusion")
@@ -54,7 +55,7 @@ def attnfd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     The gradient flows to both, as the teacher's gate may learn: detach its map before the gate.
     """
     s, t = same_size(student.float(), teacher.float())
-    return (unit(s.flatten(), dim=0) - unit(t.flatten(), dim=0)).square().sum()
+    return (direction(s.flatten(), dim=0) - direction(t.flatten(), dim=0)).square().sum()
 
 
 def gated(x: Tensor, channels: nn.Module, positions: nn.Module) -> Tensor:
