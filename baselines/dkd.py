@@ -74,8 +74,8 @@ class Method(Distiller):
     """DKD on the logits before upsampling."""
 
     class Config(MethodConfig):
-        weight_tckd: Annotated[float, Field(ge=0), Search(0.1, 10.0)]
-        weight_nckd: Annotated[float, Field(ge=0), Search(0.8, 80.0)]
+        weight_tckd: Annotated[float, Field(ge=0), Search(0.025, 2.5)]
+        weight_nckd: Annotated[float, Field(ge=0), Search(0.2, 20.0)]
         temperature: float = Field(gt=0)
 
     config: Config
