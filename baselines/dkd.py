@@ -11,8 +11,7 @@ and L = weight_tckd * tckd + weight_nckd * nckd, the authors' alpha and beta.
 
 Reduction: mean over the pixels that carry a label (a label is needed), as theirs over samples. For
 classification they take alpha 1, beta 8, T 4 with a linear warm-up over 20 epochs; they publish none for
-segmentation. There is no warm-up
-here, and theirs are the upper ends of the ranges that are searched.
+segmentation. There is no warm-up here, and theirs are the upper ends of the ranges that are searched.
 
 Differences from the authors' code: the labelled class is left out exactly, where theirs subtracts 1000
 from its logit; 1 - p_y is a difference of logsumexp, where theirs takes the logarithm of a summed
