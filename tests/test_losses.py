@@ -21,8 +21,10 @@ from acfd.losses import (
     peak_class_weights,
     redundancy_weights,
 )
+from baselines.aicsd import ics_loss
 from baselines.cwd import cwd_loss
 from baselines.kd import kd_loss
+from baselines.lskd import lskd_loss
 from baselines.skd import Critic, gradient_penalty, pairwise_loss, pixelwise_loss
 
 Array = np.ndarray
@@ -277,6 +279,24 @@ def test_pairwise_by_hand() -> None:
     """Two nodes, orthogonal in the student and equal in the teacher: two of four pairs differ by 1."""
     s = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
     assert pairwise_loss(s, torch.ones(1, 2, 1, 2), 0.5).item() == pytest.approx(0.5, rel=1e-6)
+
+
+def test_aicsd_of_the_paper_value() -> None:
+    """Divergences between the distributions of all ordered pairs of classes, image by image."""
+    s, t = maps(2, 3, 4, 5), maps(2, 3, 4, 5, seed=1)
+    squares = []
+    for image in range(2):
+        p, q = ([softmax(c.ravel()) for c in array(x)[image]] for x in (s, t))
+        squares += [(kl(p[i], p[j]) - kl(q[i], q[j])) ** 2 for i in range(3) for j in range(3)]
+    assert ics_loss(s, t).item() == pytest.approx(np.mean(squares), rel=1e-4)
+
+
+def test_lskd_of_a_pixel_without_a_direction_is_finite_and_gives_it_no_gradient() -> None:
+    s, t = maps(1, 4, 2, 3), maps(1, 4, 2, 3, seed=1)
+    s[:, :, 0, 0] = 0.1
+    s.requires_grad_()
+    (gradient,) = torch.autograd.grad(lskd_loss(s, t, 2.0), s)
+    assert gradient.isfinite().all() and not gradient[:, :, 0, 0].any() and gradient[:, :, 1:].any()
 
 
 def test_gradient_penalty_of_a_linear_critic() -> None:
