@@ -53,7 +53,7 @@ class Method(Distiller):
     """AT on one tap or several."""
 
     class Config(MethodConfig):
-        weight: Annotated[float, Field(ge=0), Search(100.0, 10000.0)]
+        weight: Annotated[float, Field(ge=0), Search(300.0, 30000.0)]
         taps: Annotated[list[Tap], AfterValidator(_distinct)] = Field(min_length=1)
 
     config: Config

@@ -1,7 +1,7 @@
 """IFVD: how far each pixel is from the centre of its class, in the student as in the teacher.
 
-Source: Wang et al., "Intra-class Feature Variation Distillation for Semantic Segmentation" (ECCV 2020), eqs.
-1 to 3; the authors' code is compared at YukangWang/IFVD, commit 950a7a5. The centre of class k in image b is
+Source: Wang et al., "Intra-class Feature Variation Distillation for Semantic Segmentation" (ECCV 2020); the
+authors' code is compared at YukangWang/IFVD, commit 950a7a5. The centre of class k in image b is
 the sum of its pixels' features over (their number + 1e-6), with the labels brought to the map's size by
 nearest neighbour. With v_i = the cosine of pixel i and the centre of its class in its own image:
 
