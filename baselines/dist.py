@@ -8,9 +8,9 @@ student and teacher, and r(a, b) = <a - mean a, b - mean b> / (||a - mean a|| * 
     intra = 1 - mean over classes of r(p_c, q_c), vectors over all pixels of all images
     L = beta * inter + gamma * intra
 
-``dist`` is L on the logits before upsampling, ``auxiliary`` is L on the logits of the auxiliary head, which
-stands in the authors' training loop alone (with weight 0.4). Where student or teacher has no such head, the
-term is left out, and the record says so.
+``dist`` is L on the logits before upsampling, ``dist_auxiliary`` is L on the logits of the auxiliary head,
+which stands in the authors' training loop alone (with weight 0.4). Where student or teacher has no such head,
+the term is left out, and the record says so.
 
 Images are coupled: ``intra`` sees all images of a step; the authors' processes see 2 each. Unlabelled and
 padded pixels take part, as in theirs. Unequal sizes are brought to the smaller one by average pooling of the
@@ -95,7 +95,7 @@ class Method(Distiller):
         terms: dict[str, Tensor] = {}
         for tap in self.student_taps:
             name, weight = (
-                ("dist", config.weight) if tap == "logits" else ("auxiliary", config.weight_auxiliary)
+                ("dist", config.weight) if tap == "logits" else ("dist_auxiliary", config.weight_auxiliary)
             )
             terms[name] = weight * dist_loss(student[tap], teacher[tap], config.beta, config.gamma)
         return terms
