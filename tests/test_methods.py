@@ -433,8 +433,8 @@ def wide(pair: tuple[str, str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return features(pair[0], 0, images=1), features(pair[1], 1, images=1)
 
 
-# variants of ACFD do here what `full` does, the 1x1 alignment is the other path; a generator for 2048 channels
-# takes seconds, and so once for each method
+# variants of ACFD do here what `full` does, the 1x1 alignment is the other path; Af-DCD's generator for 2048
+# channels takes seconds
 WIDE = [
     case
     for case in CASES
