@@ -76,6 +76,7 @@ def new_suite(folder: Path) -> Path:
     subprocess.run(["git", *identity, "commit", "-qm", "no lock"], cwd=root, check=True)
     raw = tiny(read_params(root))
     raw["methods"] = {key: raw["methods"][key] for key in RIVALS}
+    raw["official"] = {}
     raw["suite"] |= {"methods": list(RIVALS), "controls": [1.5]}
     raw["tuning"]["methods"] = ["acfd-full"]
     write_params(root, raw)

@@ -45,7 +45,7 @@ def local(jobs: int, gpus: list[str], dashboard: bool, root: Path = ROOT) -> Ite
     import dask
     from distributed import Client, Nanny, Scheduler, Security, SpecCluster
 
-    routes = {} if dashboard else {"distributed.scheduler.http.routes": []}
+    routes: dict[str, Any] = {} if dashboard else {"distributed.scheduler.http.routes": []}
     with dask.config.set(SETTINGS | routes):
         security = Security.temporary()
         path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
@@ -126,6 +126,11 @@ def queue(kind: str, jobs: int) -> Iterator[Any]:
     with cluster, Client(cluster) as client:
         cluster.scale(jobs=jobs)
         yield client
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:

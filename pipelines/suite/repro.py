@@ -23,7 +23,6 @@ if __name__ == "__main__":  # before the imports that take seconds
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
 import logging  # noqa: E402
-import os  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -269,8 +268,7 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
 
         checked(params)
         gpus = cluster.visible_gpus()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jobs = options.jobs or len(gpus) or max(1, cores // params.suite.threads)
+        jobs = options.jobs or len(gpus) or max(1, cluster.cores() // params.suite.threads)
         with contextlib.ExitStack() as stack:
             if options.scheduler:
                 client = stack.enter_context(cluster.running(options.scheduler))

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -106,6 +106,51 @@ def train(expected: Identity, cells: Sequence[Cell]) -> Outcome:
         outcome.cells = {cell: None if error is None else _sentence(error) for cell, error in found.items()}
 
     return _do(expected, act)
+
+
+def trial(expected: Identity, trials: Mapping[str, dict[str, float]]) -> dict[str, float | str]:
+    """Trials of tuning, side by side; see :func:`try_weights`."""
+    root = Path(expected.root)
+    check(expected, identity(expected.root))
+    return try_weights(_params(root), trials, root)
+
+
+def shortened(params: config.Params, trials: Mapping[str, dict[str, float]]) -> config.Params:
+    """``params`` with the schedule of tuning and the loss weights of trials."""
+    tuning, raw = params.tuning, params.model_dump(exclude_unset=True)
+    raw["benchmarks"][tuning.benchmark]["training"] |= {
+        "steps": tuning.steps,
+        "validate_every": tuning.steps,
+    }
+    for method, weights in trials.items():
+        prefix = f"{config.PAPER}-"
+        section = raw[config.PAPER] if method.startswith(prefix) else raw["methods"]
+        section[method.removeprefix(prefix)] |= weights
+    return config.Params.model_validate(raw)
+
+
+def try_weights(
+    params: config.Params, trials: Mapping[str, dict[str, float]], root: Path
+) -> dict[str, float | str]:
+    """Train a short cell for each method with the weights of its trial, in one pack: mIoU on validation, or
+    why there is none. No test image is read."""
+    from pipelines.engine.pack import Prepared, bench, plan, teacher_of, train_plans, validate
+    from pipelines.runs.confusion import summary
+
+    tuning, short = params.tuning, shortened(params, trials)
+    cells = {name: Cell(tuning.benchmark, tuning.student, name, tuning.seed) for name in trials}
+    shared, scores = bench(short, tuning.benchmark, root), dict[Cell, float | str]()
+
+    def finish(prepared: Prepared) -> None:
+        score = summary(validate(prepared, shared), shared.classes)["miou"]
+        scores[prepared.plan.cell] = round(score, 4)
+
+    teacher = teacher_of([*cells.values()], short, shared, root)
+    plans = [plan(short, cell) for cell in cells.values()]
+    for cell, error in train_plans(plans, short, shared, teacher, finish, root=root).items():
+        if error is not None:
+            scores[cell] = _sentence(error)
+    return {name: scores[cell] for name, cell in cells.items()}
 
 
 def _params(root: Path) -> config.Params:
