@@ -125,7 +125,7 @@ class Network(Model):
     """A segmentation network of segmentation_models_pytorch: architecture, encoder, output stride, encoder
     weights (an entry of ``weights:``); ``recipe`` where the protocol's optimiser does not suit it."""
 
-    architecture: Literal["PSPNet", "DeepLabV3", "Segformer"]
+    architecture: Literal["PSPNet", "DeepLabV3", "Segformer", "FPN"]
     encoder: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
     output_stride: Literal[8, 16, 32]
     weights: Key | None
