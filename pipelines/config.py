@@ -99,17 +99,38 @@ class Model(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
+class Wheel(Model):
+    """A package whose wheel holds the weights of a network of timm, in timm's order under other names."""
+
+    package: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]*$", max_length=50)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of the wheel, whole: pip checks it
+    member: Annotated[str, Field(min_length=1, max_length=300)]  # the file in it, read with ``weights_only``
+    timm: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]  # the network
+    licence: Annotated[str, Field(min_length=1)]
+    source: Annotated[str, Field(min_length=1)]
+
+
 class Weights(Model):
     """A file of encoder weights (safetensors, or torch with ``weights_only``), where it comes from and its
-    sum.
+    sum: an address or null, or the wheel of a package, of which the file is made.
 
-    ``sha256`` may be its first 8 digits, which torch.hub writes into file names, or null as long as it is not
-    known: then the file is refused, by a sentence that has the sum.
+    ``sha256``, of ``file``, may be its first 8 digits, which torch.hub writes into file names, or null as
+    long as it is not known: then the file is refused, by a sentence that has the sum.
     """
 
     file: Path  # below the root of the project, or absolute
-    url: str | None
+    url: str | None = None
+    wheel: Wheel | None = None
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{8,64}$")] | None
+
+    @model_validator(mode="after")
+    def _from_one_place(self) -> Weights:
+        if ("url" in self.model_fields_set) == (self.wheel is not None):
+            raise ValueError("it has either `url`, an address or null, or `wheel`, a package")
+        if self.wheel is not None and self.file.suffix != ".safetensors":
+            raise ValueError("`file` of the weights of a `wheel` must end with .safetensors")
+        return self
 
 
 class Recipe(Model):
@@ -125,7 +146,7 @@ class Network(Model):
     """A segmentation network of segmentation_models_pytorch: architecture, encoder, output stride, encoder
     weights (an entry of ``weights:``); ``recipe`` where the protocol's optimiser does not suit it."""
 
-    architecture: Literal["PSPNet", "DeepLabV3", "Segformer"]
+    architecture: Literal["PSPNet", "DeepLabV3", "Segformer", "FPN"]
     encoder: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
     output_stride: Literal[8, 16, 32]
     weights: Key | None

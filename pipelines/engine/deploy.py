@@ -25,7 +25,7 @@ from pipelines.config import ConfigError, Network
 from pipelines.datasets.folder import Split, Stream
 from pipelines.datasets.transforms import normalise
 from pipelines.engine.teacher import load_state
-from pipelines.networks import SegmentationNetwork, file_sha256, read_state, upsample
+from pipelines.networks import SegmentationNetwork, file_sha256, read_state, taps_of, upsample
 
 ONNX, PROGRAM = "student.onnx", "student.pt2"
 IMAGES, LOGITS = "images", "logits"  # the names of input and output
@@ -41,11 +41,11 @@ class Deployed(nn.Module):
     def __init__(self, network: SegmentationNetwork) -> None:
         super().__init__()
         self.encoder, self.decoder, self.head = network.encoder, network.decoder, network.head
+        self.multiple = network.multiple
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.decoder(self.encoder(images)))
-        return upsample(logits, images.shape[-2:])
+        return upsample(taps_of(self, images)["logits"], images.shape[-2:])
 
 
 def load(run: Mapping[str, Any], weights: Path) -> SegmentationNetwork:
