@@ -19,8 +19,9 @@ def main() -> None:
 
     from pipelines.engine.pack import run_cell
     from pipelines.runs.records import Cell
+    from pipelines.suite.display import bar
 
-    run_cell(Cell(options.benchmark, options.student, options.method, options.seed), params)
+    run_cell(Cell(options.benchmark, options.student, options.method, options.seed), params, tell=bar())
 
 
 if __name__ == "__main__":

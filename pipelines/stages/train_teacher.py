@@ -16,8 +16,9 @@ def main() -> None:
 
     from pipelines.engine.pack import run_cell
     from pipelines.runs.records import teacher_cell
+    from pipelines.suite.display import bar
 
-    run_cell(teacher_cell(params, options.benchmark), params)
+    run_cell(teacher_cell(params, options.benchmark), params, tell=bar())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,19 @@ PLAIN_EVERY = 60.0  # seconds between two lines where there is no terminal
 log = logging.getLogger(__name__)
 
 
+def bar() -> Any:
+    """A bar for a training that runs by itself: called as ``tell``."""
+    shown = tqdm(unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+
+    def tell(cell: str, step: int, steps: int, loss: float) -> None:
+        shown.total = steps
+        shown.set_description(cell, refresh=False)
+        shown.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        shown.update(step - shown.n)
+
+    return tell
+
+
 class Display:
     """Counts steps. ``expect`` adds those of a task, ``event`` is called with what workers tell."""
 
