@@ -761,7 +761,8 @@ from pipelines.stages import count, export, fetch_weights, report
 from pipelines.tools import predict, speed, spread, tune, verify
 from pipelines.config import ConfigError
 from pipelines.datasets import camvid
-from pipelines.engine.cell import run_cell
+from pipelines.engine.pack import run_cell
+from pipelines.methods import checked
 from pipelines.stages.fetch import fetch
 from pipelines.runs.records import Cell, teacher_cell
 root = Path(sys.argv[1])
@@ -779,7 +780,7 @@ export.check("streets", "pspnet-resnet18", params, root)
 speed.write_images(params.benchmark("streets"), "streets", root / "random", 4)
 speed.row(params, "streets", "none", 2, 2, 4, root / "random")
 spread._link(Cell("streets", "pspnet-resnet18", "none", 0), params, root / "again", root)
-spread.repeat(params, "streets", "none", spread.spreads.FAST, root / "again")
+spread.repeat(params, "streets", "none", spread.spread_table.FAST, root / "again")
 report.report(params, root)
 count.count(params, root)
 weights = root / "runs" / "streets" / "pspnet-resnet18" / "kd" / "0" / "weights.safetensors"
@@ -799,8 +800,8 @@ def test_everything_works_with_sockets_blocked(tmp_path: Path, monkeypatch: pyte
     raw = tiny(read_params())
     raw["benchmarks"]["camvid-small"]["data"]["size"] = None
     raw["tuning"].update(benchmark="streets", methods=["kd"], trials=1, steps=2)
-    raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd")}
-    raw["suite"]["variants"] = []
+    raw["methods"], raw["official"] = {key: raw["methods"][key] for key in ("none", "kd")}, {}
+    raw["suite"] |= {"methods": ["none", "kd"], "variants": []}
     own = tmp_path / raw["weights"]["resnet18"]["file"]
     own.parent.mkdir()
     own.write_bytes(b"weights that are there")
