@@ -134,6 +134,7 @@ def results(
     return Results(
         benchmark=name,
         students=[student],
+        reference="none",
         methods=["none", "kd", "skd", "acfd-full"],
         variants=["acfd-full"],
         planned=["acfd-full"],
