@@ -35,11 +35,12 @@ RULE = [
     f"**{NOT_COMPARABLE}**: the source does not state the data set, the unit of the gain or the student's "
     "baseline; or no benchmark of params.yaml has the data set; or each of them differs from the source "
     "in a stated condition: student, teacher, image size, crop, batch size, steps, learning rate, weight "
-    "decay, ImageNet weights of the student, split, loss. Not compared are loss weights, temperatures and "
-    "which checkpoint is reported: sources mostly take the best on validation, this suite the last. What "
-    "the source does not state is listed and does not count as a difference; nor do the training images "
-    "that this suite holds out for validation where the published validation split is its test split. The "
-    "differences named are those of the benchmark that was measured, else of the closest one.",
+    "decay, ImageNet weights of the student, split, loss; or params.yaml does not have the method. Not "
+    "compared are loss weights, temperatures and which checkpoint is reported: sources mostly take the best "
+    "on validation, this suite the last. What the source does not state is listed and does not count as a "
+    "difference; nor do the training images that this suite holds out for validation where the published "
+    "validation split is its test split. The differences named are those of the benchmark that was "
+    "measured, else of the closest one.",
     f"**{NOT_RUN}**: a benchmark of params.yaml is comparable, but there is no seed for which both the "
     "method and the undistilled student have finished.",
     f"**{REPRODUCED}**: the 95 % t-interval of the gain over the undistilled student, paired by seed, lies "
@@ -126,6 +127,7 @@ class Claim(Entry):
 class Claims(Entry):
     """The whole of claims.yaml."""
 
+    methods: list[Key]  # that claims may be about, whether or not params.yaml has them
     sources: dict[Key, Source]
     protocols: dict[Key, Protocol]
     evidence: dict[Key, str]
@@ -198,14 +200,13 @@ def load(path: Path | None = None) -> Claims:
         claims = Claims.model_validate(config.read_yaml(path))
     except ValidationError as error:
         raise ConfigError(config.explain("", error, path.name)) from None
-    methods = [*sorted(file.stem for file in (ROOT / "baselines").glob("[a-z]*.py")), HEADLINE]
     seen: set[str] = set()
     for claim in claims.claims:
         if claim.id in seen:
             raise ConfigError(f"In {path.name}: two claims are called '{claim.id}': rename one.")
         seen.add(claim.id)
         for kind, key, have in (
-            ("method", claim.method, methods),
+            ("method", claim.method, claims.methods),
             ("source", claim.source, claims.sources),
             ("protocol", claim.protocol, claims.protocols),
             ("evidence level", claim.evidence, claims.evidence),
