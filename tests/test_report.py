@@ -217,6 +217,11 @@ def row(root: Path, method: str, name: str = "comparison") -> dict[str, str]:
     return found
 
 
+def row_text(results: Results, method: str) -> list[str]:
+    (found,) = [line for line in tables.comparison(results).rows if line[1] == method]
+    return found
+
+
 def miou(root: Path, method: str, seed: int) -> float:
     """mIoU in percent from the counts on disk, by a loop over the classes."""
     with np.load(root / "runs/streets" / STUDENT / method / str(seed) / "confusion.npz") as file:
@@ -378,12 +383,25 @@ def test_equal_compute_is_never_extrapolated_nor_taken_from_other_seeds(done: Pa
         gain, reason = far.at_equal_compute(STUDENT, method)
         assert (gain.paired.n, gain.over_seeds, gain.over_images, reason) == (0, None, None, why)
     assert "no value: kd, more compute than none ×2" in " ".join(readme.sentences(far, STUDENT))
-    assert "– (more compute than none ×2)" in next(r for r in tables.comparison(far).rows if r[1] == "kd")
+    assert "– (more compute than none ×2)" in row_text(far, "kd")
     gone = (results.cells["method"] == "none-x2") & (results.cells["seed"] == 1)
     gain, reason = replace(results, cells=results.cells[~gone]).at_equal_compute(STUDENT, "cwd")
     assert (list(gain.paired.by_seed), reason) == ([0, 2], "without none ×2 (seed 1)")
     alone = replace(results, controls={})
     assert alone.at_equal_compute(STUDENT, "cwd")[1] == "no controls"
+
+
+def test_the_compute_figure_has_the_curve_of_the_student_alone(done: Path) -> None:
+    figure = figures.compute(read(done))
+    (axis,) = figure.axes
+    *seeds, mean = [line for line in axis.get_lines() if len(line.get_xdata())]
+    curve = ("none", "none-x1.5", "none-x2")
+    scores = np.array([[miou(done, key, seed) for key in curve] for seed in SEEDS])
+    assert all(line.get_xdata() == pytest.approx([0.3, 0.45, 0.6]) for line in (*seeds, mean))
+    assert np.array([line.get_ydata() for line in seeds]) == pytest.approx(scores)
+    assert mean.get_ydata() == pytest.approx(scores.mean(axis=0))
+    _, labels = axis.get_legend_handles_labels()
+    assert labels == ["none", "none ×1.5", "none ×2", "kd", "cwd", "acfd"]
 
 
 def test_official_weights_stand_beside_their_method_and_are_not_tested(done: Path, tmp_path: Path) -> None:
@@ -405,6 +423,14 @@ def test_official_weights_stand_beside_their_method_and_are_not_tested(done: Pat
     text = (tmp_path / "reports/streets/comparison.md").read_text(encoding="utf-8")
     assert "rows with official weights are descriptive: neither is tested or counted" in text
     assert "not tuned" not in text
+
+
+def test_a_control_alone_is_no_result(tmp_path: Path) -> None:
+    make_record(Cell("streets", STUDENT, "none-x2", 0), tmp_path)
+    found = read(tmp_path)
+    assert readme.sentences(found, STUDENT) == [f"No cell of {STUDENT} has finished yet."]
+    assert readme.in_short([found]) == [] and ranks.rank([found]) is None
+    assert row_text(found, "none ×2")[2] == "1" and row_text(found, "none ×2")[4] == ""
 
 
 def test_methods_outside_the_suite_have_a_row_only_where_they_have_a_cell(done: Path) -> None:

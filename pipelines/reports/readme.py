@@ -106,13 +106,15 @@ def in_short(every: Sequence[Results]) -> list[str]:
 
 
 def sentences(results: Results, student: str) -> list[str]:
-    """Who is better than the undistilled student, who than longer training, and how sure that is."""
-    standings = {m: s for m, s in results.standings(student, results.methods).items() if s.scores}
+    """Which methods are better than the undistilled student, which than longer training, and how sure that
+    is."""
+    every, reference = results.standings(student, results.methods), results.reference
+    rows = [reference, *results.tested(results.methods)]
+    standings = {m: every[m] for m in rows if m in every and every[m].scores}
     if not standings:
         return [f"No cell of {student} has finished yet."]
-    found, reference = [_best(results, student, standings)], results.reference
-    others = {m: standings[m] for m in results.tested(results.methods) if m in standings}
-    others = {m: s for m, s in others.items() if s.gain.paired.n}
+    found = [_best(results, student, standings)]
+    others = {m: s for m, s in standings.items() if s.gain.paired.n}
 
     def listed(gains: dict[str, Gain], verdict: str) -> str:
         return ", ".join(
@@ -135,10 +137,7 @@ def sentences(results: Results, student: str) -> list[str]:
         text = f"Against {reference} alone, trained longer and interpolated to each method's own compute"
         found.append(f"{text}, by both intervals: {'; '.join(parts)}.")
     if HEADLINE in others:
-        means = sorted(
-            (results.mean(student, m) or 0.0 for m, s in standings.items() if m in (reference, *others)),
-            reverse=True,
-        )
+        means = sorted((results.mean(student, m) or 0.0 for m in standings), reverse=True)
         place = means.index(results.mean(student, HEADLINE) or 0.0) + 1
         gain = others[HEADLINE].gain
         found.append(
