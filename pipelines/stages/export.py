@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import cli, config, files
-from pipelines.config import PAPER, ROOT, ConfigError, Params, Size
+from pipelines.config import ROOT, ConfigError, Params, Size
 from pipelines.files import json_bytes, sha256, write_bytes
 from pipelines.methods import checked
-from pipelines.reports.results import REFERENCE
 from pipelines.runs import exports, records
 from pipelines.runs.records import Cell, Record
 
@@ -107,17 +106,17 @@ def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str
     data = root / "data" / benchmark
     description = data_folder.describe(data)
     size = description.size or protocol.crop
-    seed, threads = params.suite.seeds[0], params.suite.threads
+    seed, threads, reference = params.suite.seeds[0], params.suite.threads, params.suite.reference
     names, images = deploy.samples(data_folder.load(data, "test"), size)
     found: dict[str, dict[str, Any]] = {}
     deployed: dict[str, tuple[deploy.Deployed, Path]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        for method in (*params.methods, *(f"{PAPER}-{variant}" for variant in params.suite.variants)):
+        for method in params.suite_methods:
             cell = Cell(benchmark, student, method, seed)
             try:
                 record = _record(cell, root)
             except UnfinishedError as error:
-                if method == REFERENCE:
+                if method == reference:
                     raise
                 log.warning("%s It is left out.", error)
                 continue
@@ -132,12 +131,10 @@ def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str
                 "logits": deploy.differences(own, place, images, threads),
             }
             deployed[method] = own, place
-        if REFERENCE not in found:
-            raise ConfigError(f"params.yaml has no method '{REFERENCE}' to compare with: add it.")
         taken = deploy.latencies(deployed, images[:1], threads)
     for method, times in taken.items():
         found[method]["ms"] = times
-    rounds = len(taken[REFERENCE]["torch"])
+    rounds = len(taken[reference]["torch"])
     content = {
         "benchmark": benchmark,
         "student": student,
@@ -154,7 +151,7 @@ def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str
         "versions": versions() | {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")},
         "git": git_state(),
     }
-    if wrong := exports.problems(content, REFERENCE):
+    if wrong := exports.problems(content, reference):
         raise ConfigError(f"{benchmark}, {student}: {' '.join(wrong)}")
     exports.write(content, root)
     log.info("%s, %s: %d methods compared, %d rounds.", benchmark, student, len(found), rounds)

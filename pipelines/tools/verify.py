@@ -25,7 +25,7 @@ from pipelines import config
 from pipelines.config import EXPORTS, ROOT, TEACHER, ConfigError, Params
 from pipelines.datasets.folder import DESCRIPTION
 from pipelines.reports import figures, network_table, ranks
-from pipelines.reports.results import REFERENCE, Results
+from pipelines.reports.results import Results
 from pipelines.runs import budget, counts, exports, tracking
 from pipelines.runs.confusion import summary
 from pipelines.runs.fingerprint import outdated
@@ -71,8 +71,8 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
     frames = {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
     try:
         every = report.gather_all(params, root, found, frames)
-    except ConfigError:  # methods with unequal budgets, which is in the list already
-        return listed
+    except ConfigError as error:  # a seed of two machines; of unequal budgets, it is in the list already
+        return list(dict.fromkeys([*listed, str(error)]))
     try:
         return listed + list(_texts(params, every, root)) + list(_figures(every, root))
     except ConfigError as error:  # a damaged README
@@ -193,7 +193,7 @@ def _exports(params: Params, found: Mapping[str, list[Record]], root: Path) -> I
             if r.cell.student == student and r.cell.seed == record.get("seed")
         }
         try:
-            yield from (f"{name}: {text}" for text in exports.problems(record, REFERENCE))
+            yield from (f"{name}: {text}" for text in exports.problems(record, params.suite.reference))
             for method, measured in record["methods"].items():
                 if method not in params.method_keys:  # since then taken out, and in no table
                     continue
