@@ -16,6 +16,7 @@ from typing import Any
 from pipelines import cli, config, files
 from pipelines.config import ROOT, Network, Params
 from pipelines.runs import counts
+from pipelines.runs.fingerprint import code_sum
 
 LIBRARIES = ("torch", "timm", "segmentation-models-pytorch")
 
@@ -59,9 +60,7 @@ def measure(network: Network) -> list[dict[str, Any]]:
 def _mark() -> str:
     """A hash of all that a count depends on beside the network."""
     parts = [*(version(name) for name in LIBRARIES), json.dumps(counts.SIZES)]
-    parts += [
-        (ROOT / "pipelines" / name).read_text(encoding="utf-8") for name in ("stages/count.py", "networks.py")
-    ]
+    parts += [code_sum(ROOT / "pipelines" / name) for name in ("stages/count.py", "networks.py")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -31,6 +31,7 @@ from pipelines.runs.confusion import summary
 from pipelines.runs.fingerprint import outdated
 from pipelines.runs.records import RECORD_FILES, Record
 from pipelines.stages import report
+from pipelines.tools import readme
 
 log = logging.getLogger(__name__)
 
@@ -310,6 +311,7 @@ def _texts(params: Params, every: Sequence[Results], root: Path) -> Iterator[str
         if (root / "README.md").is_file():
             shutil.copy(root / "README.md", target)
         report.write_texts(params, every, root, target)
+        readme.write(params, root, target)
         wanted = {p.relative_to(target): p.read_bytes() for p in sorted(target.rglob("*")) if p.is_file()}
     kinds = (".md", ".csv", ".tex")
     have = {p.relative_to(root) for p in (root / "reports").rglob("*") if p.suffix in kinds}
