@@ -1,11 +1,13 @@
 """A distilled student for use elsewhere, and stage ``export``: what it costs there.
 
 With ``--method``, ``--seed`` and ``--output``: one trained student as ``student.onnx``, ``student.pt2`` (a
-``torch.export`` program) and ``student.json``, which says what goes in and what comes out. Without them, the
-stage: the student of every method, at the first seed of the suite, is exported into a temporary folder, its
-outputs are compared, its parameters, FLOPs and latency measured. That makes the record
-``runs/<benchmark>/exports/<student>.json``.
-Latencies are those of the CPU, with ``suite.threads`` threads and in float32.
+``torch.export`` program) and ``student.json``, which says what goes in and what comes out.
+
+Without them, the stage, at the first seed of the suite: the students of all methods must consist of the same
+tensors; that of the reference and that of the paper's method are exported into a temporary folder, their
+outputs are compared, their parameters, FLOPs and latency measured. That makes the record
+``runs/<benchmark>/exports/<student>.json``. Latencies are those of the CPU, with ``suite.threads`` threads
+and in float32.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pipelines import cli, config, files
 from pipelines.config import ROOT, ConfigError, Params, Size
 from pipelines.files import json_bytes, sha256, write_bytes
 from pipelines.methods import checked
+from pipelines.reports.results import HEADLINE
 from pipelines.runs import exports, records
 from pipelines.runs.records import Cell, Record
 
@@ -120,12 +123,16 @@ def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str
                     raise
                 log.warning("%s It is left out.", error)
                 continue
+            weights = record.folder / "weights.safetensors"
+            known = found.setdefault(method, {"weights_sha256": record.run["weights_sha256"]})
+            known["tensors_sha256"] = deploy.tensors_sha256(weights)
+            if method not in (reference, HEADLINE):  # the same network: what holds for one holds for all
+                continue
             place = Path(temporary) / method
             place.mkdir()
-            own = deploy.Deployed(deploy.load(record.run, record.folder / "weights.safetensors"))
+            own = deploy.Deployed(deploy.load(record.run, weights))
             deploy.export(own, size, place)
-            found[method] = {
-                "weights_sha256": record.run["weights_sha256"],
+            known |= {
                 "graph_sha256": deploy.graph_sha256(place / deploy.ONNX),
                 **deploy.count(deploy.program(place / deploy.PROGRAM), size),
                 "logits": deploy.differences(own, place, images, threads),
