@@ -12,7 +12,7 @@ export PYTHONPATH := $(CURDIR)
 .PHONY: repro test lint tables verify ui tune bench speed spread smoke torture clean lock
 
 repro: $(READY)  ## run every experiment of params.yaml that is not up to date, JOBS at a time, then the report
-	python -m pipelines.suite.launch $(if $(JOBS),--jobs $(JOBS))
+	python -m pipelines.suite.repro $(if $(JOBS),--jobs $(JOBS)) $(if $(SCHEDULER),--scheduler $(SCHEDULER)) $(if $(CLUSTER),--cluster $(CLUSTER)) $(if $(DASHBOARD),--dashboard)
 
 test: $(READY)  ## the tests, on all cores
 	python -m pytest -n auto --maxprocesses 8 --dist worksteal

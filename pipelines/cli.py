@@ -14,6 +14,7 @@ from pipelines.config import ConfigError
 
 # Nothing phones home and nothing is looked up on a hub: everything works offline.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+QUIET = {"DASK_LOGGING__DISTRIBUTED": "critical"}  # what matters of it reaches us as an exception
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -21,7 +22,7 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a stage. A :class:`ConfigError` becomes ``error: …`` on stderr and exit status 1, Ctrl-C status
     130."""
-    os.environ.update(OFFLINE)
+    os.environ.update(OFFLINE | QUIET)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.addLevelName(logging.WARNING, "warning")
     logging.addLevelName(logging.INFO, "info")

@@ -214,6 +214,7 @@ class Suite(Model):
     variants: Keys
     threads: Positive  # of a cell, on the CPU
     workers: Annotated[int, Field(ge=0)]  # processes that read a large data set for a cell
+    pack: Positive  # cells that a process trains side by side, at most
     weights: Keys  # that are fetched before anything is trained
     strict: bool  # deterministic kernels on a GPU too, where torch has them
 
@@ -235,6 +236,7 @@ class Tuning(Model):
 class Params(Model):
     """The whole of params.yaml."""
 
+    engine: Positive  # the version of what a training computes
     suite: Suite
     benchmarks: dict[Key, Benchmark]
     students: dict[Key, Network]
@@ -355,6 +357,11 @@ def load(path: Path | None = None) -> Params:
     ):
         for key in wanted:
             known(kind, key, have)
+    if suite.reference not in suite.methods:
+        raise ConfigError(
+            f"In params.yaml: suite.methods must hold suite.reference, {suite.reference}: every method is "
+            "compared to it."
+        )
     if params.tuning.seed in suite.seeds:
         raise ConfigError(
             "In params.yaml: tuning.seed must not be one of suite.seeds, whose scores are reported."

@@ -42,3 +42,12 @@ def pixel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
     log_p = torch.log_softmax(student / temperature, dim=1)
     log_q = torch.log_softmax(teacher.detach() / temperature, dim=1)
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1) * temperature**2
+
+
+SILENT = 1e-6  # the norm at or below which a vector is a dead one
+
+
+def direction(x: Tensor, dim: int = 1) -> Tensor:
+    """As :func:`unit`, but a dead vector gives 0 and no gradient; ``unit`` gives it 1e12 times what comes."""
+    norm = x.norm(dim=dim, keepdim=True)
+    return x / norm.clamp_min(SILENT) * (norm > SILENT)

@@ -6,14 +6,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipelines.config import ConfigError, Network, Weights
-from pipelines.engine import eager
 
 CLASSIFIER = (
     "fc.",
@@ -83,23 +81,7 @@ def upsample(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-class _OnCpu:
-    """timm for smp's encoder, which builds a throw-away model on the meta device to read its strides.
-
-    Initialising on that device imports the compiler (see :mod:`pipelines.engine.eager`), on the CPU it takes
-    a tenth of a second.
-    """
-
-    @staticmethod
-    def create_model(*args: Any, **kwargs: Any) -> nn.Module:
-        import timm
-
-        with torch.device("cpu"):
-            return timm.create_model(*args, **kwargs)
-
-
 def _build(config: Network, classes: int) -> nn.Module:
-    eager.install()
     import segmentation_models_pytorch as smp
 
     # depth 5 and a dilated timm encoder: smp's own defaults stop PSPNet at depth 3, which is another network
@@ -117,8 +99,7 @@ def _build(config: Network, classes: int) -> nn.Module:
             f"set `output_stride: 32` in params.yaml, or take an encoder of timm (`tu-…`)."
         )
     try:
-        with patch("segmentation_models_pytorch.encoders.timm_universal.timm", _OnCpu):
-            model: nn.Module = getattr(smp, config.architecture)(config.encoder, **options)
+        model: nn.Module = getattr(smp, config.architecture)(config.encoder, **options)
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise ConfigError(
             f"The network {config.architecture} with encoder '{config.encoder}' at output stride "

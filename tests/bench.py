@@ -24,9 +24,7 @@ def main() -> None:
         environment.pop("OMP_NUM_THREADS", None)  # the tests' one thread is not what a user has
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "pipelines.suite.launch"], cwd=root, env=environment, check=True
-        )
+        subprocess.run([sys.executable, "-m", "pipelines.suite.repro"], cwd=root, env=environment, check=True)
         total = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         runs = [json.loads(path.read_text()) for path in sorted(root.glob("runs/streets/**/run.json"))]

@@ -119,6 +119,7 @@ def copy_repository(target: Path) -> Path:
 def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with params.yaml, the data and the trained teacher of the tiny benchmark. Do not change it."""
     from pipelines.engine.cell import run_cell
+
     from pipelines.runs.records import teacher_cell
     from pipelines.stages.fetch import fetch
 

@@ -76,6 +76,8 @@ def new_suite(folder: Path) -> Path:
     subprocess.run(["git", *identity, "commit", "-qm", "no lock"], cwd=root, check=True)
     raw = tiny(read_params(root))
     raw["methods"] = {key: raw["methods"][key] for key in RIVALS}
+    raw["official"] = {}
+    raw["suite"] |= {"methods": list(RIVALS), "controls": [1.5]}
     raw["tuning"]["methods"] = ["acfd-full"]
     write_params(root, raw)
     stages = yaml.safe_load((root / "dvc.yaml").read_text())
@@ -95,7 +97,7 @@ def run_dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def launch(root: Path, jobs: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipelines.suite.launch", "--jobs", str(jobs)]
+    command = [sys.executable, "-m", "pipelines.suite.repro", "--jobs", str(jobs)]
     return subprocess.Popen(
         command,
         cwd=root,

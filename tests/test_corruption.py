@@ -21,13 +21,13 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, TALLY, read_params, write_params
+from pipelines.engine.cell import run_cell
 
 from pipelines import config
 from pipelines.config import ConfigError, Params
 from pipelines.datasets import folder, transforms
 from pipelines.engine import cell as cell_module
 from pipelines.engine import checkpoint, fit
-from pipelines.engine.cell import run_cell
 from pipelines.methods import checked
 from pipelines.runs import budget, counts, exports, records, tracking
 from pipelines.runs.records import Cell, teacher_cell

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from pipelines.engine.cell import run_cell
 from torch import nn
 
 from pipelines import config
 from pipelines.config import Network
-from pipelines.engine.cell import run_cell
 from pipelines.engine.cost import step_flops
 from pipelines.method import Distiller, MethodConfig
 from pipelines.methods import checked, configured, method_class

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import rewrite
+from pipelines.engine.cell import CODE, plan, run_cell, train
+from pipelines.engine.fit import DistillationStep, cross_entropy, optimizers, schedule
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,8 +25,6 @@ from pipelines.datasets import transforms
 from pipelines.engine import cell as cell_module
 from pipelines.engine import checkpoint
 from pipelines.engine import fit as fit_module
-from pipelines.engine.cell import CODE, plan, run_cell, train
-from pipelines.engine.fit import DistillationStep, cross_entropy, optimizers, schedule
 from pipelines.method import Batch, Distiller, MethodConfig
 from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork, file_sha256, tap_shapes

@@ -21,12 +21,12 @@ import torch
 import yaml
 from conftest import ROOT, read_params, rewrite, write_params
 from PIL import Image
+from pipelines.engine.cell import run_cell
 from safetensors.torch import load_file, save_file
 
 from pipelines import config
 from pipelines.config import ConfigError
 from pipelines.engine import deploy
-from pipelines.engine.cell import run_cell
 from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork
 from pipelines.reports import statistics

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT, TALLY, read_params, write_params
+from pipelines.engine.cell import run_cell
 from pipelines.engine.lock import hold
 from suites import (
     ATTEMPTS,
@@ -38,7 +39,6 @@ from suites import (
 
 from pipelines import config, files
 from pipelines import launch as launcher
-from pipelines.engine.cell import run_cell
 from pipelines.methods import checked
 from pipelines.runs import exports, records
 from pipelines.runs.records import Cell, teacher_cell

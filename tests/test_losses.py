@@ -21,8 +21,13 @@ from acfd.losses import (
     peak_class_weights,
     redundancy_weights,
 )
+from baselines.afdcd import tokens
+from baselines.aicsd import ics_loss
+from baselines.cirkd import batch_loss
 from baselines.cwd import cwd_loss
+from baselines.dsd import csd_loss
 from baselines.kd import kd_loss
+from baselines.lskd import lskd_loss
 from baselines.skd import Critic, gradient_penalty, pairwise_loss, pixelwise_loss
 
 Array = np.ndarray
@@ -145,6 +150,45 @@ def test_kd_by_hand() -> None:
     assert kd_loss(s, t, 1.0).item() == pytest.approx(expected, rel=1e-6)
     # dividing doubled logits by T = 2 gives the same distributions, times T²
     assert kd_loss(2 * s, 2 * t, 2.0).item() == pytest.approx(4 * expected, rel=1e-6)
+
+
+def test_dsd_pools_the_border_of_an_odd_map() -> None:
+    """Cells of 2 x 2 positions; those of the last row and column average what there is."""
+    logits = [maps(2, 4, 7, 9), maps(2, 4, 7, 9, seed=1)]
+    matrices = []
+    for x in map(array, logits):
+        cells = np.array(
+            [
+                [x[:, :, i : i + 2, j : j + 2].mean(axis=(2, 3)) for j in range(0, 9, 2)]
+                for i in range(0, 7, 2)
+            ]
+        ).reshape(20, 2, 4)
+        share = np.array([[softmax(cells[:, b, c] / 4) for c in range(4)] for b in range(2)])
+        matrices.append(share @ share.transpose(0, 2, 1))
+    expected = ((matrices[0] - matrices[1]) ** 2).mean()
+    assert csd_loss(logits[0], logits[1], 4.0).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_afdcd_tokens_of_a_map_that_does_not_divide() -> None:
+    """Patches of 4 x 4 from the corner, three groups of 2 channels; what is left over is not used."""
+    x = maps(2, 7, 9, 6)
+    cut = tokens(x, 3, 0, 4)
+    assert cut.shape == (4, 48, 2)  # 2 images with 2 patches, 16 positions of 3 groups
+    assert torch.equal(cut[3, (4 * 1 + 2) * 3 + 1], x[1, 2:4, 4 + 1, 2])
+    assert tokens(x, 16, 4, 4).shape == (4, 112, 1)  # too small to be pooled; every channel is a group
+    assert tokens(maps(1, 4, 2, 3), 2, 4, 4).shape == (1, 12, 2)
+    assert tokens(maps(1, 4, 16, 35), 2, 4, 4).shape == (2, 32, 2)  # pooled to 4 x 8
+
+
+def test_cirkd_relations_of_a_batch() -> None:
+    s, t = maps(3, 4, 2, 3), maps(3, 5, 2, 3, seed=1)
+    unit = [array(x).reshape(3, -1, 6) for x in (s, t)]
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in unit]
+    rows = [
+        kl(softmax(unit[1][i, :, p] @ unit[1][j] / 0.1), softmax(unit[0][i, :, p] @ unit[0][j] / 0.1))
+        for i, j, p in np.ndindex(3, 3, 6)
+    ]
+    assert batch_loss(s, t, 0.1).item() == pytest.approx(np.mean(rows), rel=1e-4)
 
 
 def test_kd_mask() -> None:
@@ -277,6 +321,24 @@ def test_pairwise_by_hand() -> None:
     """Two nodes, orthogonal in the student and equal in the teacher: two of four pairs differ by 1."""
     s = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
     assert pairwise_loss(s, torch.ones(1, 2, 1, 2), 0.5).item() == pytest.approx(0.5, rel=1e-6)
+
+
+def test_aicsd_of_the_paper_value() -> None:
+    """Divergences between the distributions of all ordered pairs of classes, image by image."""
+    s, t = maps(2, 3, 4, 5), maps(2, 3, 4, 5, seed=1)
+    squares = []
+    for image in range(2):
+        p, q = ([softmax(c.ravel()) for c in array(x)[image]] for x in (s, t))
+        squares += [(kl(p[i], p[j]) - kl(q[i], q[j])) ** 2 for i in range(3) for j in range(3)]
+    assert ics_loss(s, t).item() == pytest.approx(np.mean(squares), rel=1e-4)
+
+
+def test_lskd_of_a_pixel_without_a_direction_is_finite_and_gives_it_no_gradient() -> None:
+    s, t = maps(1, 4, 2, 3), maps(1, 4, 2, 3, seed=1)
+    s[:, :, 0, 0] = 0.1
+    s.requires_grad_()
+    (gradient,) = torch.autograd.grad(lskd_loss(s, t, 2.0), s)
+    assert gradient.isfinite().all() and not gradient[:, :, 0, 0].any() and gradient[:, :, 1:].any()
 
 
 def test_gradient_penalty_of_a_linear_critic() -> None:

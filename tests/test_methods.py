@@ -15,15 +15,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch import Tensor, nn
 
 from acfd.losses import adaptive_feature_loss, channel_significance_loss, peak_class_weights
+from baselines.cirkd import draw, enqueue
 from baselines.cwd import cwd_loss
+from baselines.mgd import random_keep
 from pipelines.config import PAPER, ROOT, ConfigError
-from pipelines.method import TAPS, Batch, Distiller
+from pipelines.maps import labels_at, one_hot
+from pipelines.method import AUXILIARY, TAPS, Batch, Distiller
 from pipelines.methods import method_class, method_config
 
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -38,6 +42,27 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "cwd on backbone.4": ("cwd", {"tap": "backbone.4"}),
     "skd without critic": ("skd", {"weight_holistic": 0.0}),
     "skd, pair-wise alone": ("skd", {"weight_holistic": 0.0, "weight_pixel": 0.0}),
+    "ickd on logits": ("ickd", {"tap": "logits"}),
+    "apd without its views": ("apd", {"weight_view": 0.0, "weight_align": 0.0}),
+    "apd, centres alone": ("apd", {"weight_view": 0.0, "weight_pixel": 0.0}),
+    "dkd, other classes alone": ("dkd", {"weight_tckd": 0.0}),
+    "attnfd, random gate": ("attnfd", {"teacher_gate": "random"}),
+    "attnfd, learnt gate": ("attnfd", {"teacher_gate": "learnt"}),
+    "aicsd by its code": ("aicsd", {"formula": "code", "weight_ics": 9500.0}),
+    "dist within classes alone": ("dist", {"beta": 0.0, "weight_auxiliary": 0.0}),
+    "at on stages": ("at", {"taps": ["backbone.2", "backbone.3", "backbone.4"]}),
+    "mgd on fusion": ("mgd", {"tap": "fusion", "masked": 0.0}),
+    "cirkd, the authors' queue": (
+        "cirkd",
+        {"pixels": "authors", "pixel_queue": 20, "region_queue": 3, "pool": 2, "weight_kd": 0.0},
+    ),
+    "cirkd, mini-batch alone": ("cirkd", {"weight_kd": 0.0, "weight_pixel": 0.0, "weight_region": 0.0}),
+    "afdcd, its other projector": (
+        "afdcd",
+        {"mask": "center", "projector": "enhanced", "pool": 0, "groups": 2},
+    ),
+    "afdcd, contrast alone": ("afdcd", {"weight_kd": 0.0, "weight_fd": 0.0}),
+    "dsd between classes alone": ("dsd", {"weight_psd": 0.0}),
     "acfd by 1x1 convolution": ("acfd-full", {"alignment": "conv1x1"}),
     "acfd without weights": ("acfd-full", {"redundancy_weighting": False, "class_weighting": "uniform"}),
     "acfd by votes": ("acfd-full", {"redundancy_weighting": "votes", "stages": [4], "grid": 3}),
@@ -54,6 +79,7 @@ CASES = {
 }
 
 CROP, CLASSES, IGNORE = (64, 96), 5, 255
+ODD = (56, 88)  # a crop whose maps have odd sizes
 # widths of the backbone's stages, their strides, width of the fusion map, stride of fusion and logits
 NETWORKS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int, int]] = {
     "resnet50": ((256, 512, 1024, 2048), (4, 8, 8, 8), 512, 8),
@@ -62,8 +88,10 @@ NETWORKS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int, int]] = {
     "segformer-b0": ((32, 64, 160, 256), (4, 8, 16, 32), 256, 4),
     "small": ((6, 8, 10, 12), (4, 8, 16, 16), 9, 16),
     "smaller": ((4, 6, 8, 10), (4, 8, 16, 32), 7, 16),
+    "headless": ((4, 6, 8, 11), (4, 8, 16, 16), 7, 32),
 }
 PAIRS = [("resnet50", "resnet18"), ("resnet50", "mobilenetv2"), ("segformer-b0", "resnet18")]
+HEADLESS = ("mobilenetv2", "segformer-b0", "headless")  # without an auxiliary head
 SMALL = ("small", "smaller")  # teacher, student, where the widths do not matter
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -75,23 +103,24 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def features(network: str, seed: int, images: int = 2) -> dict[str, Tensor]:
+def features(network: str, seed: int, images: int = 2, crop: tuple[int, int] = CROP) -> dict[str, Tensor]:
     """Random taps as a network with ReLUs would give them."""
     widths, strides, fusion, stride = NETWORKS[network]
     generator = torch.Generator().manual_seed(seed)
 
     def draw(channels: int, step: int) -> Tensor:
-        return torch.randn(images, channels, CROP[0] // step, CROP[1] // step, generator=generator)
+        return torch.randn(images, channels, crop[0] // step, crop[1] // step, generator=generator)
 
     taps = {f"backbone.{i}": draw(*at).relu() for i, at in enumerate(zip(widths, strides, strict=True), 1)}
-    return taps | {"fusion": draw(fusion, stride).relu(), "logits": 2 * draw(CLASSES, stride)}
+    taps |= {"fusion": draw(fusion, stride).relu(), "logits": 2 * draw(CLASSES, stride)}
+    return taps if network in HEADLESS else taps | {AUXILIARY: 2 * draw(CLASSES, strides[2])}
 
 
-def batch(images: int = 2) -> Batch:
+def batch(images: int = 2, crop: tuple[int, int] = CROP) -> Batch:
     generator = torch.Generator().manual_seed(9)
-    labels = torch.randint(0, CLASSES, (images, *CROP), generator=generator)
+    labels = torch.randint(0, CLASSES, (images, *crop), generator=generator)
     labels[:, :8] = IGNORE
-    return Batch(torch.randn(images, 3, *CROP, generator=generator), labels, CLASSES, IGNORE)
+    return Batch(torch.randn(images, 3, *crop, generator=generator), labels, CLASSES, IGNORE)
 
 
 def shapes(taps: Mapping[str, Tensor]) -> dict[str, tuple[int, int, int]]:
@@ -101,17 +130,23 @@ def shapes(taps: Mapping[str, Tensor]) -> dict[str, tuple[int, int, int]]:
 class Scene:
     """A method with the taps that it asks for, the student's requiring gradients."""
 
-    def __init__(self, case: str, pair: tuple[str, str] = SMALL) -> None:
+    def __init__(
+        self, case: str, pair: tuple[str, str] = SMALL, images: int = 2, crop: tuple[int, int] = CROP
+    ) -> None:
         key, values = CASES[case]
-        teacher, student = features(pair[0], 0), features(pair[1], 1)
+        teacher, student = features(pair[0], 0, images, crop), features(pair[1], 1, images, crop)
         torch.manual_seed(0)
         self.method = method_class(key)(method_config(key, values), shapes(student), shapes(teacher))
         self.student = {name: student[name].requires_grad_() for name in self.method.student_taps}
         self.teacher = {name: teacher[name] for name in self.method.teacher_taps}
-        self.batch = batch()
+        self.batch = batch(images, crop)
+        self.state = {name: x.clone() for name, x in self.method.named_buffers()}
 
     def terms(self) -> dict[str, Tensor]:
-        torch.manual_seed(1)  # a method may draw
+        """The terms of the first step, at every call: the same draws, and the state before it."""
+        torch.manual_seed(1)
+        for name, x in self.method.named_buffers():
+            x.copy_(self.state[name])
         return self.method.losses(self.student, self.teacher, self.batch)
 
     def after_step(self) -> dict[str, Tensor]:
@@ -185,6 +220,19 @@ def test_a_number_out_of_range_is_named(key: str, name: str, value: object) -> N
         ("skd", "critic_lr", 0.0),
         ("cwd", "tau", 0.0),
         ("cwd", "tap", "backbone.5"),
+        ("dist", "beta", -0.1),
+        ("ifvd", "tap", "logits"),
+        ("at", "taps", []),
+        ("at", "taps", ["fusion", "fusion"]),
+        ("mgd", "masked", 1.0),
+        ("cirkd", "temperature", 0.0),
+        ("cirkd", "pixel_queue", 0),
+        ("cirkd", "pool", 0),
+        ("cirkd", "pixels", "mine"),
+        ("afdcd", "groups", 1),
+        ("afdcd", "patch", 0),
+        ("afdcd", "mask", "none"),
+        ("dsd", "tau", 0.0),
         ("acfd-full", "grid", 0),
         ("acfd-full", "grid", 2.5),
         ("acfd-full", "dimension", 0),
@@ -323,6 +371,44 @@ def test_a_batch_without_labels_is_survived(case: str) -> None:
     assert all(tap.grad is None or tap.grad.isfinite().all() for tap in scene.student.values())
 
 
+def survived(scene: Scene) -> None:
+    """Finite terms in float32, and finite gradients; taps of any size have one."""
+    terms = scene.terms()
+    for name, term in terms.items():
+        assert term.dtype == torch.float32 and term.isfinite(), name
+    if terms:
+        torch.stack(list(terms.values())).sum().backward()
+    assert all(value.isfinite() for value in scene.after_step().values())
+    for name, leaf in {**scene.student, **scene.rest}.items():
+        assert leaf.grad is not None and leaf.grad.isfinite().all(), name
+
+
+@every_case
+def test_a_class_that_is_absent_is_survived(case: str) -> None:
+    scene = Scene(case)
+    scene.batch.labels[scene.batch.labels == 2] = 3
+    survived(scene)
+
+
+@every_case
+@pytest.mark.parametrize("pair", [("headless", "smaller"), ("small", "headless")], ids="-to-".join)
+def test_one_image_of_one_class_on_odd_maps_is_survived(case: str, pair: tuple[str, str]) -> None:
+    """Maps of 3 x 5 and 1 x 2 against each other, other widths, and an auxiliary head on one side alone."""
+    scene = Scene(case, pair, images=1, crop=ODD)
+    scene.batch.labels.fill_(2)
+    survived(scene)
+
+
+@every_case
+def test_networks_in_bf16_are_survived(case: str) -> None:
+    """Taps come from autocast; the engine casts them to float32 and runs the method outside of it."""
+    scene = Scene(case)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for tap in (*scene.student.values(), *scene.teacher.values()):
+            tap.copy_(tap.bfloat16().float())
+    survived(scene)
+
+
 @every_case
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
 def test_a_dead_or_exploded_student_gives_finite_gradients(case: str, value: float) -> None:
@@ -355,11 +441,13 @@ def wide(pair: tuple[str, str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return features(pair[0], 0, images=1), features(pair[1], 1, images=1)
 
 
-# variants of ACFD do here what `full` does; the 1x1 alignment is the other path
+# variants of ACFD do here what `full` does, the 1x1 alignment is the other path; Af-DCD's generator for 2048
+# channels takes seconds
 WIDE = [
     case
     for case in CASES
-    if not CASES[case][0].startswith(f"{PAPER}-") or case in ("acfd-full", "acfd by 1x1 convolution")
+    if not (CASES[case][0].startswith(f"{PAPER}-") or case.startswith("afdcd,"))
+    or case in ("acfd-full", "acfd by 1x1 convolution")
 ]
 
 
@@ -401,6 +489,79 @@ def test_weights_scale_their_terms(case: str) -> None:
     assert before.keys() == after.keys()
     for name in before:
         torch.testing.assert_close(after[name], 3 * before[name])
+
+
+def test_a_missing_auxiliary_head_is_told() -> None:
+    for key, rest in (("dist", ("logits",)), ("dsd", ("fusion", "logits"))):
+        for pair in (("headless", "small"), ("small", "headless")):
+            method = Scene(key, pair).method
+            assert method.left_out == (AUXILIARY,) and method.student_taps == method.teacher_taps == rest
+        assert Scene(key).method.left_out == () and AUXILIARY in Scene(key).method.teacher_taps
+
+
+ZERO = ("dist", "ifvd", "at", "fitnet", "mgd", "cirkd", "afdcd", "dsd")
+
+
+@pytest.mark.parametrize("key", ZERO)
+def test_a_term_without_weight_leaves_nothing_behind(key: str) -> None:
+    weights = [name for name in VALUES[key] if name == "weight" or name.startswith("weight_")]
+    CASES["nothing"] = (key, VALUES[key] | dict.fromkeys(weights, 0.0))
+    try:
+        scene = Scene("nothing")
+    finally:
+        del CASES["nothing"]
+    assert scene.terms() == {} and scene.method.student_taps == scene.method.teacher_taps == ()
+    assert not scene.method.state_dict()
+
+
+def test_fitnet_and_mgd_adapt_the_width_where_they_must() -> None:
+    equal = ("resnet50", "resnet18")  # on fusion
+    assert [tuple(p.shape) for p in Scene("fitnet", equal).method.parameters()] == [(512, 512, 1, 1)]
+    assert not list(Scene("mgd on fusion", equal).method.align.parameters())  # type: ignore[union-attr, operator]
+    assert list(Scene("mgd on fusion").method.align.parameters())  # type: ignore[union-attr, operator]
+
+
+def test_mgd_masks_the_share_that_it_is_told() -> None:
+    keep = random_keep(torch.zeros(4, 6, 50, 50), 0.75)
+    assert keep.shape == (4, 1, 50, 50) and keep.mean().item() == pytest.approx(0.25, abs=0.02)
+    assert random_keep(torch.zeros(2, 6, 5, 5), 0.0).all()
+
+
+def test_cirkd_keeps_pixels_of_their_own_class() -> None:
+    """Features that name their class: in the ring every entry that was written is of its class; as the
+    authors choose them, some are not. The state moves on with each step."""
+    for case, own in (("cirkd", True), ("cirkd, the authors' queue", False)):
+        scene = Scene(case)
+        labels = labels_at(scene.batch.labels, (4, 6))
+        vectors = one_hot(labels, 9).reshape(2, 9, 4, 6)  # the width of the teacher's map
+        method: Any = scene.method
+        before = method.pixel_queue.clone()
+        method.remember(vectors, labels)
+        written = (method.pixel_queue != before).any(dim=2)
+        assert torch.equal(method.pixel_pointer, written.sum(dim=1)) and written.any(dim=1).all()
+        of = method.pixel_queue.argmax(dim=2) == torch.arange(CLASSES).unsqueeze(1)
+        right = of | (method.pixel_queue.abs().sum(dim=2) == 0)  # an unlabelled pixel has no direction
+        assert right[written].all() == own
+        regions = method.region_queue[:, 0].argmax(dim=1)
+        assert torch.equal(regions, torch.arange(CLASSES)) and (method.region_pointer == 2).all()
+
+
+def test_cirkd_goes_around_its_queue() -> None:
+    """A ring takes up at the start what passes its end; the authors' way overwrites the last entries."""
+    entries = torch.arange(1.0, 5.0).reshape(1, 1, 4, 1)
+    for ring, expected, then in ((True, [2, 3, 0, 0, 1], 2), (False, [0, 0, 1, 2, 3], 0)):
+        queue, pointer = torch.zeros(1, 5, 1), torch.tensor([4])
+        enqueue(queue, pointer, entries, torch.tensor([[3]]), ring)
+        assert queue.flatten().tolist() == expected and pointer.tolist() == [then]
+
+
+def test_cirkd_draws_distinct_positions_that_are_eligible() -> None:
+    eligible = torch.rand(3, 4, 30, generator=torch.Generator().manual_seed(0)) > 0.7
+    positions, count = draw(eligible, 6)
+    assert torch.equal(count, eligible.sum(dim=2).clamp(max=6))
+    for index in np.ndindex(3, 4):
+        chosen = positions[index][: int(count[index])]
+        assert eligible[index][chosen].all() and len(set(chosen.tolist())) == len(chosen)
 
 
 def test_kd_leaves_out_unlabelled_pixels() -> None:

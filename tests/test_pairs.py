@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pipelines.engine.fit import fit
 
 from pipelines import config
 from pipelines.config import ROOT, Network, Training
 from pipelines.datasets.folder import Split
-from pipelines.engine.fit import fit
 from pipelines.methods import method_class, method_config
 from pipelines.networks import SegmentationNetwork, tap_shapes
 

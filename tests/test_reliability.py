@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, TALLY, copy_repository, read_params, tiny, write_params
+from pipelines.engine.cell import run_cell
 from suites import (
     KILLS,
     RUN_CELL,
@@ -27,7 +28,6 @@ from suites import (
 )
 
 from pipelines import config
-from pipelines.engine.cell import run_cell
 from pipelines.methods import checked
 from pipelines.runs import records
 from pipelines.runs.records import Cell, teacher_cell

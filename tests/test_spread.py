@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, copy_repository, read_params, tiny, write_params
+from pipelines.engine.cell import run_cell
 
 from pipelines import config
-from pipelines.engine.cell import run_cell
 from pipelines.methods import checked
 from pipelines.reports import spread_table, statistics
 from pipelines.runs import records

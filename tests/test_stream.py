@@ -15,6 +15,8 @@ import pytest
 import torch
 from conftest import ROOT, read_params, tiny, write_params
 from PIL import Image
+from pipelines.engine.cell import run_cell
+from pipelines.engine.fit import optimizers
 
 from pipelines import config
 from pipelines.config import ConfigError, Recipe, Sliding, Training
@@ -22,9 +24,7 @@ from pipelines.datasets import folder, transforms
 from pipelines.datasets.folder import Meta, Split, Stream
 from pipelines.engine import cell as cell_module
 from pipelines.engine import fit as fit_module
-from pipelines.engine.cell import run_cell
 from pipelines.engine.evaluate import evaluate, slide
-from pipelines.engine.fit import optimizers
 from pipelines.method import Distiller, MethodConfig
 from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pipelines.engine.fit import History, fit
 from test_pairs import CLASSES, CROP, IGNORE, METHODS, STUDENTS, data, student, training
 from torch import nn
 from torch.nn import functional as F
@@ -16,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.engine import strict
 from pipelines.engine.cost import step_flops
-from pipelines.engine.fit import History, fit
 from pipelines.methods import method_class, method_config
 from pipelines.networks import tap_shapes
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 import torchvision
 from conftest import copy_repository, read_params, write_params
+from pipelines.engine.cell import run_cell
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipelines import config, launch
 from pipelines.config import ConfigError, Network, Params, Weights
-from pipelines.engine.cell import run_cell
 from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork, check_weights, file_sha256, load_encoder
 from pipelines.runs import records

@@ -1,55 +1,127 @@
-"""What a training costs in floating-point operations: the same number on every machine."""
+"""What a training costs in floating-point operations and memory: the same numbers on every machine."""
 
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from pipelines.config import Training
-from pipelines.engine import eager, strict
-from pipelines.engine.fit import DistillationStep
-from pipelines.method import Batch, Distiller
+from pipelines.config import Recipe, Training
+from pipelines.engine import strict
+from pipelines.engine.train import terms_of
+from pipelines.method import AUXILIARY, Batch, Distiller
 from pipelines.networks import SegmentationNetwork
 
 
-def step_flops(
+@dataclass(frozen=True)
+class Cost:
+    """Of one training step of a cell as if it were trained alone."""
+
+    flops: int  # 2 per multiply-add; convolutions and matrix products
+    memory_mb: float  # weights, gradients, optimiser, what the backward pass keeps, teacher and its taps
+
+
+_KNOWN: dict[str, Cost] = {}
+
+
+def step_cost(
     student: SegmentationNetwork,
     teacher: SegmentationNetwork | None,
     method: Distiller,
     classes: int,
-    ignore_index: int,
     training: Training,
-) -> int:
-    """Floating-point operations (2 per multiply-add; convolutions and matrix products) of one training step.
+    recipe: Recipe | None,
+) -> Cost:
+    """Count one training step: student forward and backward, the teacher's forward, the method's terms and
+    its ``after_step``.
 
-    Student forward and backward, the teacher's forward, the method's terms and its ``after_step``, counted by
-    doing a step on copies with random data at the training crop and batch size. Neither the networks, the
-    method nor the random streams are changed. ``teacher`` may be None when the method has no teacher taps.
+    Done by a step on copies with random data at the training crop and batch size; neither the networks, the
+    method nor the random streams are changed. Counted once a process for the same networks and method.
+    ``teacher`` may be None when the method has no teacher taps.
     """
-    eager.install()
+    key = json.dumps(
+        [
+            _shape(student),
+            _shape(teacher),
+            _shape(method),
+            type(method).__module__,
+            method.config.model_dump(mode="json"),
+            classes,
+            training.batch_size,
+            training.crop,
+            repr(recipe),
+        ]
+    )
+    if key not in _KNOWN:
+        _KNOWN[key] = _count(student, teacher, method, classes, training, recipe)
+    return _KNOWN[key]
+
+
+def _shape(module: torch.nn.Module | None) -> list[Any]:
+    return [[name, *value.shape] for name, value in module.state_dict().items()] if module else []
+
+
+def _count(
+    student: SegmentationNetwork,
+    teacher: SegmentationNetwork | None,
+    method: Distiller,
+    classes: int,
+    training: Training,
+    recipe: Recipe | None,
+) -> Cost:
     device = next(student.parameters()).device
     student, method = copy.deepcopy((student, method))
-    method.to(device)
-    if teacher is not None:
-        teacher = teacher.to(device)
+    student.train()
+    method.to(device).train()
+    kept: dict[int, int] = {}  # bytes by the address of their storage
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
     with torch.random.fork_rng(), strict.suspended():
         torch.manual_seed(0)
         size = (training.batch_size, *training.crop)
         images = torch.randn(training.batch_size, 3, *training.crop, device=device)
-        batch = Batch(images, torch.randint(0, classes, size, device=device), classes, ignore_index)
-        step = DistillationStep(student, teacher, method, training.auxiliary_weight).train()
-        if device.type == "cuda" and training.precision == "bf16":  # to take no more memory than the training
-            step.autocast = torch.autocast(device.type, torch.bfloat16)
+        batch = Batch(images, torch.randint(0, classes, size, device=device), classes, 255)
         method.own_optimizers()  # a method may build its own networks here
         with _Counter() as counter:
-            terms, student_taps, teacher_taps = step(batch)
+            seen: dict[str, Tensor] = {}
+            if teacher is not None:
+                with (
+                    torch.no_grad(),
+                    torch.autocast(
+                        device.type,
+                        torch.bfloat16,
+                        enabled=training.precision == "bf16" and device.type == "cuda",
+                    ),
+                ):
+                    output = teacher(images, auxiliary=AUXILIARY in method.teacher_taps)
+                seen = {name: output[name].float() for name in method.teacher_taps}
+            exact = training if device.type == "cuda" else training.model_copy(update={"precision": "fp32"})
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                terms, taps = terms_of(student, method, batch, seen, exact, recipe)
+            for tensor in (*seen.values(), *student.parameters(), *method.parameters(), images):
+                kept.pop(tensor.untyped_storage().data_ptr(), None)
+            saved = sum(kept.values())
             torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
-            method.after_step({name: tap.detach() for name, tap in student_taps.items()}, teacher_taps, batch)
-    return counter.total
+            method.after_step({name: tap.detach() for name, tap in taps.items()}, seen, batch)
+    states = 1 if recipe is None else 2  # momentum; two moments
+    trained = _bytes(student.parameters()) + _bytes(method.parameters())
+    fixed = _bytes(teacher.parameters()) if teacher else 0
+    total = (2 + states) * trained + fixed + saved + _bytes([images, *seen.values()])
+    return Cost(counter.total, total / 2**20)
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipelines.config import ConfigError, Network
 from pipelines.datasets.folder import Split, Stream
 from pipelines.datasets.transforms import normalise
-from pipelines.engine.teacher import load_exported
+from pipelines.engine.teacher import load_state
 from pipelines.networks import SegmentationNetwork, file_sha256, read_state, upsample
 
 ONNX, PROGRAM = "student.onnx", "student.pt2"
@@ -67,7 +67,7 @@ def load(run: Mapping[str, Any], weights: Path) -> SegmentationNetwork:
         )
     except ValidationError as error:
         raise ConfigError(f"run.json beside {weights} describes no known network: {error}.") from None
-    load_exported(network, read_state(weights), str(weights), "Train the cell again.")
+    load_state(network, network.exported(), read_state(weights), str(weights), "Train the cell again.")
     return network.eval()
 
 

@@ -22,6 +22,7 @@ from pipelines.config import OFFICIAL, PAPER, TEACHER, ConfigError, Params
 from pipelines.reports import statistics
 from pipelines.reports.statistics import ImageBootstrap, Interval, Paired
 from pipelines.runs import budget, exports, journal, records
+from pipelines.runs.fingerprint import outdated
 from pipelines.runs.records import Cell, Record
 
 HEADLINE = f"{PAPER}-full"  # the variant that stands for the paper's method, as the row `acfd`
@@ -324,7 +325,7 @@ def gather(
     when the cells of a seed come from several kinds of machine.
     """
     students = records.students(params, benchmark, root)
-    stale = records.outdated(finished, params)
+    stale = outdated(finished, params)
     old = {(cell.student, cell.method, cell.seed) for cell in stale}
     keys = zip(cells["student"], cells["method"], cells["seed"], strict=True)
     planned = (records.teacher_cell(params, benchmark), *records.expected_cells(params, benchmark, root))

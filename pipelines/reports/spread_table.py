@@ -16,7 +16,8 @@ from pipelines.config import ROOT, Params
 from pipelines.reports import statistics
 from pipelines.reports.results import Results, label
 from pipelines.reports.tables import Table, number, render
-from pipelines.runs import journal, records
+from pipelines.runs import journal
+from pipelines.runs.fingerprint import same_settings
 from pipelines.runs.journal import device, on_gpu
 from pipelines.runs.records import Cell
 
@@ -60,7 +61,7 @@ def is_current(entry: Mapping[str, Any], params: Params) -> bool:
     known = cell.benchmark in params.benchmarks and cell.student in params.students
     if not known or cell.method not in params.method_keys:
         return False
-    return not records.stale(cell, entry["config"], params)
+    return same_settings(params, cell, entry["config"])
 
 
 def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:

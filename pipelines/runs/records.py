@@ -14,7 +14,7 @@ import json
 import logging
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,18 @@ def read(cell: Cell, root: Path = ROOT) -> Record | None:
     return Record(cell, _json(folder / "metrics.json", root), run, history, folder)
 
 
+def is_finished(cell: Cell, fingerprint: str, root: Path = ROOT) -> bool:
+    """Whether there is a whole record of this fingerprint; its weights, if present, must be its own."""
+    try:
+        record = read(cell, root)
+    except ConfigError:  # damaged
+        return False
+    if record is None or record.run["fingerprint"] != fingerprint:
+        return False
+    weights = record.folder / "weights.safetensors"
+    return not weights.is_file() or files.sha256(weights.read_bytes()) == record.run["weights_sha256"]
+
+
 def write(folder: Path, run: dict[str, Any], others: Mapping[str, bytes]) -> None:
     """Write a record: ``others`` are all files beside run.json, which gets their sums and goes last."""
     if sorted([*others, "run.json"]) != sorted(RECORD_FILES):
@@ -182,51 +194,6 @@ def _damaged(path: Path, root: Path) -> ConfigError:
         f"{folder}/{path.name} is damaged or was changed by hand: restore the record with `git checkout -- "
         f"{folder}`, or delete {folder} and run `make repro`."
     )
-
-
-def stale(cell: Cell, recorded: Mapping[str, Any], params: Params) -> list[str]:
-    """The parts of a recorded configuration that stand otherwise in params.yaml now: network, training, …"""
-    benchmark = params.benchmark(cell.benchmark)
-    if cell.is_teacher:
-        own = benchmark.teacher
-        wanted = {
-            "network": own.network.written(),
-            "training": own.training.written(),
-        }
-    else:
-        wanted = {
-            "network": params.student(cell.student).written(),
-            "training": params.schedule(cell.benchmark, cell.method).written(),
-            "method": params.method_values(cell.method),
-            "teacher": benchmark.teacher.network.written(),
-        }
-    recorded = {**recorded, "network": _unresolved(recorded["network"], params)}
-    return [part for part, value in wanted.items() if recorded.get(part) != value]
-
-
-def outdated(own: Sequence[Record], params: Params) -> dict[Cell, list[str]]:
-    """Of the records of a benchmark those that are none of today's, with what differs: a part of the
-    configuration, or the data or the teacher of which the record is beside them. No table counts them in."""
-    teacher = next((record for record in own if record.cell.is_teacher), None)
-    found = {record.cell: stale(record.cell, record.run["config"], params) for record in own}
-    if teacher is not None:
-        for record in own:
-            if record.run["data_sha256"] != teacher.run["data_sha256"]:
-                found[record.cell].append("data")
-            used = record.run["teacher"]
-            if used and (found[teacher.cell] or used["sha256"] != teacher.run["weights_sha256"]):
-                found[record.cell].append("weights of the teacher")
-    return {cell: parts for cell, parts in found.items() if parts}
-
-
-def _unresolved(network: dict[str, Any], params: Params) -> dict[str, Any]:
-    """A recorded network as params.yaml writes it: with the key of its encoder weights, if that still means
-    the file it was trained from."""
-    if not isinstance(found := network.get("weights"), dict):
-        return network
-    entry = params.weights.get(found["key"])
-    same = entry is not None and entry.sha256 is not None and found["sha256"].startswith(entry.sha256)
-    return {**network, "weights": found["key"]} if same else network
 
 
 def failure_note(cell: Cell, root: Path = ROOT) -> Path:

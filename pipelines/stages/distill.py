@@ -17,7 +17,7 @@ def main() -> None:
     options = parser.parse_args()
     params = checked(config.load())
 
-    from pipelines.engine.cell import run_cell
+    from pipelines.engine.pack import run_cell
     from pipelines.runs.records import Cell
 
     run_cell(Cell(options.benchmark, options.student, options.method, options.seed), params)

@@ -99,7 +99,7 @@ def check(benchmark: str, student: str, params: Params, root: Path = ROOT) -> di
 def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str, Any]:
     from pipelines.datasets import folder as data_folder
     from pipelines.engine import deploy
-    from pipelines.engine.cell import git_state, hardware, set_up, versions
+    from pipelines.engine.machine import git_state, hardware, set_up, versions
 
     protocol, network = params.benchmark(benchmark).training, params.student(student)
     set_up(params.suite)

@@ -13,7 +13,6 @@ import pandas as pd
 
 from pipelines import config, files
 from pipelines.config import Params
-from pipelines.engine import checkpoint
 from pipelines.reports import (
     benchmark_table,
     claims,
@@ -49,7 +48,6 @@ def report(params: Params, root: Path = config.ROOT) -> None:
 def _report(params: Params, root: Path) -> None:
     files.clear_parts(root / "reports")
     files.clear_parts(root, below=False)  # of README.md
-    checkpoint.forget(root)
     found = finished(params, root)
     frames, problem = tracking.collect(root, found)
     every = gather_all(params, root, found, frames, problem)

@@ -14,7 +14,7 @@ def main() -> None:
     options = parser.parse_args()
     params = checked(config.load())
 
-    from pipelines.engine.cell import run_cell
+    from pipelines.engine.pack import run_cell
     from pipelines.runs.records import teacher_cell
 
     run_cell(teacher_cell(params, options.benchmark), params)

@@ -142,33 +142,34 @@ def row(
     import torch
 
     from pipelines.datasets.transforms import training_batches
-    from pipelines.engine import cell as cells
-    from pipelines.engine import eager
-    from pipelines.engine.cost import step_flops
+    from pipelines.engine import machine
+    from pipelines.engine.cost import step_cost
     from pipelines.engine.evaluate import evaluate
-    from pipelines.engine.fit import fit, memory_peak_mb
+    from pipelines.engine.pack import plan
+    from pipelines.engine.train import Trainee, auxiliary_weight, train
     from pipelines.networks import SegmentationNetwork, tap_shapes
     from pipelines.runs.records import Cell, teacher_cell
 
-    eager.install()
-    cells.set_up(params.suite)
+    machine.set_up(params.suite)
     student = params.suite.students[0]
     cell = teacher_cell(params, benchmark) if name == TEACHER else Cell(benchmark, student, name, 0)
-    plan = cells.plan(params, cell)
+    planned, own = plan(params, cell), params.benchmark(benchmark).teacher
     changes = {"steps": WARM + steps, "batch_size": batch_size, "warmup_steps": 0, "lr": 1e-6}
-    training = plan.training.model_copy(update=changes)
+    changes["validate_every"] = 2 * changes["steps"]
+    training = planned.training.model_copy(update=changes)
     description = data_folder.describe(data)
     classes, ignore = len(description.classes), description.ignore_index
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = SegmentationNetwork(plan.network, classes).to(device)
-    teacher = SegmentationNetwork(plan.teacher, classes) if plan.teacher else None
-    shapes = tap_shapes(network, training.crop)
-    method = plan.method(plan.config, shapes, tap_shapes(teacher, training.crop) if teacher else shapes)
+    network = SegmentationNetwork(planned.network, classes, planned.auxiliary).to(machine.device())
+    shapes, teacher = tap_shapes(network, training.crop), None
+    if not cell.is_teacher:
+        head = auxiliary_weight(own.training, own.network.recipe) > 0
+        teacher = SegmentationNetwork(own.network, classes, head).eval().requires_grad_(False)
+        teacher.to(machine.device()).to(memory_format=torch.channels_last)
+    seen = tap_shapes(teacher, training.crop) if teacher else shapes
+    method = planned.method(planned.config, shapes, seen)
     if not method.teacher_taps:
         teacher = None
-    if teacher is not None:
-        teacher.eval().requires_grad_(False).to(device)
 
     assert description.size is not None
     large = data_folder.streams(count, description.size)
@@ -176,7 +177,7 @@ def row(
     split = (
         data_folder.Stream(data, description, pairs, params.suite.workers)
         if large
-        else data_folder.load(data, "train").to(device)
+        else data_folder.load(data, "train").to(machine.device())
     )
     alone = data_folder.Stream(data, description, pairs, 0) if large else split
     start, batches = time.perf_counter(), 0
@@ -184,40 +185,36 @@ def row(
         batches += 1
     loading = 1000 * (time.perf_counter() - start) / batches / batch_size
 
-    quiet = training.model_copy(update={"validate_every": 2 * training.steps})
-    label = f"{benchmark} {name}"
-    state = data.parent / "state.pt"
-    history = fit(
+    if machine.device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    trainee = Trainee(
+        f"{benchmark} {name}",
         network,
-        teacher,
         method,
-        split,
-        classes,
-        ignore,
-        quiet,
-        plan.network.recipe,
+        training,
+        planned.recipe,
         0,
-        lambda: 0.0,
-        state,
+        data.parent / "state.pt",
         "",
-        label,
+        lambda: 0.0,
     )
+    train([trainee], teacher, split, classes, ignore, lambda _: None)
+    if trainee.failure is not None:
+        raise trainee.failure
     test = data_folder.load(data, "test")
     evaluate(network, test, classes, ignore, training)
     start = time.perf_counter()
     evaluate(network, test, classes, ignore, training)
     evaluation = 1000 * (time.perf_counter() - start) / len(test.names)
-    memory = memory_peak_mb()
-    state.unlink()
     return {
         "status": "measured",
-        "step_ms": [round(1000 * seconds, 2) for seconds in history.seconds[WARM:]],
-        "step_flops": step_flops(network, teacher, method, classes, ignore, training),
+        "step_ms": [round(1000 * seconds, 2) for seconds in trainee.history.seconds[WARM:]],
+        "step_flops": step_cost(network, teacher, method, classes, training, planned.recipe).flops,
         "loading_ms": round(loading, 2),
         "evaluation_ms": round(evaluation, 2),
-        "memory_mb": round(memory, 1),
-        "hardware": cells.hardware(),
-        "versions": cells.versions(),
+        "memory_mb": round(machine.memory_peak_mb(), 1),
+        "hardware": machine.hardware(),
+        "versions": machine.versions(),
     }
 
 

@@ -85,7 +85,7 @@ def _apart(cell: Cell, mode: str, place: Path, root: Path) -> None:
 
 def repeat(params: Params, benchmark: str, method: str, mode: str, place: Path) -> None:
     """Train the cell once, with its record below ``place``, and note which kernels torch warned of."""
-    from pipelines.engine.cell import run_cell
+    from pipelines.engine.pack import run_cell
 
     suite = params.suite.model_copy(update={"strict": mode == spread_table.STRICT})
     cell = Cell(benchmark, suite.students[0], method, suite.seeds[0])

@@ -2,40 +2,39 @@
 
 What is searched, and in which range, stands in the ``Config`` of each method (``pipelines.method.Search``).
 Every method gets ``tuning.trials`` trials on the same schedule and seed: first the middle of its ranges, then
-what Optuna's TPE proposes. A killed search goes on where it stopped and proposes the same trials. The test
-split is never read. When all methods have their trials, the best weights of each go into params.yaml and the
-log of all trials to ``reports/<benchmark>/tuning.csv``; the seeds of the tables play no part.
+what Optuna's TPE proposes. The trials of all methods train side by side, in packs. A killed search goes on
+where it stopped and proposes the same trials. The test split is never read. When all methods have their
+trials, the best weights of each go into params.yaml and the log of all trials to
+``reports/<benchmark>/tuning.csv``; the seeds of the tables play no part.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import hashlib
 import io
 import json
 import logging
 import math
-import shutil
 import warnings
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import cli, config, files
 from pipelines.config import PAPER, ROOT, ConfigError, Params
-from pipelines.files import write_bytes
-from pipelines.methods import checked
+from pipelines.datasets.folder import describe
+from pipelines.methods import checked, configured
 from pipelines.runs import budget, records
+from pipelines.runs.fingerprint import settings
 from pipelines.runs.records import Cell, teacher_cell
+from pipelines.suite import cluster, work
 
 if TYPE_CHECKING:
     import optuna
 
-    from pipelines.engine.cell import Plan
     from pipelines.method import Search
 
 STARTUP = 4  # trials at the middle or at random before the sampler learns from scores
@@ -44,45 +43,43 @@ DATABASE = "tuning.db"
 
 log = logging.getLogger(__name__)
 
+Weights = dict[str, float]
+Round = Mapping[str, Weights]  # the weights of a trial by method
+Scores = Mapping[str, float | str]  # mIoU on validation, or why there is none
+
 
 @dataclass(frozen=True)
 class Task:
     """The search for one method's weights; ``context`` names everything beside them that moves a score."""
 
     method: str
-    planned: Plan
     ranges: dict[str, Search]
     context: str
 
-    def plan(self, weights: dict[str, float]) -> Plan:
-        values = self.planned.config.model_dump() | weights
-        return dataclasses.replace(self.planned, config=type(self.planned.config).model_validate(values))
-
-    def trial_id(self, weights: dict[str, float]) -> str:
+    def trial_id(self, weights: Weights) -> str:
         return _hash([self.context, weights])
 
 
-def tune(params: Params, root: Path = ROOT, only: str | None = None) -> Path | None:
-    """Run the trials that are missing (of method ``only``, if given) and return the log.
+def tune(params: Params, root: Path = ROOT, train: Callable[[Round], Scores] | None = None) -> Path:
+    """Run the trials that are missing and return the log. ``train`` scores a round of trials; else they are
+    trained here, in one pack.
 
-    None while another method still lacks trials. Raises :class:`ConfigError` when there is no teacher, when a
-    method has no range to search, and when no trial of a method gave a score.
+    Raises :class:`ConfigError` when there is no teacher, when a method has no range to search, and when no
+    trial of a method gave a score.
     """
-    tuning = params.tuning
-    config.known("method", only or tuning.methods[0], tuning.methods)
+    tuning, path = params.tuning, budget.path(params, root)
+    train = train or (lambda trials: work.try_weights(params, trials, root))
     tasks = [_task(params, method, root) for method in tuning.methods]
-    path = budget.path(params, root)
     files.probe(root.resolve() / DATABASE)
-    with files.hold(root / ".scratch" / "locks" / "tune.lock", f"The opening of {DATABASE}"):
-        studies = {task.method: _study(task, tuning.trials, root, path) for task in tasks}
+    studies = {task.method: _study(task, tuning.trials, root, path) for task in tasks}
     for number in range(tuning.trials):
-        for task in tasks:
-            if only in (None, task.method) and len(_counted(studies[task.method])) <= number:
-                _run(task, studies[task.method], number, params, root)
-    missing = [task.method for task in tasks if len(_counted(studies[task.method])) < tuning.trials]
-    if missing:
-        log.info("trials of %s are still missing: no weights are chosen yet.", ", ".join(missing))
-        return None
+        due = [task for task in tasks if len(_counted(studies[task.method])) <= number]
+        asked = {task.method: _ask(task, studies[task.method], number, tuning.seed) for task in due}
+        scores = train({method: weights for method, (_, weights) in asked.items()}) if due else {}
+        for method, (trial, weights) in asked.items():
+            _tell(method, studies[method], trial, weights, scores[method])
+        if due:
+            log.info("round %d of %d: %d trials.", number + 1, tuning.trials, len(due))
     chosen = {task.method: _best(task, studies[task.method]) for task in tasks}
     _export(path, params, tasks, studies, chosen)
     _write_params(root / "params.yaml", chosen)
@@ -90,16 +87,10 @@ def tune(params: Params, root: Path = ROOT, only: str | None = None) -> Path | N
 
 
 def _task(params: Params, method: str, root: Path) -> Task:
-    from pipelines.datasets.folder import describe
-    from pipelines.engine.cell import plan
-
     tuning = params.tuning
-    planned = plan(params, Cell(tuning.benchmark, tuning.student, method, tuning.seed))
-    schedule = {"steps": tuning.steps, "validate_every": tuning.steps}
-    planned = dataclasses.replace(planned, training=planned.training.model_copy(update=schedule))
+    values = configured(params, method)
     # a term that is off stays off: its weight is no weight to search
-    values = planned.config.model_dump()
-    ranges = {name: mark for name, mark in type(planned.config).ranges().items() if values[name] > 0}
+    ranges = {name: mark for name, mark in type(values).ranges().items() if getattr(values, name) > 0}
     if not ranges:
         raise ConfigError(
             f"{method} has no weight to search: mark one in its Config by `Search(low, high)`, or take "
@@ -110,18 +101,18 @@ def _task(params: Params, method: str, root: Path) -> Task:
         raise ConfigError(
             f"{tuning.benchmark} has no teacher: put it into suite.benchmarks and run `make repro` first."
         )
-    known = planned.values()
+    known = settings(work.shortened(params, {}), Cell(tuning.benchmark, tuning.student, method, tuning.seed))
     known["method"] = {name: value for name, value in known["method"].items() if name not in ranges}
     context = _hash(
         [
             known,
             {name: [mark.low, mark.high] for name, mark in ranges.items()},
-            [tuning.student, method, tuning.seed],
+            [params.engine, tuning.student, method, tuning.seed],
             describe(root / "data" / tuning.benchmark).sha256,
             teacher.run["weights_sha256"],
         ]
     )
-    return Task(method, planned, ranges, context)
+    return Task(method, ranges, context)
 
 
 def _study(task: Task, trials: int, root: Path, path: Path) -> optuna.Study:
@@ -161,13 +152,11 @@ def _counted(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return [t for t in study.trials if t.value is not None or "reason" in t.user_attrs]
 
 
-def _run(task: Task, study: optuna.Study, number: int, params: Params, root: Path) -> None:
+def _ask(task: Task, study: optuna.Study, number: int, seed: int) -> tuple[optuna.Trial, Weights]:
+    """The next weights to try, none that have been tried if that can be helped."""
     import optuna
 
-    from pipelines.datasets.folder import describe
-    from pipelines.engine.cell import train
     from pipelines.engine.seeds import derive
-    from pipelines.runs.confusion import summary
 
     distributions = _distributions(task)
     if number == 0 and not study.get_trials(states=(optuna.trial.TrialState.WAITING,)):
@@ -177,29 +166,32 @@ def _run(task: Task, study: optuna.Study, number: int, params: Params, root: Pat
     tried = [{name: _value(old.params[name]) for name in task.ranges} for old in _counted(study)]
     for attempt in range(ATTEMPTS):
         # seeded per trial, so that a search that was killed proposes what it would have proposed
-        seed = derive(params.tuning.seed, "tune", task.method, number, attempt) % 2**32
-        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
+        own = derive(seed, "tune", task.method, number, attempt) % 2**32
+        study.sampler = optuna.samplers.TPESampler(seed=own, n_startup_trials=STARTUP)
         trial = study.ask(fixed_distributions=distributions)
         weights = {name: _value(trial.params[name]) for name in task.ranges}
         if weights not in tried:
             break
         if attempt + 1 < ATTEMPTS:  # the same again would teach nothing
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-    try:
-        trained, _ = train(task.plan(weights), params, root)
-    except ConfigError as error:  # a term was not finite: a trial as any other, but without a score
-        trial.set_user_attr("reason", " ".join(str(error).split()))
+    return trial, weights
+
+
+def _tell(
+    method: str, study: optuna.Study, trial: optuna.Trial, weights: Weights, score: float | str
+) -> None:
+    import optuna
+
+    if isinstance(score, str):  # a term was not finite, say: a trial as any other, but without a score
+        trial.set_user_attr("reason", score)
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        log.warning("%s with %s: %s", task.method, budget.text(weights), error)
-        return
-    description = describe(root / "data" / params.tuning.benchmark)
-    score = round(summary(trained.val, description.classes)["miou"], 4)
-    study.tell(trial, score)
-    shutil.rmtree(task.planned.cell.scratch(root), ignore_errors=True)  # the state of a finished training
-    log.info("%s with %s: %.4f mIoU on validation", task.method, budget.text(weights), score)
+        log.warning("%s with %s: %s", method, budget.text(weights), score)
+    else:
+        study.tell(trial, score)
+        log.info("%s with %s: %.4f mIoU on validation", method, budget.text(weights), score)
 
 
-def _best(task: Task, study: optuna.Study) -> dict[str, float]:
+def _best(task: Task, study: optuna.Study) -> Weights:
     scored = [trial for trial in _counted(study) if trial.value is not None]
     if not scored:
         reason = _counted(study)[-1].user_attrs["reason"]
@@ -213,7 +205,7 @@ def _export(
     params: Params,
     tasks: Iterable[Task],
     studies: dict[str, optuna.Study],
-    chosen: dict[str, dict[str, float]],
+    chosen: dict[str, Weights],
 ) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, budget.COLUMNS, lineterminator="\n")
@@ -237,10 +229,10 @@ def _export(
                     "trial_id": task.trial_id(weights),
                 }
             )
-    write_bytes(path, text.getvalue().encode())
+    files.write_bytes(path, text.getvalue().encode())
 
 
-def _write_params(path: Path, chosen: dict[str, dict[str, float]]) -> None:
+def _write_params(path: Path, chosen: dict[str, Weights]) -> None:
     """Set the chosen weights in params.yaml; comments, anchors and the layout stay as they are."""
     from ruamel.yaml import YAML
 
@@ -262,8 +254,8 @@ def _write_params(path: Path, chosen: dict[str, dict[str, float]]) -> None:
     text = io.StringIO()
     yaml.dump(content, text)
     if (changed := text.getvalue().encode()) != path.read_bytes():
-        write_bytes(path, changed)
-        log.info("the chosen weights are in params.yaml; `dvc repro` reruns the cells that they change.")
+        files.write_bytes(path, changed)
+        log.info("the chosen weights are in params.yaml; `make repro` trains the cells that they change.")
 
 
 def _distributions(task: Task) -> dict[str, Any]:
@@ -292,14 +284,23 @@ def _hash(content: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--method", help="search this method alone, for searches that run side by side")
-    params, only = checked(config.load()), parser.parse_args().method
-    with ExitStack() as stack:
-        for method in params.tuning.methods if only is None else [only]:
-            path = ROOT / ".scratch" / "locks" / f"tune--{method}.lock"
-            stack.enter_context(files.hold(path, f"The search for {method}"))
-        if written := tune(params, only=only):
-            log.info("all trials are in %s.", written.relative_to(ROOT))
+    parser.add_argument("--jobs", type=int, help="processes; else one a GPU, or one a core")
+    jobs, params = parser.parse_args().jobs, checked(config.load())
+    gpus = cluster.visible_gpus()
+    with (
+        files.hold(ROOT / ".scratch" / "locks" / "tune.lock", "`make tune`"),
+        cluster.local(jobs or len(gpus) or cluster.cores(), gpus, False) as client,
+    ):
+        expected = work.identity(str(ROOT))
+
+        def train(trials: Round) -> Scores:
+            names, workers = list(trials), len(client.scheduler_info()["workers"])
+            packs = [{name: trials[name] for name in names[first::workers]} for first in range(workers)]
+            futures = [client.submit(work.trial, expected, pack, pure=False) for pack in packs if pack]
+            return {name: score for future in futures for name, score in future.result().items()}
+
+        written = tune(params, ROOT, train)
+    log.info("all trials are in %s.", written.relative_to(ROOT))
 
 
 if __name__ == "__main__":

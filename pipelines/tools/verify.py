@@ -26,8 +26,9 @@ from pipelines.config import EXPORTS, ROOT, TEACHER, ConfigError, Params
 from pipelines.datasets.folder import DESCRIPTION
 from pipelines.reports import figures, network_table, ranks
 from pipelines.reports.results import Results
-from pipelines.runs import budget, counts, exports, records, tracking
+from pipelines.runs import budget, counts, exports, tracking
 from pipelines.runs.confusion import summary
+from pipelines.runs.fingerprint import outdated
 from pipelines.runs.records import RECORD_FILES, Record
 from pipelines.stages import report
 
@@ -55,9 +56,9 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
     if any(text.endswith(UNREADABLE) for text in listed):
         return listed  # no table can be made from these
     listed += [
-        f"{r.cell.path}: trained with other settings than params.yaml has now ({', '.join(parts)})."
-        for r in everything
-        if (parts := records.stale(r.cell, r.run["config"], params))
+        f"{cell.path}: not of today ({', '.join(parts)} differ)."
+        for own in found.values()
+        for cell, parts in outdated(own, params).items()
     ]
     for own in found.values():
         listed += _same_inputs(own, root)

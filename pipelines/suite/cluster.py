@@ -1,0 +1,153 @@
+"""Where the cells are trained: processes of this machine, a running Dask cluster, or jobs of a queue."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines.cli import OFFLINE
+from pipelines.config import ROOT, ConfigError
+
+QUEUES = {
+    "slurm": "SLURMCluster",
+    "pbs": "PBSCluster",
+    "lsf": "LSFCluster",
+    "htcondor": "HTCondorCluster",
+}
+# Memory that is freed stays with the process: given back, every step would fault its pages in again.
+ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
+SETTINGS = {
+    "distributed.nanny.pre-spawn-environ": {**ALLOCATOR, "OMP_NUM_THREADS": "1", **OFFLINE},
+    "distributed.worker.multiprocessing-method": "spawn",
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": False,
+    "distributed.comm.timeouts.connect": "60s",
+    "distributed.scheduler.allowed-failures": 5,
+    "distributed.scheduler.worker-ttl": "30 minutes",  # a step may hold the interpreter for long
+    "distributed.admin.low-level-log-length": 100,
+}
+
+
+@contextmanager
+def local(jobs: int, gpus: list[str], dashboard: bool, root: Path = ROOT) -> Iterator[Any]:
+    """A client of a cluster on this machine: ``jobs`` processes, each with a GPU of its own where there are
+    any (several share one if there are more jobs), reached through 127.0.0.1 by temporary TLS credentials."""
+    import dask
+    from distributed import Client, Nanny, Scheduler, Security, SpecCluster
+
+    routes: dict[str, Any] = {} if dashboard else {"distributed.scheduler.http.routes": []}
+    with dask.config.set(SETTINGS | routes):
+        security = Security.temporary()
+        path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+        workers = {}
+        for job in range(jobs):
+            env = {"PYTHONPATH": path}
+            if gpus:
+                env["CUDA_VISIBLE_DEVICES"] = gpus[job % len(gpus)]
+            options = {
+                "nthreads": 1,
+                "memory_limit": 0,
+                "host": "127.0.0.1",
+                "protocol": "tls",
+                "security": security,
+                "env": env,
+                "dashboard": False,
+                "silence_logs": logging.CRITICAL,
+                "local_directory": str(root / ".scratch" / "dask"),
+            }
+            workers[job] = {"cls": Nanny, "options": options}
+        scheduler = {
+            "cls": Scheduler,
+            "options": {
+                "host": "127.0.0.1",
+                "protocol": "tls",
+                "security": security,
+                "dashboard": dashboard,
+                "dashboard_address": "127.0.0.1:0",
+            },
+        }
+        with (
+            SpecCluster(workers, scheduler, security=security, silence_logs=logging.CRITICAL) as cluster,
+            Client(cluster, security=security) as client,
+        ):
+            yield client
+
+
+@contextmanager
+def running(address: str) -> Iterator[Any]:
+    """A client of a Dask cluster that runs already; its TLS credentials come from Dask's configuration."""
+    import dask
+    from distributed import Client
+
+    with dask.config.set({key: value for key, value in SETTINGS.items() if "timeouts" in key}):
+        try:
+            client = Client(address, timeout="20s", set_as_default=False)
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"No scheduler of Dask answers at {address} ({' '.join(str(error).split())[:150]}): start "
+                "one by `dask scheduler`, and workers by `dask worker`."
+            ) from None
+        with client:
+            yield client
+
+
+@contextmanager
+def queue(kind: str, jobs: int) -> Iterator[Any]:
+    """A client of a cluster that submits ``jobs`` jobs to a queue, as Dask's own configuration
+    (``jobqueue.<kind>``) says."""
+    from distributed import Client
+
+    if kind not in QUEUES:
+        raise ConfigError(f"CLUSTER = {kind} is not known; those that are: {', '.join(QUEUES)}.")
+    try:
+        import dask_jobqueue
+    except ImportError:
+        raise ConfigError(
+            "CLUSTER needs the package dask-jobqueue, which is optional: install it into .venv by "
+            "`.venv/bin/uv pip install --python .venv/bin/python dask-jobqueue`."
+        ) from None
+    try:
+        cluster = getattr(dask_jobqueue, QUEUES[kind])()
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise ConfigError(
+            f"The {kind} cluster cannot be started ({' '.join(str(error).split())[:200]}): set "
+            f"jobqueue.{kind} in Dask's configuration."
+        ) from None
+    with cluster, Client(cluster) as client:
+        cluster.scale(jobs=jobs)
+        yield client
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them, without importing torch; of one
+    that is split (MIG) its parts."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        named = [gpu.strip() for gpu in chosen.split(",") if gpu.strip()]
+        return list(itertools.takewhile(lambda gpu: not gpu.startswith("-"), named))  # as CUDA reads it
+    if shutil.which("nvidia-smi") is None:
+        return []
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    found: list[list[str]] = []  # a GPU, then its parts
+    for line in done.stdout.splitlines() if done.returncode == 0 else ():
+        if (identity := re.search(r"\(UUID: (\S+)\)", line)) is None:
+            continue
+        if line.startswith("GPU"):
+            found.append([])
+        if found:
+            found[-1].append(identity[1])
+    return [name for gpu, *parts in found for name in parts or [gpu]]

@@ -1,0 +1,147 @@
+"""The only file that talks to DVC: which stages changed, and one commit for all that is whole."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import time
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipelines import files
+from pipelines.config import ROOT, ConfigError
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 600  # seconds to wait for another DVC
+
+
+class Pipeline:
+    """The stages of dvc.yaml as DVC sees them. Raises :class:`ConfigError` for what DVC refuses."""
+
+    def __init__(self, root: Path = ROOT) -> None:
+        self.root = root
+
+    @cached_property
+    def _repo(self) -> Any:
+        from dvc.repo import Repo
+
+        logging.getLogger("dvc").setLevel(logging.ERROR)
+        try:
+            repo = Repo(str(self.root))
+            _ = repo.index.stages
+        except Exception as error:  # of DVC's own family, and of its parsers
+            raise _refused(error) from None
+        return repo
+
+    @cached_property
+    def stages(self) -> dict[str, Any]:
+        """DVC's stages by name."""
+        return {stage.addressing: stage for stage in self._repo.index.stages}
+
+    def changed(self) -> set[str]:
+        """The stages whose dependencies, settings or outputs are not those of dvc.lock."""
+        names = self._locked(lambda: self._repo.status())
+        return set(names) & self.stages.keys()
+
+    def commit(self, names: Iterable[str]) -> None:
+        """Note in dvc.lock, in one go, what the stages ``names`` read and made, those that lack a file left
+        out; their weights and data go into DVC's cache."""
+        self._repo._reset()
+        vars(self).pop("stages", None)
+        whole = [
+            stage
+            for name in names
+            if (stage := self.stages.get(name)) is not None
+            and all(item.exists for item in (*stage.deps, *stage.outs))
+        ]
+        if whole:
+            self._locked(lambda: self._save(whole))
+
+    def _save(self, stages: list[Any]) -> None:
+        with self._repo.lock:
+            for stage in stages:
+                stage.save(run_cache=False)
+                stage.commit()
+            stages[0].dvcfile.dump_stages(stages, update_pipeline=False)
+
+    def _locked(self, act: Any) -> Any:
+        """Do something for which DVC locks the checkout; wait while another DVC has it."""
+        from dvc.lock import LockError
+
+        for waited in range(PATIENCE):
+            try:
+                return act()
+            except LockError as error:
+                if not waited:
+                    log.warning(
+                        "another dvc is at work here: waiting until it ends. %s", _words(error)[-200:]
+                    )
+                time.sleep(1)
+            except Exception as error:
+                if type(error).__module__.partition(".")[0] not in ("dvc", "dvc_data", "dvc_objects"):
+                    raise
+                raise _refused(error) from None
+        raise ConfigError("Another dvc has been at work here for ten minutes: end it, then run this again.")
+
+
+def heal(root: Path = ROOT) -> None:
+    """Put aside what DVC, which does not write it whole, may have left damaged when it was killed.
+
+    dvc.lock is derived: it is made anew from that of the commit and from the records that are whole.
+    """
+    busy, lock = root / ".dvc" / "tmp" / "rwlock", root / "dvc.lock"
+    if busy.is_file() and not _is_json(busy):
+        busy.unlink(missing_ok=True)
+    if not lock.is_file() or (text := lock.read_bytes()) == (committed := _committed(root)):
+        return
+    if _loads(text) and text.endswith(b"\n"):
+        return
+    aside = lock.with_name("dvc.lock.damaged")
+    files.write_bytes(aside, text)
+    if committed:
+        files.write_bytes(lock, committed)
+    else:
+        lock.unlink()
+    log.warning("dvc.lock is damaged: it is kept as %s and made anew from the records.", aside.name)
+
+
+def _committed(root: Path) -> bytes:
+    """The dvc.lock of the commit that is checked out; empty when there is none."""
+    command = ["git", "show", "HEAD:./dvc.lock"]
+    try:
+        return subprocess.run(command, cwd=root, capture_output=True, check=False).stdout
+    except OSError:  # no git
+        return b""
+
+
+def _loads(text: bytes) -> bool:
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from dvc.utils.serialize import parse_yaml
+
+    try:
+        COMPILED_LOCKFILE_SCHEMA(parse_yaml(text.decode(), "dvc.lock"))
+    except Exception:  # each of its parsers has a family of errors
+        return False
+    return True
+
+
+def _is_json(file: Path) -> bool:
+    import json
+
+    try:
+        return isinstance(json.loads(file.read_bytes()), dict)
+    except ValueError:
+        return False
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _refused(error: BaseException) -> ConfigError:
+    cause = error.__cause__ or error.__context__
+    because = f" ({_words(cause)[:200]})" if cause else ""
+    return ConfigError(f"DVC refused: {_words(error)[:400]}{because}.")

@@ -1,0 +1,113 @@
+"""Which cells are due, and how they are cut into packs. Reads records and settings; no torch, no DVC."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.config import ROOT, ConfigError, Params
+from pipelines.datasets import folder as data_folder
+from pipelines.files import sha256
+from pipelines.runs import records
+from pipelines.runs.fingerprint import fingerprint
+from pipelines.runs.records import Cell, teacher_cell
+
+TEACHERS = Path("teachers")  # of the CPU benchmarks, in git
+
+
+def suite_cells(params: Params, benchmark: str) -> list[Cell]:
+    """The cells of the suite on a benchmark, seed by seed: a seed is a block."""
+    return [
+        Cell(benchmark, student, method, seed)
+        for student in params.suite.students
+        for seed in params.suite.seeds
+        for method in params.suite_methods
+    ]
+
+
+@dataclass(frozen=True)
+class Due:
+    """What of a benchmark has to be trained; ``data`` and ``teacher`` are the sums that it is trained with,
+    None while they are not known."""
+
+    data: str | None
+    teacher: str | None
+    train_teacher: bool
+    cells: list[Cell]
+
+
+def due(params: Params, benchmark: str, root: Path = ROOT) -> Due:
+    """Compare the records with what would be trained now. A clone without data takes the data of the
+    teacher's record for today's, if its settings are."""
+    own, cells = teacher_cell(params, benchmark), suite_cells(params, benchmark)
+    record = _read(own, root)
+    data = _data_sha256(root / "data" / benchmark)
+    if data is None and record is not None:
+        data = str(record.run["data_sha256"])
+    if data is None:
+        return Due(None, None, True, cells)
+    if record is None or record.run["fingerprint"] != fingerprint(params, own, data, None):
+        return Due(data, None, True, cells)
+    teacher = str(record.run["weights_sha256"])
+    left = [
+        cell
+        for cell in cells
+        if not records.is_finished(cell, fingerprint(params, cell, data, teacher), root)
+    ]
+    missing = bool(left) and not (record.folder / "weights.safetensors").is_file()
+    return Due(data, teacher, missing, left)
+
+
+def _read(cell: Cell, root: Path) -> records.Record | None:
+    """A record, or None if there is none, or a damaged one."""
+    try:
+        return records.read(cell, root)
+    except ConfigError:
+        return None
+
+
+def _data_sha256(folder: Path) -> str | None:
+    try:
+        return data_folder.describe(folder).sha256
+    except ConfigError:
+        return None
+
+
+def restore_teachers(params: Params, root: Path = ROOT) -> None:
+    """Put the teachers that are part of the repository beside their records, where their file is missing."""
+    for benchmark in params.suite.benchmarks:
+        kept, cell = root / TEACHERS / f"{benchmark}.safetensors", teacher_cell(params, benchmark)
+        file, record = cell.folder(root) / "weights.safetensors", _read(cell, root)
+        if (
+            kept.is_file()
+            and record is not None
+            and not file.is_file()
+            and sha256(kept.read_bytes()) == record.run["weights_sha256"]
+        ):
+            shutil.copyfile(kept, file)
+
+
+def cut(cells: Sequence[Cell], params: Params, workers: int) -> list[list[Cell]]:
+    """Cut cells into packs of one seed and at most ``suite.pack`` trainees, so that ``workers`` are busy to
+    the end: equal parts of the whole work, cut between cells and between seeds.
+
+    The work of a cell is its number of steps. Every cut costs one more pass of the teacher.
+    """
+    work = {cell: params.schedule(cell.benchmark, cell.method).steps for cell in cells}
+    if not cells:
+        return []
+    rounds = -(-len(cells) // (workers * params.suite.pack))
+    parts = workers * rounds
+    share = sum(work.values()) / parts
+    packs: list[list[Cell]] = []
+    spent, key = 0.0, None
+    for cell in cells:
+        # a cell belongs to the part in which its middle lies
+        now = (cell.benchmark, cell.seed, min(parts - 1, int((spent + work[cell] / 2) / share)))
+        if now != key or len(packs[-1]) == params.suite.pack:
+            packs.append([])
+        packs[-1].append(cell)
+        spent, key = spent + work[cell], now
+    return sorted(packs, key=lambda pack: -sum(work[cell] for cell in pack))

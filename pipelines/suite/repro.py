@@ -1,0 +1,333 @@
+"""``make repro``: train what is due, then one commit for DVC, then the report.
+
+What is due says the fingerprint of each record. The tasks run on a Dask cluster: data, then the teacher, then
+packs of cells, then the exports of students; each benchmark goes on as soon as it can. A cell that fails
+stops no other, and its reason is in the tables. A worker that dies hands its pack to another, which resumes.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+
+def _interrupted(number: int, _: object) -> None:
+    sys.stderr.write("stopped; the same command goes on from here.\n")
+    sys.exit(130)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    signal.signal(signal.SIGINT, _interrupted)
+    signal.signal(signal.SIGTERM, _interrupted)
+
+import argparse  # noqa: E402
+import contextlib  # noqa: E402
+import logging  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from dataclasses import dataclass, field  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+from pipelines import cli, config, files  # noqa: E402
+from pipelines.config import PAPER, ROOT, ConfigError, Params  # noqa: E402
+from pipelines.runs import records  # noqa: E402
+from pipelines.runs.records import Cell, teacher_cell  # noqa: E402
+from pipelines.suite import dvc, plan, work  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+
+def stage_of(params: Params, cell: Cell) -> str:
+    """The stage of dvc.yaml that trains a cell."""
+    if cell.is_teacher:
+        return f"train_teacher@{cell.benchmark}"
+    place, method = f"{cell.benchmark}-{cell.student}", cell.method
+    if method in params.controls:
+        return f"control@{place}-{params.controls[method]:g}-{cell.seed}"
+    if method.endswith(config.OFFICIAL):
+        return f"official@{place}-{params.module_key(method)}-{cell.seed}"
+    if method.startswith(f"{PAPER}-"):
+        return f"{PAPER}@{place}-{method.removeprefix(f'{PAPER}-')}-{cell.seed}"
+    return f"distill@{place}-{method}-{cell.seed}"
+
+
+@dataclass
+class Needs:
+    """What has to be done before the commit."""
+
+    weights: list[str] = field(default_factory=list)
+    count: bool = False
+    fetch: list[str] = field(default_factory=list)
+    due: dict[str, plan.Due] = field(default_factory=dict)
+    exports: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def any(self) -> bool:
+        return bool(self.weights or self.count or self.fetch or self.due or self.exports)
+
+
+def needs(params: Params, changed: set[str], root: Path = ROOT) -> Needs:
+    """Compare the suite of params.yaml with the records, and with what DVC calls changed."""
+    found = Needs(count="count" in changed)
+    found.weights = [
+        key for key in params.suite.weights if not (root / params.encoder_weights(key).file).is_file()
+    ]
+    for benchmark in params.suite.benchmarks:
+        have = (root / "data" / benchmark).is_dir()
+        due = plan.due(params, benchmark, root)
+        stale = f"fetch@{benchmark}" in changed
+        if due.train_teacher or due.cells:
+            found.due[benchmark] = due
+            if stale or not have:
+                found.fetch.append(benchmark)
+        elif stale and have:
+            found.fetch.append(benchmark)
+        for student in params.suite.students:
+            weights = Cell(benchmark, student, params.suite.reference, params.suite.seeds[0]).folder(root)
+            whole = have and (weights / "weights.safetensors").is_file()
+            if benchmark in found.due or (whole and f"export@{benchmark}-{student}" in changed):
+                found.exports.append((benchmark, student))
+    return found
+
+
+class Suite:
+    """The head: hands out tasks as what they need is done."""
+
+    def __init__(
+        self, client: Any, params: Params, needed: Needs, jobs: int, display: Any, root: Path
+    ) -> None:
+        self.client, self.params, self.needed, self.jobs = client, params, needed, jobs
+        self.display, self.root = display, root
+        self.expected = work.identity(str(root))
+        self.waiting: dict[Any, tuple[str, Callable[[work.Outcome], None] | None]] = {}
+        self.failed: list[str] = []
+
+    def run(self) -> list[str]:
+        """Do all that is needed; the sentences of what failed."""
+        from distributed import as_completed
+
+        self.sequence: Any = as_completed()
+        for key in self.needed.weights:
+            self._submit(f"encoder weights {key}", work.fetch_weights, key)
+        if self.needed.count:
+            self._submit("count of networks", work.count)
+        for benchmark in self.params.suite.benchmarks:
+            if benchmark in self.needed.fetch:
+                self._submit(f"data of {benchmark}", work.fetch, benchmark, then=self._fetched(benchmark))
+            else:
+                self._teach(benchmark)
+        for future in self.sequence:
+            name, then = self.waiting.pop(future)
+            try:
+                outcome = future.result()
+            except Exception as error:  # a worker that died again and again, a function that is not there
+                outcome = work.Outcome(failure=_lost(error))
+            if outcome.failure is not None and not outcome.cells:
+                self._fail(name, outcome.failure)
+            if then is not None:
+                then(outcome)
+        return self.failed
+
+    def _submit(self, name: str, task: Any, *arguments: Any, then: Any = None) -> None:
+        future = self.client.submit(
+            task, self.expected, *arguments, pure=False, key=f"{name}--{len(self.waiting)}-{id(then)}"
+        )
+        self.waiting[future] = (name, then)
+        self.sequence.add(future)
+
+    def _fail(self, name: str, why: str) -> None:
+        self.failed.append(f"{name}: {why}")
+        self.display.say(logging.ERROR, f"{name} failed: {why}")
+
+    def _fetched(self, benchmark: str) -> Callable[[work.Outcome], None]:
+        def then(outcome: work.Outcome) -> None:
+            if outcome.failure is None:
+                self._teach(benchmark)
+            elif benchmark in self.needed.due:
+                cells = len(plan.suite_cells(self.params, benchmark))
+                self._fail(benchmark, f"{cells} trainings are not tried, because its data could not be had")
+
+        return then
+
+    def _teach(self, benchmark: str) -> None:
+        """The data is there: train the teacher if it is due."""
+        if benchmark not in self.needed.due:
+            self._exports(benchmark)
+            return
+        due = plan.due(self.params, benchmark, self.root)  # now that the data is known
+        cell = teacher_cell(self.params, benchmark)
+        if not due.train_teacher:
+            self._distil(benchmark)
+            return
+        self.display.expect(cell.path, self.params.benchmark(benchmark).teacher.training.steps)
+
+        def then(outcome: work.Outcome) -> None:
+            self._took(outcome, [cell])
+            if outcome.cells.get(cell, outcome.failure) is None:
+                self._distil(benchmark)
+            else:
+                cells = plan.suite_cells(self.params, benchmark)
+                self._fail(benchmark, f"{len(cells)} trainings are not tried, because its teacher failed")
+
+        self._submit(f"teacher of {benchmark}", work.train, [cell], then=then)
+
+    def _distil(self, benchmark: str) -> None:
+        """The teacher is there: train the cells that are due, then look at the students."""
+        due = plan.due(self.params, benchmark, self.root)
+        for cell in set(plan.suite_cells(self.params, benchmark)) - set(due.cells):
+            records.failure_note(cell, self.root).unlink(missing_ok=True)  # what failed has been put right
+        packs = plan.cut(due.cells, self.params, self.jobs)
+        left = {id(pack) for pack in packs}
+        for pack in packs:
+            for cell in pack:
+                self.display.expect(cell.path, self.params.schedule(benchmark, cell.method).steps)
+
+            def then(outcome: work.Outcome, pack: list[Cell] = pack) -> None:
+                self._took(outcome, pack)
+                left.discard(id(pack))
+                if not left:
+                    self._exports(benchmark)
+
+            self._submit(f"{len(pack)} cells from {pack[0].path}", work.train, pack, then=then)
+        if not packs:
+            self._exports(benchmark)
+
+    def _took(self, outcome: work.Outcome, pack: list[Cell]) -> None:
+        for cell in pack:
+            self.display.finished(cell.path)
+            if why := outcome.cells.get(cell):
+                self._fail(cell.path, why)
+            elif outcome.failure is not None and records.failure(cell, self.root) is None:
+                text = f"{outcome.failure}\n".encode()
+                files.write_bytes(records.failure_note(cell, self.root), text)
+        if outcome.failure is None:
+            names = pack[0].path if len(pack) == 1 else f"{len(pack)} cells of seed {pack[0].seed}"
+            self.display.say(logging.INFO, f"{pack[0].benchmark}: {names} done in {outcome.seconds:.0f} s.")
+
+    def _exports(self, benchmark: str) -> None:
+        for name, student in self.needed.exports:
+            if name == benchmark:
+                self._submit(f"export of {name}, {student}", work.export, name, student)
+
+
+def _lost(error: Exception) -> str:
+    if type(error).__name__ == "KilledWorker":
+        return (
+            "its worker was killed again and again, perhaps by the system for want of memory: try fewer JOBS"
+        )
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"a worker cannot import this checkout ({error}): start it in the checkout, with PYTHONPATH=$PWD"
+        )
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def check_networks(params: Params, root: Path = ROOT) -> None:
+    """Before anything is fetched or trained: the encoder weights that the suite needs are there, or will be
+    fetched. :class:`ConfigError` for the first that is not; a warning for a student that starts from random
+    weights beside a teacher that does not."""
+    suite = params.suite
+    teachers = {name: params.benchmark(name).teacher.network.weights for name in suite.benchmarks}
+    students = {name: params.student(name).weights for name in suite.students}
+    for key in dict.fromkeys(filter(None, [*teachers.values(), *students.values()])):
+        if params.encoder_weights(key).sha256 is None:
+            raise ConfigError(
+                f"The suite needs the encoder weights '{key}', of which params.yaml has no sum: run `python "
+                f"-m pipelines.stages.fetch_weights --weights {key}`, which says the one of the file, and "
+                f"write it there (weights.{key}.sha256) if you trust it."
+            )
+        if key not in suite.weights and not (root / params.encoder_weights(key).file).is_file():
+            raise ConfigError(
+                f"The suite needs the encoder weights '{key}' ({params.encoder_weights(key).file}), which "
+                f"are not there: add {key} to suite.weights in params.yaml, which downloads them, or put the "
+                "file there."
+            )
+    for name in (name for name, key in teachers.items() if key):
+        if random := [student for student, key in students.items() if key is None]:
+            log.warning(
+                "the teacher of %s starts from ImageNet and %s from random weights, which is not the "
+                "published protocol: take the students `…-imagenet`.",
+                name,
+                ", ".join(random),
+            )
+
+
+def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
+    """Bring everything up to date; the sentences of what failed."""
+    params = config.load(root / "params.yaml")
+    dvc.heal(root)
+    plan.restore_teachers(params, root)
+    pipeline = dvc.Pipeline(root)
+    changed = pipeline.changed()
+    needed = needs(params, changed, root)
+    failed: list[str] = []
+    if needed.any:
+        check_networks(params, root)
+        from pipelines.methods import checked
+        from pipelines.suite import cluster, display
+
+        checked(params)
+        gpus = cluster.visible_gpus()
+        jobs = options.jobs or len(gpus) or max(1, cluster.cores() // params.suite.threads)
+        with contextlib.ExitStack() as stack:
+            if options.scheduler:
+                client = stack.enter_context(cluster.running(options.scheduler))
+            elif options.cluster:
+                client = stack.enter_context(cluster.queue(options.cluster, jobs))
+            else:
+                client = stack.enter_context(cluster.local(jobs, gpus, options.dashboard, root))
+            if options.dashboard:
+                log.info("the dashboard is at %s", client.dashboard_link)
+            client.wait_for_workers(1, timeout=None if options.cluster else 120)
+            shown = display.Display(jobs)
+            stack.callback(shown.close)
+            client.subscribe_topic(work.TOPIC, shown.event)
+            remote = options.scheduler or options.cluster
+            workers = max(jobs, len(client.scheduler_info()["workers"])) if remote else jobs
+            failed = Suite(client, params, needed, workers, shown, root).run()
+    stages = {stage_of(params, cell) for b in params.suite.benchmarks for cell in plan.suite_cells(params, b)}
+    stages |= {f"train_teacher@{name}" for name in params.suite.benchmarks}
+    finished = {
+        stage_of(params, cell)
+        for benchmark in params.suite.benchmarks
+        for cell in _current(params, benchmark, root)
+    }
+    if needed.any:
+        changed = pipeline.stages.keys() - {"report"}
+    pipeline.commit(
+        name for name in pipeline.stages if name in changed and (name not in stages or name in finished)
+    )
+    if needed.any or "report" in changed or not (root / "reports").is_dir():
+        from pipelines.stages import report
+
+        report.report(params, root)
+        pipeline.commit(["report"])
+    return failed
+
+
+def _current(params: Params, benchmark: str, root: Path) -> list[Cell]:
+    """The cells of a benchmark whose record is today's."""
+    due = plan.due(params, benchmark, root)
+    done = [cell for cell in plan.suite_cells(params, benchmark) if cell not in set(due.cells)]
+    return [*done, *([] if due.train_teacher else [teacher_cell(params, benchmark)])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make repro", description=__doc__)
+    parser.add_argument(
+        "--jobs", type=int, help="processes; else one a GPU, or as many as the CPU has room for"
+    )
+    parser.add_argument("--scheduler", help="the address of a Dask scheduler that runs already")
+    parser.add_argument("--cluster", help="slurm, pbs, lsf, htcondor: submit --jobs jobs to this queue")
+    parser.add_argument("--dashboard", action="store_true", help="print the address of Dask's dashboard")
+    options = parser.parse_args()
+    if options.jobs is not None and options.jobs < 1:
+        raise ConfigError(f"JOBS = {options.jobs}: it must be 1 or more.")
+    with files.hold(ROOT / ".scratch" / "locks" / "repro.lock", "`make repro`"):
+        failed = repro(options)
+    if failed:
+        raise ConfigError("\n".join([f"{len(failed)} failed; the others are done.", *failed]))
+
+
+if __name__ == "__main__":
+    cli.run(main)

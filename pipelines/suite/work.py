@@ -1,0 +1,222 @@
+"""What a worker does: one function a kind of task. Workers stay warm: libraries, data and teacher are loaded
+once. Progress and messages go to the head as events of Dask."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipelines import config
+from pipelines.config import ConfigError
+from pipelines.runs.records import Cell
+
+TOPIC = "acfd"
+LIBRARIES = ("torch", "timm", "segmentation-models-pytorch", "numpy", "distributed")
+TELL_EVERY = 1.0  # seconds between two reports of a cell's progress
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What head and workers have to have in common."""
+
+    root: str
+    commit: str | None
+    params: str
+    libraries: tuple[str, ...]
+
+
+def identity(root: str) -> Identity:
+    """Of this process. The sum is that of params.yaml, None where there is none."""
+    file, commit = Path(root) / "params.yaml", None
+    with contextlib.suppress(OSError):
+        command = ["git", "rev-parse", "HEAD"]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        commit = done.stdout.strip() or None
+    text = file.read_bytes() if file.is_file() else b""
+    have = tuple(f"{name} {version(name)}" for name in LIBRARIES)
+    return Identity(root, commit, hashlib.sha256(text).hexdigest(), have)
+
+
+@dataclass
+class Outcome:
+    """What came of a task: why it, or cells of it, failed."""
+
+    seconds: float = 0.0
+    failure: str | None = None
+    cells: dict[Cell, str | None] = field(default_factory=dict)
+
+
+def fetch(expected: Identity, benchmark: str) -> Outcome:
+    from pipelines.stages.fetch import fetch as run
+
+    def act(root: Path, outcome: Outcome) -> None:
+        run(root / "data", benchmark, _params(root).benchmark(benchmark))
+
+    return _do(expected, act)
+
+
+def fetch_weights(expected: Identity, key: str) -> Outcome:
+    from pipelines.stages.fetch_weights import fetch as run
+
+    def act(root: Path, outcome: Outcome) -> None:
+        run(key, _params(root).encoder_weights(key), root)
+
+    return _do(expected, act)
+
+
+def count(expected: Identity) -> Outcome:
+    from pipelines.stages.count import count as run
+
+    return _do(expected, lambda root, _: run(_params(root), root))
+
+
+def export(expected: Identity, benchmark: str, student: str) -> Outcome:
+    from pipelines.stages.export import check as run
+
+    def act(root: Path, outcome: Outcome) -> None:
+        run(benchmark, student, _params(root), root)
+
+    return _do(expected, act)
+
+
+def train(expected: Identity, cells: Sequence[Cell]) -> Outcome:
+    """Train a pack. The outcome has the cells that failed, with the reason."""
+    from pipelines.engine.pack import run_pack
+
+    def act(root: Path, outcome: Outcome) -> None:
+        told: dict[str, float] = {}
+
+        def tell(cell: str, step: int, steps: int, loss: float) -> None:
+            now = time.monotonic()
+            if step == steps or now - told.get(cell, 0.0) > TELL_EVERY:
+                told[cell] = now
+                _event({"cell": cell, "step": step, "steps": steps, "loss": loss})
+
+        found = run_pack(cells, _params(root), root, tell)
+        outcome.cells = {cell: None if error is None else _sentence(error) for cell, error in found.items()}
+
+    return _do(expected, act)
+
+
+def trial(expected: Identity, trials: Mapping[str, dict[str, float]]) -> dict[str, float | str]:
+    """Trials of tuning, side by side; see :func:`try_weights`."""
+    root = Path(expected.root)
+    check(expected, identity(expected.root))
+    return try_weights(_params(root), trials, root)
+
+
+def shortened(params: config.Params, trials: Mapping[str, dict[str, float]]) -> config.Params:
+    """``params`` with the schedule of tuning and the loss weights of trials."""
+    tuning, raw = params.tuning, params.model_dump(exclude_unset=True)
+    raw["benchmarks"][tuning.benchmark]["training"] |= {
+        "steps": tuning.steps,
+        "validate_every": tuning.steps,
+    }
+    for method, weights in trials.items():
+        prefix = f"{config.PAPER}-"
+        section = raw[config.PAPER] if method.startswith(prefix) else raw["methods"]
+        section[method.removeprefix(prefix)] |= weights
+    return config.Params.model_validate(raw)
+
+
+def try_weights(
+    params: config.Params, trials: Mapping[str, dict[str, float]], root: Path
+) -> dict[str, float | str]:
+    """Train a short cell for each method with the weights of its trial, in one pack: mIoU on validation, or
+    why there is none. No test image is read."""
+    from pipelines.engine.pack import Prepared, bench, plan, teacher_of, train_plans, validate
+    from pipelines.runs.confusion import summary
+
+    tuning, short = params.tuning, shortened(params, trials)
+    cells = {name: Cell(tuning.benchmark, tuning.student, name, tuning.seed) for name in trials}
+    shared, scores = bench(short, tuning.benchmark, root), dict[Cell, float | str]()
+
+    def finish(prepared: Prepared) -> None:
+        score = summary(validate(prepared, shared), shared.classes)["miou"]
+        scores[prepared.plan.cell] = round(score, 4)
+
+    teacher = teacher_of([*cells.values()], short, shared, root)
+    plans = [plan(short, cell) for cell in cells.values()]
+    for cell, error in train_plans(plans, short, shared, teacher, finish, root=root).items():
+        if error is not None:
+            scores[cell] = _sentence(error)
+    return {name: scores[cell] for name, cell in cells.items()}
+
+
+def _params(root: Path) -> config.Params:
+    from pipelines.methods import checked
+
+    return checked(config.load(root / "params.yaml"))
+
+
+def _do(expected: Identity, act: Callable[[Path, Outcome], None]) -> Outcome:
+    """Do a task in the checkout that the head has; an error becomes its sentence."""
+    outcome, start = Outcome(), time.monotonic()
+    try:
+        check(expected, identity(expected.root))
+        with _messages():
+            act(Path(expected.root), outcome)
+    except Exception as error:
+        outcome.failure = _sentence(error)
+    outcome.seconds = time.monotonic() - start
+    return outcome
+
+
+def check(head: Identity, here: Identity) -> None:
+    """:class:`ConfigError`, one sentence, when a worker does not see what the head sees."""
+    place = f"The worker on {platform.node()}"
+    if not Path(head.root).is_dir():
+        raise ConfigError(
+            f"{place} has no folder {head.root}: put the checkout on a file system that all machines share."
+        )
+    if here.commit != head.commit or here.params != head.params:
+        what = "commit" if here.commit != head.commit else "params.yaml"
+        raise ConfigError(
+            f"{place} sees another {what} in {head.root} than the machine that started the suite: wait until "
+            "the file system is in step, or run the same command again."
+        )
+    if differ := [f"{b} (here {a})" for a, b in zip(head.libraries, here.libraries, strict=True) if a != b]:
+        raise ConfigError(
+            f"{place} has other libraries: {', '.join(differ)}. Install requirements.lock there."
+        )
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:1000]
+
+
+class _Forward(logging.Handler):
+    """Warnings and errors of a task, for the head to show."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _event({"level": record.levelno, "text": record.getMessage()})
+
+
+@contextlib.contextmanager
+def _messages() -> Any:
+    logger, handler = logging.getLogger("pipelines"), _Forward(logging.WARNING)
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+
+
+def _event(content: dict[str, Any]) -> None:
+    from distributed import get_worker
+
+    with contextlib.suppress(ValueError):  # no worker of Dask: a test
+        get_worker().log_event(TOPIC, content | {"worker": f"{platform.node()} {os.getpid()}"})
