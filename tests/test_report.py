@@ -26,6 +26,7 @@ from pipelines.reports import benchmark_table, figures, ranks, readme, tables
 from pipelines.reports.results import COMPUTE, SCORE, Results, gather
 from pipelines.runs import tracking
 from pipelines.runs.confusion import summary
+from pipelines.runs.fingerprint import fingerprint, settings
 from pipelines.runs.records import Cell, expected_cells, teacher_cell
 from pipelines.runs.records import write as write_record
 from pipelines.stages import report
@@ -70,25 +71,13 @@ def make_params(**suite: Any) -> Params:
                 "kd": {"weight": 1.0},
                 "cwd": {"weight": 3.0, "tau": 4.0},
             },
+            "official": {},
             "acfd": {
                 "full": {"weight_afd": 2.0, "weight_ccd": 50.0, "grid": 8},
                 "afd": {"weight_afd": 2.0, "weight_ccd": 0.0},
             },
         }
     )
-
-
-def resolved(cell: Cell, params: Params) -> dict[str, Any]:
-    """The configuration that a cell trained with these parameters has in its record."""
-    benchmark = params.benchmark(cell.benchmark)
-    network = benchmark.teacher.network if cell.is_teacher else params.student(cell.student)
-    schedule = params.schedule(cell.benchmark, cell.method)
-    return {
-        "network": network.written(),
-        "training": (benchmark.teacher.training if cell.is_teacher else schedule).written(),
-        "method": {} if cell.is_teacher else params.method_values(cell.method),
-        "teacher": None if cell.is_teacher else benchmark.teacher.network.written(),
-    }
 
 
 def make_record(
@@ -142,7 +131,8 @@ def make_record(
             "method": cell.method,
             "seed": cell.seed,
         },
-        "config": resolved(cell, params),
+        "config": settings(params, cell),
+        "engine": params.engine,
         "classes": CLASSES,
         "versions": {"python": "3.12.3", "torch": "2.9.0"},
         "hardware": {"device": "cpu", "processor": PROCESSOR, "cores": 2, "threads": 2},
@@ -150,7 +140,7 @@ def make_record(
         "data_sha256": "d" * 64,
         "teacher": {"sha256": "f" * 64, "val_miou": 70.0, "test_miou": 60.0} if distils else None,
         "weights_sha256": ("f" if cell.is_teacher else "e") * 64,
-        "fingerprint": f"{cell.seed:064x}",
+        "fingerprint": fingerprint(params, cell, "d" * 64, "f" * 64),
         "started": "2025-01-02T03:04:05+00:00",
         "seconds": {"wall": 300 * step + 10, "training": 300 * step, "step_median": step, "validation": 5.0},
         "memory_peak_mb": 900.0 + cell.seed,
@@ -619,7 +609,7 @@ def test_every_run_is_finished_and_complete(done: Path) -> None:
         "student": STUDENT,
         "method": "cwd",
         "seed": "2",
-        "fingerprint": f"{2:064x}",
+        "fingerprint": fingerprint(params, Cell("streets", STUDENT, "cwd", 2), "d" * 64, "f" * 64),
         "git.commit": "0123456789abcdef",
         "data_sha256": "d" * 64,
     }
@@ -893,8 +883,9 @@ def test_the_plan_of_a_benchmark_follows_from_counts_and_schedule() -> None:
     assert rows.loc["cityscapes", "guided_flops"] == pytest.approx(guided)
     assert rows.loc["cityscapes", "teacher_flops"] == pytest.approx(80_000 * 16 * 6 * teacher)
     assert rows.loc["voc", "guided_flops"] == pytest.approx(guided / 2)
-    suite, alone = config.load().suite, 40_000 * 16 * 6 * student
-    methods = len(suite.methods) + len(suite.official) + len(suite.variants)
+    params, alone = config.load(), 40_000 * 16 * 6 * student
+    suite = params.suite
+    methods = len({*params.suite_methods} - {suite.reference, *params.controls})
     whole = 80_000 * 16 * 6 * teacher + len(suite.seeds) * (
         methods * guided + (1 + sum(suite.controls)) * alone
     )
