@@ -6,6 +6,8 @@ Needs the small files of ``runs/`` and nothing else: no weights, no GPU, no torc
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from pipelines.reports import (
 from pipelines.reports.results import Results, gather
 from pipelines.runs import records, tracking
 from pipelines.runs.records import Record
+
+log = logging.getLogger(__name__)
 
 
 def finished(params: Params, root: Path) -> dict[str, list[Record]]:
@@ -49,6 +53,10 @@ def _report(params: Params, root: Path, only: Collection[str] | None) -> None:
     files.clear_parts(root / "reports")
     found = {name: own for name, own in finished(params, root).items() if only is None or name in only}
     frames, problem = tracking.collect(root, found)
+    if server := os.environ.get("MLFLOW_TRACKING_URI"):
+        trouble = tracking.publish(server, [record for own in found.values() for record in own])
+        if trouble:
+            log.warning("%s: the reports are made all the same.", trouble)
     every = gather_all(params, root, found, frames, problem)
     write_texts(params, every, root, root)
     for results in every:
