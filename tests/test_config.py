@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -277,3 +278,24 @@ def test_no_word_of_pydantic_s_reaches_a_user(name: str) -> None:
             assert text.startswith(f"In params.yaml: methods.x.{name}") and not PYDANTIC.search(text), text
             assert "another kind" not in text or name == "either", text
     assert said >= 5
+
+
+def test_git_changes_no_byte(tmp_path: Path) -> None:
+    """A checkout with CRLF for line ends has the bytes whose sums are in the records."""
+    content = b"one\ntwo\r\nthree\n"
+
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "core.autocrlf=true"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    shutil.copy(ROOT / ".gitattributes", tmp_path)
+    names = ["run.json", "history.csv", "table.md", "figure.png", "code.py"]
+    for name in names:
+        (tmp_path / name).write_bytes(content)
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "start")
+    for name in names:
+        (tmp_path / name).unlink()
+    git("checkout", "--", ".")
+    assert all((tmp_path / name).read_bytes() == content for name in names)
