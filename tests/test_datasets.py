@@ -665,6 +665,12 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     return out.getvalue()
 
 
+def png_with_palette(values: np.ndarray, palette: list[int]) -> bytes:
+    image = Image.fromarray(values.astype(np.uint8))
+    image.putpalette(palette)
+    return saved(image, "PNG")
+
+
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ACFD_MIRROR", str(tmp_path / "mine"))
@@ -758,6 +764,20 @@ def test_masks_of_every_layout(kind: str, mine: Path, tmp_path: Path) -> None:
             "has the value 300, which this data set does not know",
         ),
         (
+            {},  # the order of the palette is not that of the classes
+            lambda name, _: (
+                f"masks/{name}.png",
+                png_with_palette(2 - SCENE, in_colours(np.array([2, 1, 0])).ravel().tolist()),
+            ),
+            "other classes by the colours of its palette than by its values: set `masks: colours` or "
+            "`masks: values`",
+        ),
+        (
+            {"masks": "values"},
+            lambda name, _: (f"masks/{name}.png", png(in_colours(SCENE))),
+            "img0.png is in colours: take `masks: values` out",
+        ),
+        (
             {},
             lambda name, _: (f"masks/{name}_gt.png", png(SCENE.astype(np.uint8))),
             "There is img0_gt: set `label_suffix: _gt` in params.yaml",
@@ -785,6 +805,19 @@ def test_what_is_wrong_with_masks_of_ones_own(
     """The same answer with and without resizing."""
     with pytest.raises(ConfigError, match=said):
         build(tmp_path, layout(mine, PLAIN, mask=mask, size=size, **change))
+
+
+@pytest.mark.parametrize("orientation", ["exif", "stored"])
+def test_a_turn_that_keeps_the_size_is_said(
+    orientation: str, mine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = layout(mine, PLAIN, orientation=orientation)
+    Image.open(mine / "photos/img1.png").save(mine / "photos/img1.png", exif=exif)
+    build(tmp_path, data)
+    said = "1 images are turned as their camera noted (EXIF)"
+    assert (said in caplog.text and "set `orientation: stored`" in caplog.text) == (orientation == "exif")
 
 
 @pytest.mark.parametrize("size", [None, [16, 22]])

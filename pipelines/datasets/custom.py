@@ -12,6 +12,8 @@ with or without folders below ``images`` and with or without its ending; the mas
 from __future__ import annotations
 
 import codecs
+import contextlib
+import logging
 from pathlib import Path
 from typing import Annotated, Literal
 from unicodedata import normalize
@@ -30,6 +32,7 @@ GIGABYTES = None  # to fetch
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 Channel = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Channel, Channel, Channel]
+log = logging.getLogger(__name__)
 Found = dict[str, list[Path]]  # the files of each sample
 
 
@@ -121,32 +124,55 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> dict[str, str]
         writer.image(split, key, image.read_bytes(), str(image))
         writer.label(split, key, _classes(mask, config), str(mask))
     writer.close()
+    if writer.turned:
+        log.warning(
+            "%d images are turned as their camera noted (EXIF), and their masks taken as drawn on what is "
+            "seen then. If they were drawn on the pixels as stored, set `orientation: stored`: %s.",
+            len(writer.turned), few(writer.turned),
+        )  # fmt: skip
     return writer.names
 
 
 def _classes(file: Path, config: Config) -> np.ndarray:
     """The class of every pixel of a mask, (H, W) uint8."""
     name, upright = str(file), config.orientation == "exif"
-    with pixels.opened(file.read_bytes(), name, pixels.LOSSLESS) as opened:
-        shown = config.masks == "colours" and opened.mode in ("1", "L", "P")
-        found = (
-            np.asarray(pixels.rgb(opened, name, upright)) if shown else pixels.samples(opened, name, upright)
-        )
-    if found.ndim == 3 and config.masks == "values" and (found == found[..., :1]).all():
-        found = found[..., 0]
+    with pixels.opened(content := file.read_bytes(), name, pixels.LOSSLESS) as opened:
+        mode, found = opened.mode, pixels.samples(opened, name, upright)
+    colours = found
+    if mode in ("1", "L", "P") and (mode == "P" or config.masks == "colours"):
+        with pixels.opened(content, name, pixels.LOSSLESS) as opened:
+            colours = np.asarray(pixels.rgb(opened, name, upright))
+    if config.masks == "colours" or (config.masks is None and found.ndim == 3):
+        return painted(colours, _colours(config, name), name)
     if found.ndim == 3:
-        colours: dict[tuple[int, ...], int] = {own: c for c, own in enumerate(config.classes.values())}
-        colours |= dict.fromkeys(config.ignored_colours, config.ignore_index)
-        if len(colours) < len(config.classes) + len(set(config.ignored_colours)):
-            raise ConfigError(
-                f"{name} is a mask in colours, and one colour stands for two of `classes` and "
-                "`ignored_colours`: give each its own in params.yaml."
-            )
-        return painted(found, colours, name)
+        if (found != found[..., :1]).any():
+            raise ConfigError(f"{name} is in colours: take `masks: values` out, or set `masks: colours`.")
+        found = found[..., 0]
     table = np.full(256, -1, np.int16)
     table[: len(config.classes)] = range(len(config.classes))
     table[config.ignore_index] = config.ignore_index
-    return mapped(found, table, name)
+    values, other = mapped(found, table, name), False
+    with contextlib.suppress(ConfigError):  # a palette of other colours says nothing
+        if mode == "P" and config.masks is None:
+            other = bool((painted(colours, _colours(config, name), name) != values).any())
+    if other:
+        raise ConfigError(
+            f"{name} shows other classes by the colours of its palette than by its values: set `masks: "
+            "colours` or `masks: values` in params.yaml, whichever is right."
+        )
+    return values
+
+
+def _colours(config: Config, name: str) -> dict[tuple[int, ...], int]:
+    """The value of each colour. ConfigError, which names a mask in colours, where one has two."""
+    colours: dict[tuple[int, ...], int] = {own: value for value, own in enumerate(config.classes.values())}
+    colours |= dict.fromkeys(config.ignored_colours, config.ignore_index)
+    if len(colours) < len(config.classes) + len(set(config.ignored_colours)):
+        raise ConfigError(
+            f"{name} is a mask in colours, and one colour stands for two of `classes` and "
+            "`ignored_colours`: give each its own in params.yaml."
+        )
+    return colours
 
 
 def _files(folder: Path, setting: str, suffix: str, endings: tuple[str, ...]) -> Found:

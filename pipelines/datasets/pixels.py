@@ -8,6 +8,7 @@ bits, the index in one with a palette.
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from pathlib import Path
@@ -26,6 +27,7 @@ WHITE = 255  # what lies behind transparent pixels
 Image.MAX_IMAGE_PIXELS = None  # `opened` says how many are too many, before one is decoded
 
 
+@functools.cache
 def endings(formats: tuple[str, ...] = FORMATS) -> tuple[str, ...]:
     """The endings of files of these formats, in lower case."""
     return tuple(end for end, kind in Image.registered_extensions().items() if kind in formats)

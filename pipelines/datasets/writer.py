@@ -33,6 +33,7 @@ class Writer:
         self.images: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
         self.labels: dict[str, set[str]] = {split: set() for split in SPLITS}
         self.names: dict[str, str] = {}
+        self.turned: list[str] = []
         self._given: dict[str, str] = {}
         self._taken: set[str] = set()
         self._sizes: dict[tuple[str, str], tuple[tuple[int, int], str, int]] = {}
@@ -60,6 +61,7 @@ class Writer:
         elif end == "png":
             content = content[: whole_png(content, origin)]
         self._one_size(split, name, shape, origin, held)
+        self.turned += [origin] * (held != 1)
         file = f"{split}/{self._internal(name)}.{end}"
         (self.root / file).write_bytes(content)
         self.images[split][name] = file
