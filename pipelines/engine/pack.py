@@ -212,6 +212,11 @@ def run_pack(
     While another process trains one of the cells, this one waits. A whole record of exactly today's inputs is
     kept. The reason of a failure stays in ``.scratch/`` for the report. A teacher is a pack of its own.
     """
+    for cell in cells:  # a name that does not exist leaves no trace
+        params.benchmark(cell.benchmark)
+        if not cell.is_teacher:
+            params.student(cell.student)
+            config.known("method", cell.method, params.method_keys)
     failures: dict[Cell, Exception | None] = dict.fromkeys(cells)
     about = Circumstances(datetime.datetime.now(datetime.UTC), machine.git_state(), len(cells), root)
     with ExitStack() as stack:

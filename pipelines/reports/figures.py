@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib
 
-from pipelines import files
+from pipelines import files, fonts
 
 matplotlib.use("Agg")
 
@@ -48,7 +48,8 @@ PIXELS = "Comment"  # and the one with the sum of the pixels (RGBA)
 
 def write(results: Results, folder: Path) -> None:
     """Draw every figure of a benchmark into ``folder``."""
-    with sns.axes_style("ticks", {"axes.grid": True, "grid.color": "0.92"}), plt.rc_context(STYLE):
+    style = STYLE | fonts.style("".join(results.classes()))
+    with sns.axes_style("ticks", {"axes.grid": True, "grid.color": "0.92"}), plt.rc_context(style):
         for name, draw in NAMES.items():
             _save(draw(results), folder / f"{name}.png", source([results]))
 

@@ -286,6 +286,8 @@ def render(table: Table, folder: Path, head: dict[str, Any]) -> None:
             comment_end_string="#>",
         )
         content = environment.get_template(f"table.{kind}.j2").render(table=table, **head)
+        if kind == "tex" and any(character > "\u024f" and character.isalpha() for character in content):
+            content = f"{SCRIPTS}\n{content}"
         files.write_bytes(folder / f"{table.name}.{kind}", content.encode())
 
 
@@ -311,6 +313,10 @@ def escape_tex(value: Any) -> str:
     return " ".join(str(value).split()).translate(TEX)
 
 
+# Above a table with letters that pdfLaTeX does not have.
+SCRIPTS = (
+    r"% Names in other scripts: XeLaTeX or LuaLaTeX, \usepackage{fontspec}, \setmainfont{one that has them}."
+)
 TEX = str.maketrans(
     {
         **{character: f"\\{character}" for character in "&%$#_{}"},
