@@ -19,6 +19,7 @@ from pipelines.reports import (
     benchmark_table,
     claims,
     figures,
+    method_table,
     network_table,
     ranks,
     speed_table,
@@ -88,6 +89,7 @@ def write_texts(params: Params, every: Sequence[Results], root: Path, target: Pa
         claims.write(published, every, params, folder)
     if (root / network_table.PUBLISHED).is_file():
         network_table.write(network_table.load(root / network_table.PUBLISHED), params, folder, root)
+        method_table.write(params, folder, root)
         speed_table.write(params, folder, root)
         benchmark_table.write(params, folder, root)
     spread_table.write(params, every, folder, root)
