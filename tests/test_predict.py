@@ -16,12 +16,12 @@ import pytest
 import torch
 from conftest import rewrite
 from PIL import Image, ImageFile
-from pipelines.engine.cell import run_cell
 from safetensors.torch import load_file
 
 from pipelines import cli, config
 from pipelines.config import ConfigError
 from pipelines.datasets import streets
+from pipelines.engine.pack import run_cell
 from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork
 from pipelines.runs.records import Cell
