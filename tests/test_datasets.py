@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from conftest import read_params, tiny, write_params
 from PIL import Image
-from pipelines.engine.cell import run_cell
 from scipy.io import savemat
 
 from pipelines import config
 from pipelines.config import Benchmark, ConfigError
 from pipelines.datasets import ade20k, archives, cityscapes, folder, voc, writer
+from pipelines.engine.pack import run_cell
 from pipelines.methods import checked
 from pipelines.runs import records
 from pipelines.runs.records import Cell, teacher_cell

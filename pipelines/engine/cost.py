@@ -54,11 +54,13 @@ def step_cost(
             _shape(student),
             _shape(teacher),
             _shape(method),
-            type(method).__module__,
+            f"{type(method).__module__}.{type(method).__qualname__}",
             method.config.model_dump(mode="json"),
             classes,
             training.batch_size,
             training.crop,
+            training.precision,
+            training.auxiliary_weight,
             repr(recipe),
         ]
     )
@@ -68,7 +70,10 @@ def step_cost(
 
 
 def _shape(module: torch.nn.Module | None) -> list[Any]:
-    return [[name, *value.shape] for name, value in module.state_dict().items()] if module else []
+    """All that decides what a pass costs: the layers, with their strides, and their weights."""
+    if module is None:
+        return []
+    return [repr(module), *([name, *value.shape] for name, value in module.state_dict().items())]
 
 
 def _count(
