@@ -536,7 +536,8 @@ def camvid_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lists: str) -> Pa
     """A mirror whose sums are right: 3 samples, and the given train list."""
     source = tmp_path / "mirror" / "CamVid"
     for number, split in enumerate(folder.SPLITS):
-        for name, content in ((split, png(np.roll(RGB, number, 0))), (f"{split}annot", LABEL)):
+        every = png((np.arange(48, dtype=np.uint8) % 12).reshape(6, 8))
+        for name, content in ((split, png(np.roll(RGB, number, 0))), (f"{split}annot", every)):
             (source / name).mkdir(parents=True)
             (source / name / "0.png").write_bytes(content)
         line = f"/SegNet/CamVid/{split}/0.png /SegNet/CamVid/{split}annot/0.png\n"
@@ -805,7 +806,7 @@ def test_everything_works_with_sockets_blocked(tmp_path: Path, monkeypatch: pyte
     raw["benchmarks"]["camvid-small"]["data"]["size"] = None
     raw["tuning"].update(benchmark="streets", methods=["kd"], trials=1, steps=2)
     raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd")}
-    raw["suite"]["variants"] = []
+    raw["suite"].update(variants=[], methods=["kd"])
     own = tmp_path / raw["weights"]["resnet18"]["file"]
     own.parent.mkdir()
     own.write_bytes(b"weights that are there")

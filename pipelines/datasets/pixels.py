@@ -8,9 +8,11 @@ bits, the index in one with a palette.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +41,30 @@ def opened(
     """An image of at most ``most`` pixels that is not decoded yet. ConfigError, which calls it ``origin``."""
     if isinstance(source, bytes) and source.startswith(PNG_START) and "PNG" in formats:
         source = source[: whole_png(source, origin)]
-    try:
+    with _reading(origin):
         # not by its path: Pillow would map the file, and read one that is turned as if it were not
         file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
         image = Image.open(file, formats=formats)
-    except Exception as error:  # Pillow has no one family of errors for broken images
-        raise broken(origin, error) from None
     if image.width * image.height > most:
         raise too_large(origin, most)
     return image
 
 
+@contextlib.contextmanager
+def _reading(origin: str) -> Iterator[None]:
+    """What Pillow raises for broken pixels, as one sentence: it has no one family of errors for them."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise broken(origin, error) from None
+
+
 def rgb(image: Image.Image, origin: str, upright: bool = True) -> Image.Image:
     """The frame that an opened image shows as 8-bit RGB; ``upright`` turns it as its EXIF says."""
     depth, clear = bits(image), image.info.get("transparency")
-    try:
+    with _reading(origin):
         image = ImageOps.exif_transpose(image) if upright else image
         image.load()
         if image.mode in ("P", "PA") and not (image.palette and image.palette.palette):
@@ -80,16 +91,12 @@ def rgb(image: Image.Image, origin: str, upright: bool = True) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (WHITE,) * 3), image)
         return image.convert("RGB")
-    except ConfigError:
-        raise
-    except Exception as error:  # as above
-        raise broken(origin, error) from None
 
 
 def samples(image: Image.Image, origin: str, upright: bool = True) -> np.ndarray:
     """The values of an opened label, (H, W), or its colours (H, W, 3) uint8 where it has three channels."""
     depth = bits(image)
-    try:
+    with _reading(origin):
         image = ImageOps.exif_transpose(image) if upright else image
         image.load()
         if image.mode in ("RGBA", "LA", "PA") and depth == 8:
@@ -103,10 +110,6 @@ def samples(image: Image.Image, origin: str, upright: bool = True) -> np.ndarray
             return np.asarray(image).astype(np.uint8) // (1 if depth == 1 else 255 // (2**depth - 1))
         if image.mode in ("P", "I") or image.mode.startswith("I;") or (image.mode == "RGB" and depth == 8):
             return np.asarray(image)
-    except ConfigError:
-        raise
-    except Exception as error:  # as above
-        raise broken(origin, error) from None
     raise ConfigError(
         f"{origin} has the mode {image.mode} with {depth} bits; a label must have one channel, its values "
         "or a palette, or the colours of the classes in RGB with 8 bits."
