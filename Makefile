@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_OFFLINE := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: repro test lint tables verify ui tune bench speed spread smoke torture clean lock
+.PHONY: repro test lint tables readme verify ui tune bench speed spread smoke torture clean lock
 
 repro: $(READY)  ## run every experiment of params.yaml that is not up to date, JOBS at a time, then the report
 	python -m pipelines.suite.repro $(if $(JOBS),--jobs $(JOBS)) $(if $(SCHEDULER),--scheduler $(SCHEDULER)) $(if $(CLUSTER),--cluster $(CLUSTER)) $(if $(DASHBOARD),--dashboard)
@@ -19,6 +19,9 @@ test: $(READY)  ## the tests, on all cores
 
 tables: $(READY)  ## regenerate tables and figures from the committed run records: no weights, no GPU
 	python -m pipelines.stages.report
+
+readme: $(READY)  ## for maintainers: reports/ and the results in README.md from the committed records alone
+	python -m pipelines.tools.readme
 
 verify: $(READY)  ## whether the run records support every number of the reports and the README
 	python -m pipelines.tools.verify

@@ -36,18 +36,49 @@ def few_words(value: Any, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+# What each kind of pydantic's errors is called here; its own words are for programmers.
+PROBLEMS = {
+    "bool": "it must be true or false",
+    "dict": "it must be a section with entries of its own",
+    "finite": "it must be a finite number",
+    "float": "it must be a number",
+    "greater_than": "it must be above {gt}",
+    "greater_than_equal": "it must be at least {ge}",
+    "int": "it must be a whole number",
+    "less_than": "it must be below {lt}",
+    "less_than_equal": "it must be at most {le}",
+    "list": "it must be a list",
+    "literal": "it must be {expected}",
+    "model": "it must be a section with settings of its own",
+    "path": "it must be a path",
+    "string": "it must be text, in quotes where it looks like a number",
+    "string_pattern": "it has a character that is not allowed here (the form is {pattern})",
+    "string_too_long": "it must have at most {max_length} characters",
+    "string_too_short": "it must have at least {min_length} characters",
+    "too_long": "it has {actual_length} entries, and at most {max_length} are possible",
+    "too_short": "it has {actual_length} entries, and at least {min_length} are needed",
+    "tuple": "it must be a list",
+    "value_error": "{error}",
+}
+
+
 def explain(section: str, error: ValidationError, file: str = "params.yaml", shown: int = 3) -> str:
     """A pydantic error as sentences that name the place in the file: the first few problems."""
     lines, found = [], error.errors()
     for item in found[:shown]:
-        value, problem = few_words(item["input"]), " ".join(item["msg"].split())[:200]
-        parts = [section, *(str(part) for part in item["loc"])]
+        kind, value, where = item["type"], few_words(item["input"]), [str(part) for part in item["loc"]]
+        parts = [section, *(part for part in where if "[" not in part)]  # what is left out names a type
         place = ".".join(part if part.isprintable() else ascii(part) for part in parts).strip(".")[:200]
-        if item["type"] == "extra_forbidden":
+        if kind in ("extra_forbidden", "invalid_key"):
             lines.append(f"{place} is not a known setting: correct its spelling or remove it.")
-        elif item["type"] == "missing":
+        elif kind == "missing":
             lines.append(f"{place} is missing: add it.")
+        elif "[key]" in where and kind.startswith("string_type"):
+            lines.append(f"{place} is a name and must be text: write it in quotes, or in words.")
         else:
+            known = max((start for start in PROBLEMS if kind.startswith(start)), key=len, default="")
+            problem = PROBLEMS.get(known, "it is of another kind than this setting")
+            problem = " ".join(problem.format_map(item.get("ctx", {})).split())[:200]
             lines.append(f"{place} = {value} is not allowed: {problem}.")
     more = f" … ({len(found)} problems in all)" if len(found) > shown else ""
     return f"In {file}: {' '.join(lines)}{more}"
@@ -151,6 +182,12 @@ class Network(Model):
     output_stride: Literal[8, 16, 32]
     weights: Key | None
     recipe: Recipe | None = None
+
+    @property
+    def smallest(self) -> int:
+        """The least pixels a side that the network can see: SegFormer's first stage reduces its keys, at a
+        quarter of the size, by 8."""
+        return 29 if self.encoder.startswith("mit_") else 1
 
 
 class Augmentation(Model):
@@ -343,7 +380,7 @@ def dataset_module(data: dict[str, Any], benchmark: str) -> Any:
     have = sorted(
         p.stem
         for p in (ROOT / "pipelines" / "datasets").glob("[a-z]*.py")
-        if p.stem not in ("archives", "folder", "transforms", "writer")
+        if p.stem not in ("archives", "folder", "pixels", "transforms", "writer")
     )
     if name not in have:
         raise ConfigError(
@@ -362,22 +399,43 @@ def load(path: Path | None = None) -> Params:
     except ValidationError as error:
         raise ConfigError(explain("", error)) from None
     suite = params.suite
-    networks = [*params.students.values(), *(own.teacher.network for own in params.benchmarks.values())]
-    for kind, wanted, have in (
-        ("benchmark", suite.benchmarks, params.benchmarks),
-        ("student", suite.students, params.students),
-        ("method", [suite.reference, *suite.methods], params.methods),
-        ("method", params.official, params.methods),
-        ("entry of official", suite.official, params.official),
-        ("variant", suite.variants, params.acfd),
-        ("benchmark", [params.tuning.benchmark], params.benchmarks),
-        ("student", [params.tuning.student], params.students),
-        ("method", params.tuning.methods, params.method_keys),
-        ("file of weights", suite.weights, params.weights),
-        ("file of weights", filter(None, (network.weights for network in networks)), params.weights),
+    networks = {f"students.{key}": network for key, network in params.students.items()}
+    networks |= {
+        f"benchmarks.{key}.teacher.network": b.teacher.network for key, b in params.benchmarks.items()
+    }
+    weights = {f"{place}.weights": [own.weights] for place, own in networks.items() if own.weights}
+    missing: dict[tuple[str, str, str], list[str]] = {}  # kind, section, key: the places that name it
+    for kind, section, have, places in (
+        ("benchmark", "benchmarks", params.benchmarks, {"suite.benchmarks": suite.benchmarks}),
+        ("student", "students", params.students, {"suite.students": suite.students}),
+        (
+            "method",
+            "methods",
+            params.methods,
+            {
+                "suite.reference": [suite.reference],
+                "suite.methods": suite.methods,
+                "official": params.official,
+            },
+        ),
+        ("entry of official", "official", params.official, {"suite.official": suite.official}),
+        ("variant", PAPER, params.acfd, {"suite.variants": suite.variants}),
+        ("benchmark", "benchmarks", params.benchmarks, {"tuning.benchmark": [params.tuning.benchmark]}),
+        ("student", "students", params.students, {"tuning.student": [params.tuning.student]}),
+        ("method", "methods", params.method_keys, {"tuning.methods": params.tuning.methods}),
+        ("file of weights", "weights", params.weights, {"suite.weights": suite.weights} | weights),
     ):
-        for key in wanted:
-            known(kind, key, have)
+        for place, wanted in places.items():
+            for key in wanted:
+                if key not in have:
+                    missing.setdefault((kind, section, key), []).append(place)
+    for (kind, section, key), named in missing.items():
+        try:
+            known(kind, key, getattr(params, section))
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error} It is named in {' and '.join(named)}: take it out there, or add it to `{section}`."
+            ) from None
     if suite.reference not in suite.methods:
         raise ConfigError(
             f"In params.yaml: suite.methods must hold suite.reference, {suite.reference}: every method is "
@@ -400,4 +458,15 @@ def load(path: Path | None = None) -> Params:
             )
     for name, benchmark in params.benchmarks.items():
         dataset(benchmark.data, name)
+        students = suite.students if name in suite.benchmarks else []
+        for place, training, network in (
+            (f"benchmarks.{name}.teacher.training", benchmark.teacher.training, benchmark.teacher.network),
+            *((f"benchmarks.{name}.training", benchmark.training, params.students[key]) for key in students),
+        ):
+            window = training.sliding.window if training.sliding else training.crop
+            if min(*training.crop, *window) < network.smallest:
+                raise ConfigError(
+                    f"In params.yaml: {place} has a crop or a window below {network.smallest} pixels a "
+                    f"side, the least that the encoder {network.encoder} sees: enlarge it."
+                )
     return params

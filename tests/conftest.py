@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ def tiny(raw: dict[str, Any]) -> dict[str, Any]:
     for network in (benchmark["teacher"]["network"], raw["students"]["pspnet-resnet18"]):
         network["encoder"] = "tu-test_resnet"  # of timm, half a million weights
     raw["suite"].update(benchmarks=["streets"], students=["pspnet-resnet18"], seeds=[0], variants=["full"])
+    raw["suite"].update(methods=["none", "kd", "skd", "cwd"], official=[], controls=[1.5])
     return raw
 
 
@@ -115,11 +116,20 @@ def copy_repository(target: Path) -> Path:
     return target
 
 
-@pytest.fixture(scope="session")
-def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with params.yaml, the data and the trained teacher of the tiny benchmark. Do not change it."""
-    from pipelines.engine.cell import run_cell
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A teacher would use all cores, see OMP_NUM_THREADS."""
+    from pipelines.engine import machine
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "cores", lambda: 1)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_root(_one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with params.yaml, the data and the trained teacher of the tiny benchmark. Do not change it."""
+    from pipelines.engine.pack import run_cell
     from pipelines.runs.records import teacher_cell
     from pipelines.stages.fetch import fetch
 
@@ -149,3 +159,19 @@ def edit(place: Path) -> Callable[[Callable[[dict[str, Any]], None]], config.Par
         return checked(config.load(place / "params.yaml"))
 
     return apply
+
+
+def trained(params: config.Params, root: Path, *cells: records.Cell) -> dict[str, Any]:
+    """Train a pack, without records: what was prepared for each method. What stops a cell is raised."""
+    from pipelines.engine.pack import Prepared, bench, plan, teacher_of, train_plans
+
+    shared, found = bench(params, cells[0].benchmark, root), dict[str, Prepared]()
+
+    def finish(prepared: Prepared) -> None:
+        found[prepared.plan.cell.method] = prepared
+
+    teacher, plans = teacher_of(cells, params, shared, root), [plan(params, cell) for cell in cells]
+    for failure in train_plans(plans, params, shared, teacher, finish, root=root).values():
+        if failure is not None:
+            raise failure
+    return found

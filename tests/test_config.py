@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import datetime
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
 from conftest import ROOT, read_params, write_params
+from pydantic import Field, ValidationError
 
 from pipelines import config
 from pipelines.config import ConfigError
 from pipelines.methods import checked
 
 Change = Callable[[dict[str, Any]], Any]
+
+
+MINE: dict[str, Any] = {
+    "dataset": "custom",
+    "images": "photos",
+    "labels": "masks",
+    "ignore_index": 255,
+    "splits": {"train": "a", "val": "b", "test": "c"},
+    "size": None,
+}
 
 
 def loaded(tmp_path: Path, change: Change) -> config.Params:
@@ -32,7 +45,7 @@ def loaded(tmp_path: Path, change: Change) -> config.Params:
     [
         (
             lambda r: r["suite"]["benchmarks"].append("moon"),
-            "no benchmark 'moon'.*streets, camvid-small, camvid",
+            "no benchmark 'moon'.*streets, camvid-half, camvid",
         ),
         (lambda r: r["suite"]["students"].append("vgg"), "no student 'vgg'.*pspnet-resnet18"),
         (lambda r: r["suite"]["variants"].append("abc"), "no variant 'abc'.*full, afd"),
@@ -72,7 +85,31 @@ def loaded(tmp_path: Path, change: Change) -> config.Params:
         ),
         (lambda r: r.update(extra=1), "extra is not a known setting"),
         (lambda r: r["tuning"]["methods"].append("kdd"), "no method 'kdd'"),
-        (lambda r: r["methods"]["none_matched"].update(match=["kdd"]), "no method 'kdd'"),
+        (
+            lambda r: r["methods"].pop("skd"),
+            r"no method 'skd' .* named in suite.methods and tuning.methods: take it out there, or add it to "
+            "`methods`",
+        ),
+        (
+            lambda r: r["weights"].pop("mobilenetv2"),
+            r"named in students.pspnet-mobilenetv2-imagenet.weights: take it out there",
+        ),
+        (
+            lambda r: r["benchmarks"]["cityscapes-segformer"]["teacher"].update(
+                training=r["benchmarks"]["streets"]["training"] | {"crop": [28, 64]}
+            ),
+            r"cityscapes-segformer.teacher.training has a crop or a window below 29 pixels .* mit_b2",
+        ),
+        (
+            lambda r: r["benchmarks"]["streets"].update(
+                data=MINE | {"classes": {0: [0, 0, 0], 1: [9, 9, 9]}}
+            ),
+            r"data\.classes\.0 is a name and must be text: write it in quotes",
+        ),
+        (
+            lambda r: r["benchmarks"]["streets"].update(data=MINE | {"classes": {"plant": [0, 0, 0]}}),
+            "one class leaves nothing to tell apart; name the background as a class too",
+        ),
     ],
 )
 def test_bad_params_are_one_sentence(tmp_path: Path, change: Change, sentence: str) -> None:
@@ -139,7 +176,12 @@ def test_stage_list_is_the_matrix_of_params() -> None:
     suite = raw["suite"]
     expected = [f"{stage}@{b}" for stage in ("fetch", "train_teacher") for b in suite["benchmarks"]]
     expected += [f"fetch_weights@{key}" for key in suite["weights"]]
-    for stage, keys in (("distill", raw["methods"]), ("acfd", suite["variants"])):
+    for stage, keys in (
+        ("distill", suite["methods"]),
+        ("control", suite["controls"]),
+        ("official", suite["official"]),
+        ("acfd", suite["variants"]),
+    ):
         expected += [
             f"{stage}@{b}-{s}-{k}-{seed}"
             for b in suite["benchmarks"]
@@ -183,3 +225,82 @@ def test_yaml_is_read_as_dvc_reads_and_writes_it() -> None:
     assert config.parse_yaml("lr: 6e-05", "dvc.lock") == {"lr": 0.00006}
     with pytest.raises(ConfigError, match=r'dvc.lock is not valid YAML: .*duplicate key "a".* \(line 2\)'):
         config.parse_yaml("a: 1\na: 2", "dvc.lock")
+
+
+PYDANTIC = re.compile(
+    r"[Ii]nput should|[Vv]alue error|[Ff]ield required|validation|Extra inputs|unable to parse"
+)
+
+
+class Every(config.Model):
+    """A field of each kind that a ``Config`` can have."""
+
+    number: Annotated[float, Field(gt=0, lt=9)] = 1
+    count: Annotated[int, Field(ge=1, le=9)] = 1
+    flag: bool = True
+    text: Annotated[str, Field(pattern="^a+$", max_length=5)] = "a"
+    word: Annotated[str, Field(min_length=2)] = "aa"
+    choice: Literal["a", "b"] = "a"
+    pair: tuple[int, int] = (1, 2)
+    many: list[int] = Field([1], min_length=1, max_length=2)
+    names: dict[str, int] = Field({"a": 1}, min_length=1)
+    path: Path | None = None
+    inner: config.Sliding | None = None
+    either: int | bool | None = None
+
+
+VALUES: list[Any] = [
+    *(
+        None,
+        True,
+        "b",
+        "",
+        "aaaaaaaaa",
+        0,
+        -1,
+        10,
+        1.5,
+        float("nan"),
+        float("inf"),
+        10**400,
+        b"x",
+        [],
+        [1, 2, 3],
+    ),
+    *(["x"], {}, {1: 1}, {"a": "b"}, {"window": [1, 1], "stride": [2, 2]}, datetime.date(2020, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("name", Every.model_fields)
+def test_no_word_of_pydantic_s_reaches_a_user(name: str) -> None:
+    said = 0
+    for value in VALUES:
+        try:
+            Every.model_validate({name: value})
+        except ValidationError as error:
+            said += 1
+            text = config.explain("methods.x", error)
+            assert text.startswith(f"In params.yaml: methods.x.{name}") and not PYDANTIC.search(text), text
+            assert "another kind" not in text or name == "either", text
+    assert said >= 5
+
+
+def test_git_changes_no_byte(tmp_path: Path) -> None:
+    """A checkout with CRLF for line ends has the bytes whose sums are in the records."""
+    content = b"one\ntwo\r\nthree\n"
+
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "core.autocrlf=true"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    shutil.copy(ROOT / ".gitattributes", tmp_path)
+    names = ["run.json", "history.csv", "table.md", "figure.png", "code.py"]
+    for name in names:
+        (tmp_path / name).write_bytes(content)
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "start")
+    for name in names:
+        (tmp_path / name).unlink()
+    git("checkout", "--", ".")
+    assert all((tmp_path / name).read_bytes() == content for name in names)

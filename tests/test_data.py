@@ -438,6 +438,49 @@ def test_camvid_missing_and_altered_originals_are_named(little_camvid, tmp_path)
     assert entries(tmp_path / "data") == set()
 
 
+def test_camvid_as_on_kaggle(little_camvid, tmp_path):
+    """The split by the names, wherever the files lie; the classes by an independent list of some colours."""
+    grouped = {
+        (0, 128, 64): "building",  # bridge
+        (0, 0, 64): "pole",  # traffic cone
+        (192, 0, 64): "road",  # lane marking
+        (128, 128, 192): "pavement",  # road shoulder
+        (192, 192, 0): "tree",  # vegetation
+        (0, 64, 64): "sign symbol",  # traffic light
+        (192, 64, 128): "car",  # train
+        (64, 128, 64): "pedestrian",  # animal
+        (192, 0, 192): "bicyclist",  # motorcycle
+        (128, 128, 128): "sky",
+        (64, 64, 128): "fence",
+        (0, 0, 0): None,
+    }
+    mirror, rng = tmp_path / "kaggle", np.random.default_rng(0)
+    colours = np.array([*grouped], np.uint8)
+    drawn = {}
+    for name, place in (("0", "val"), ("1", "train"), ("2", "test")):
+        drawn[name] = rng.integers(0, len(colours), (36, 48))
+        for kind, file, array in (
+            ("", f"{name}.png", rng.integers(0, 256, (36, 48, 3), np.uint8)),
+            ("_labels", f"{name}_L.png", colours[drawn[name]]),
+        ):
+            (mirror / "CamVid" / f"{place}{kind}").mkdir(parents=True)
+            Image.fromarray(array).save(mirror / "CamVid" / f"{place}{kind}" / file)
+    with pytest.raises(ConfigError, match=r"holds no CamVid .* `variant: kaggle` is to be set"):
+        fetch(tmp_path / "data", "c", camvid_data(mirror=str(mirror)))
+    with pytest.raises(ConfigError, match=r"is not in .*train_labels; it is not downloaded"):
+        fetch(tmp_path / "data", "c", camvid_data(mirror=str(little_camvid), variant="kaggle"))
+    found = fetch(tmp_path / "data", "c", camvid_data(mirror=str(mirror), variant="kaggle"))
+    assert (found.classes, found.size) == (camvid.META.classes, (36, 48))
+    numbers = [camvid.META.classes.index(name) if name else 11 for name in grouped.values()]
+    for name, split in (("0", "train"), ("1", "val"), ("2", "test")):
+        label = np.asarray(Image.open(tmp_path / "data" / "c" / f"{split}annot" / f"{name}.png"))
+        assert np.array_equal(label, np.array(numbers)[drawn[name]])
+    assert len({colour for own in camvid.GROUPS for colour in own.split()}) == 32
+    (mirror / "CamVid" / "test_labels" / "2_L.png").unlink()
+    with pytest.raises(ConfigError, match=r"lacks 2_L.png"):
+        fetch(tmp_path / "data", "c", camvid_data(mirror=str(mirror), variant="kaggle"))
+
+
 def git(*arguments: str, cwd: Path) -> str:
     identity = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "core.autocrlf=false"]
     return subprocess.run(

@@ -14,17 +14,18 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
+from unicodedata import normalize
 
 import numpy as np
 import pytest
 from conftest import read_params, tiny, write_params
 from PIL import Image
-from pipelines.engine.cell import run_cell
 from scipy.io import savemat
 
 from pipelines import config
 from pipelines.config import Benchmark, ConfigError
 from pipelines.datasets import ade20k, archives, cityscapes, folder, voc, writer
+from pipelines.engine.pack import run_cell
 from pipelines.methods import checked
 from pipelines.runs import records
 from pipelines.runs.records import Cell, teacher_cell
@@ -276,6 +277,39 @@ def test_labels_of_ade20k(kind: Kind, tmp_path: Path) -> None:
 def test_a_size_resizes_images_and_labels(kind: Kind, tmp_path: Path) -> None:
     pack(tmp_path / "mirror", kind, kind.files(), "archives")
     assert build(tmp_path, kind.data | {"size": [16, 24]}).size == (16, 24)
+
+
+@pytest.mark.parametrize("form", ["archives", "folders", "inside"])
+@pytest.mark.parametrize("kind", ["voc"], indirect=True)
+def test_voc_with_the_augmented_masks_of_others(kind: Kind, tmp_path: Path, form: str) -> None:
+    """The same data as with SBD."""
+    files, place = kind.files(), tmp_path / "mirror"
+    pack(place, kind, files, "archives")
+    build(tmp_path, kind.data)
+    root = tmp_path / "data" / "large"
+    wanted = {s: [pixels(root, s, Path(i).stem) for i, _ in folder.read_list(root, s)] for s in folder.SPLITS}
+    (place / voc.SBD[0]).unlink()
+    masks = {}
+    for name in [name for name in files if name.startswith("benchmark_RELEASE")]:
+        content = files.pop(name)
+        if name.endswith(".mat"):
+            masks[f"SegmentationClassAug/{Path(name).stem}.png"] = png(voc._segmentation(content, name))
+    if form == "archives":
+        with zipfile.ZipFile(place / voc.AUG[0], "w") as opened:
+            for name, content in masks.items():
+                opened.writestr(name, content)
+    else:
+        above = place / "VOCdevkit" / "VOC2012" if form == "inside" else place
+        if form == "inside":
+            (place / voc.VOC[0]).unlink()
+            pack(place, kind, files, "folders")
+        (above / "SegmentationClassAug").mkdir()
+        for name, content in masks.items():
+            (above / name).write_bytes(content)
+    build(tmp_path, kind.data)
+    for split, found in wanted.items():
+        again = [pixels(root, split, Path(i).stem) for i, _ in folder.read_list(root, split)]
+        assert len(again) == len(found) and all(map(np.array_equal, again, found))
 
 
 # ---- what is wrong is said
@@ -552,17 +586,22 @@ def test_ones_own_photographs_are_turned_as_they_were_seen(
 @pytest.mark.parametrize(
     ("path", "content", "said"),
     [
-        ("masks/a/1.png", None, "no label PNG for a/1"),
-        ("photos/a/1.jpg", None, r"no image \(PNG or JPEG\) for a/1"),
+        ("masks/a/1.png", None, r"has no mask .* for a/1 of the split files\.$"),
+        ("photos/a/1.jpg", None, r"has no image \(PNG, JPEG, …\) for a/1"),
         ("photos/a/1.png", b"", "several images for a/1"),
         ("masks/a/1.png", png(np.full((32, 44), 3, np.uint8)), "masks/a/1.png has the value 3"),
-        ("masks/a/1.png", png(np.zeros((32, 40), np.uint8)), "a__1.jpg is 44x32 but its label .* is 40x32"),
-        ("masks/a/1.png", b"GIF89a", r"masks/a/1.png is no whole PNG file\.$"),
-        ("photos/a/1.jpg", b"GIF89a", r"photos/a/1.jpg is no whole PNG or JPEG image\.$"),
+        (
+            "masks/a/1.png",
+            png(np.zeros((32, 40), np.uint8)),
+            "a/1.jpg is 44x32 but its label .*masks/a/1.png is 40x32",
+        ),
+        ("masks/a/1.png", b"GIF89a", r"masks/a/1.png is no whole image\.$"),
+        ("photos/a/1.jpg", b"GIF89a", r"photos/a/1.jpg is no whole image"),
         ("val.txt", b"a/1\n", "a/1 stands twice in the split files"),
         ("val.txt", b"\n", "val.txt names no sample"),
         ("val.txt", b"../masks/a/1\n", "has '../masks/a/1'"),
-        ("val.txt", b"\xff\xfe", "val.txt cannot be read: correct `splits.val`"),
+        ("val.txt", b"\xff\xfe", "val.txt names no sample"),
+        ("val.txt", b"\xff\xfea", "val.txt cannot be read: correct `splits.val`"),
         ("val.txt", None, "val.txt cannot be read"),
     ],
 )
@@ -588,6 +627,367 @@ def test_what_is_wrong_with_ones_own(
 def test_bad_settings_of_ones_own(own: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         build(tmp_path, OWN | change)
+
+
+# ---- layouts, names and masks of one's own
+
+SCENE = np.arange(32 * 44).reshape(32, 44) // 470 % 3  # all classes in three bands
+
+
+def layout(root: Path, names: list[str], **change: Any) -> dict[str, Any]:
+    """Four samples under any names; what is to be changed is ``image`` or ``mask`` (name, index → file and
+    content), ``lists`` (the text of a list → its bytes) or a setting."""
+    image = change.pop("image", lambda name, index: (f"photos/{name}.png", png(pictures[index])))
+    mask = change.pop("mask", lambda name, index: (f"masks/{name}.png", png(SCENE.astype(np.uint8))))
+    lists = change.pop("lists", str.encode)
+    pictures = np.random.default_rng(3).integers(0, 256, (4, 32, 44, 3), np.uint8)
+    for index, name in enumerate(names):
+        for path, content in (image(name, index), mask(name, index)):
+            file = Path(os.fsdecode(os.path.join(os.fsencode(root), os.fsencode(path))))  # noqa: PTH118
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+    for split, own in (("train", names[:2]), ("val", names[2:3]), ("test", names[3:])):
+        (root / f"{split}.txt").write_bytes(lists("".join(f"{name}\n" for name in own)))
+    return OWN | change
+
+
+PLAIN = [f"img{index}" for index in range(4)]
+COLOURED = {"ground": [0, 0, 0], "plant": [0, 255, 0], "stone": [90, 90, 90]}
+
+
+def in_colours(values: np.ndarray) -> np.ndarray:
+    return np.array(list(COLOURED.values()), np.uint8)[values]
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def png_with_palette(values: np.ndarray, palette: list[int]) -> bytes:
+    image = Image.fromarray(values.astype(np.uint8))
+    image.putpalette(palette)
+    return saved(image, "PNG")
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ACFD_MIRROR", str(tmp_path / "mine"))
+    return tmp_path / "mine"
+
+
+def scenes_of(tmp_path: Path) -> list[np.ndarray]:
+    root = tmp_path / "data" / "large"
+    return [
+        np.asarray(Image.open(root / label))
+        for split in folder.SPLITS
+        for _, label in folder.read_list(root, split)
+    ]
+
+
+MASKS: dict[str, tuple[dict[str, Any], Callable[[str, int], tuple[str, bytes]]]] = {
+    "colours": ({}, lambda name, _: (f"masks/{name}.png", png(in_colours(SCENE)))),
+    "colours, opaque": (
+        {},
+        lambda name, _: (
+            f"masks/{name}.png",
+            saved(Image.fromarray(in_colours(SCENE)).convert("RGBA"), "PNG"),
+        ),
+    ),
+    "gray colours": (
+        {"masks": "colours", "classes": {"a": [0, 0, 0], "b": [128] * 3, "c": [255] * 3}},
+        lambda name, _: (f"masks/{name}.png", png(np.array([0, 128, 255], np.uint8)[SCENE])),
+    ),
+    "a palette of colours": (
+        {"masks": "colours"},
+        lambda name, _: (f"masks/{name}.png", saved(Image.fromarray(in_colours(SCENE)).quantize(8), "PNG")),
+    ),
+    "16 bits": ({}, lambda name, _: (f"masks/{name}.png", png(SCENE.astype(np.uint16)))),
+    "values in three channels": (
+        {"masks": "values"},
+        lambda name, _: (f"masks/{name}.png", png(np.repeat(SCENE[..., None], 3, 2).astype(np.uint8))),
+    ),
+    "TIFF": (
+        {},
+        lambda name, _: (f"masks/{name}.TIF", saved(Image.fromarray(SCENE.astype(np.uint8)), "TIFF")),
+    ),
+    "BMP": ({}, lambda name, _: (f"masks/{name}.bmp", saved(Image.fromarray(SCENE.astype(np.uint8)), "BMP"))),
+    "a suffix": (
+        {"label_suffix": "_mask"},
+        lambda name, _: (f"masks/{name}_Mask.PNG", png(SCENE.astype(np.uint8))),
+    ),
+    "a suffix in the folder of images": (
+        {"label_suffix": "_mask.png", "labels": "photos"},
+        lambda name, _: (f"photos/{name}_mask.png", png(SCENE.astype(np.uint8))),
+    ),
+    "bytes behind its end": (
+        {},
+        lambda name, _: (f"masks/{name}.png", png(SCENE.astype(np.uint8)) + bytes(64)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_of_every_layout(kind: str, mine: Path, tmp_path: Path) -> None:
+    change, mask = MASKS[kind]
+    build(tmp_path, layout(mine, PLAIN, mask=mask, **change))
+    for found in scenes_of(tmp_path):
+        assert np.array_equal(found, SCENE)
+
+
+@pytest.mark.parametrize("size", [None, [32, 44]])
+@pytest.mark.parametrize(
+    ("change", "mask", "said"),
+    [
+        (
+            {},
+            lambda name, _: (f"masks/{name}.png", png(in_colours(SCENE) + np.uint8(1))),
+            r"img0.png has colours that are in no class: \[1, 0, 1\], .*`classes`.*`ignored_colours`",
+        ),
+        (
+            {"classes": COLOURED | {"stone": [0, 255, 0]}},
+            lambda name, _: (f"masks/{name}.png", png(in_colours(SCENE))),
+            "one colour stands for two of `classes`",
+        ),
+        (
+            {},
+            lambda name, _: (
+                f"masks/{name}.png",
+                png(np.dstack([in_colours(SCENE), SCENE * 90]).astype(np.uint8)),
+            ),
+            "has transparent pixels",
+        ),
+        (
+            {},
+            lambda name, _: (f"masks/{name}.png", png(SCENE.astype(np.uint16) + 300)),
+            "has the value 300, which this data set does not know",
+        ),
+        (
+            {},  # the order of the palette is not that of the classes
+            lambda name, _: (
+                f"masks/{name}.png",
+                png_with_palette(2 - SCENE, in_colours(np.array([2, 1, 0])).ravel().tolist()),
+            ),
+            "other classes by the colours of its palette than by its values: set `masks: colours` or "
+            "`masks: values`",
+        ),
+        (
+            {"masks": "values"},
+            lambda name, _: (f"masks/{name}.png", png(in_colours(SCENE))),
+            "img0.png is in colours: take `masks: values` out",
+        ),
+        (
+            {},
+            lambda name, _: (f"masks/{name}_gt.png", png(SCENE.astype(np.uint8))),
+            "There is img0_gt: set `label_suffix: _gt` in params.yaml",
+        ),
+        (
+            {"labels": "photos"},
+            lambda name, _: (f"photos/{name}_gt.png", png(SCENE.astype(np.uint8))),
+            "There is img0_gt: set `label_suffix: _gt` in params.yaml",
+        ),
+        (
+            {},
+            lambda name, i: (f"masks/{name}.{'png' if i else 'jpg'}", jpeg(32, 44)),
+            r"has no mask \(PNG, TIFF or BMP\) for img0",
+        ),
+        (
+            {},
+            lambda name, _: (f"masks/{name}.png", png(SCENE[:20].astype(np.uint8))),
+            "photos/img0.png is 44x32 but its label .*masks/img0.png is 44x20",
+        ),
+    ],
+)
+def test_what_is_wrong_with_masks_of_ones_own(
+    change: dict[str, Any], mask: Any, said: str, size: Any, mine: Path, tmp_path: Path
+) -> None:
+    """The same answer with and without resizing."""
+    with pytest.raises(ConfigError, match=said):
+        build(tmp_path, layout(mine, PLAIN, mask=mask, size=size, **change))
+
+
+@pytest.mark.parametrize("orientation", ["exif", "stored"])
+def test_a_turn_that_keeps_the_size_is_said(
+    orientation: str, mine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = layout(mine, PLAIN, orientation=orientation)
+    Image.open(mine / "photos/img1.png").save(mine / "photos/img1.png", exif=exif)
+    build(tmp_path, data)
+    said = "1 images are turned as their camera noted (EXIF)"
+    assert (said in caplog.text and "set `orientation: stored`" in caplog.text) == (orientation == "exif")
+
+
+@pytest.mark.parametrize("size", [None, [16, 22]])
+@pytest.mark.parametrize("orientation", ["exif", "stored"])
+def test_masks_drawn_on_the_stored_pixels(orientation: str, size: Any, mine: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = np.random.default_rng(0).integers(0, 256, (32, 44, 3), np.uint8)
+    data = layout(
+        mine,
+        PLAIN,
+        image=lambda name, i: (
+            f"photos/{name}.jpg",
+            saved(Image.fromarray(picture + np.uint8(i)), "JPEG", exif=exif),
+        ),
+        orientation=orientation,
+        size=size,
+    )
+    if orientation == "stored":
+        assert build(tmp_path, data).size == ((16, 22) if size else (32, 44))
+    else:
+        with pytest.raises(ConfigError, match=r"EXIF orientation 6\).*set `orientation: stored`"):
+            build(tmp_path, data)
+
+
+NAMES = [
+    *("l'arbre", "plot#0", "IMG 0 (copy)", "Mu\u0308ller", "道路", "a&b;$(id)", "x%20y", 'q"uote', "-dash"),
+    *("tab\there", " edge ", "[x]", "back\\slash", "a__b", "..dots", "emoji 🌳", "n" * 240, "\udce4lt"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_that_a_file_can_have(name: str, mine: Path, tmp_path: Path) -> None:
+    """Also one in another encoding than UTF-8; what the user calls it is what records and panels call it."""
+    names = [f"{name}{index}" if len(name) < 200 else f"{index}{name}" for index in range(4)]
+    data = layout(mine, names, lists=lambda text: text.encode("utf-8", "surrogateescape"))
+    description = build(tmp_path, data)
+    root = tmp_path / "data" / "large"
+    assert description == folder.check(root)
+    (called,) = folder.load(root, "test").names
+    readable = names[3].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    assert called == f"test/{normalize('NFC', readable)}.png"
+    assert np.array_equal(scenes_of(tmp_path)[0], SCENE)
+
+
+def test_names_that_would_be_one(mine: Path, tmp_path: Path) -> None:
+    names = ["a/b", "a__b", "A__B", "c"]
+    build(tmp_path, layout(mine, names))
+    root = tmp_path / "data" / "large"
+    found = [name for split in folder.SPLITS for name in folder.load(root, split).names]
+    assert found == ["train/a__b.png", "train/a__b.png", "val/A__B.png", "test/c.png"]
+    assert len({i.casefold() for s in folder.SPLITS for i, _ in folder.read_list(root, s)}) == 4
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda text: text.encode("utf-8-sig"),
+        lambda text: text.encode("utf-16"),
+        lambda text: b"\xfe\xff" + text.encode("utf-16-be"),
+        lambda text: text.replace("\n", "\r\n").encode(),
+        lambda text: normalize("NFC", text).encode(),
+        lambda text: normalize("NFD", text).encode(),
+        lambda text: text.replace("\n", ".PNG \n").encode(),
+        lambda text: text.replace("/", "\\").encode(),
+    ],
+)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_lists_of_every_editor(written: Any, form: Any, mine: Path, tmp_path: Path) -> None:
+    names = [normalize(form, f"é/Müller {index}") for index in range(4)]
+    build(tmp_path, layout(mine, names, lists=written))
+    assert np.array_equal(scenes_of(tmp_path)[3], SCENE)
+
+
+def test_a_list_in_another_encoding_names_what_it_lacks(mine: Path, tmp_path: Path) -> None:
+    data = layout(mine, [f"ä{index}" for index in range(4)], lists=lambda text: text.encode("latin-1"))
+    with pytest.raises(
+        ConfigError, match=r"has no image .* for '\\udce40', '\\udce41' of the split files"
+    ) as found:
+        build(tmp_path, data)
+    str(found.value).encode()
+
+
+def test_photographs_and_masks_in_one_folder(mine: Path, tmp_path: Path) -> None:
+    data = layout(
+        mine,
+        PLAIN,
+        image=lambda name, _: (f"all/{name}.JPG", jpeg(32, 44)),
+        mask=lambda name, _: (f"all/{name}.png", png(SCENE.astype(np.uint8))),
+        images="all",
+        labels="all",
+    )
+    build(tmp_path, data)
+    assert all(np.array_equal(found, SCENE) for found in scenes_of(tmp_path))
+
+
+def test_a_suffix_of_images(mine: Path, tmp_path: Path) -> None:
+    data = layout(mine, PLAIN, image=lambda name, _: (f"photos/{name}_rgb.jpg", jpeg(32, 44)))
+    with pytest.raises(ConfigError, match=r"There is img0_rgb: set `image_suffix: _rgb` in params\.yaml"):
+        build(tmp_path, data)
+    build(tmp_path, data | {"image_suffix": "_rgb.jpg"})
+
+
+def test_a_stack_is_no_photograph(mine: Path, tmp_path: Path) -> None:
+    pages = [Image.fromarray(np.full((32, 44), shade, np.uint8)) for shade in (1, 2)]
+    stack = saved(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    with pytest.raises(ConfigError, match=r"img0\.tif holds 2 pictures"):
+        build(tmp_path, layout(mine, PLAIN, image=lambda name, _: (f"photos/{name}.tif", stack)))
+
+
+# ---- masks without meaning
+
+
+def void(value: int, *which: int) -> Callable[[str, int], tuple[str, bytes]]:
+    """Masks of which some hold one value alone."""
+    return lambda name, index: (
+        f"masks/{name}.png",
+        png((np.full_like(SCENE, value) if index in which else SCENE).astype(np.uint8)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (void(9, 3), r"No pixel has a label in test of data/large, .* values 9 \(9 is ignored\): correct"),
+        (void(9, 2), "No pixel has a label in val"),
+        (void(9, 0, 1), "No pixel has a label in train"),
+        (void(1, 0, 1), r"No pixel is of ground, stone in train .* values 1 \(9 is ignored\)"),
+    ],
+)
+def test_a_split_without_meaning_is_refused(mask: Any, said: str, mine: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build(tmp_path, layout(mine, PLAIN, mask=mask))
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_black_and_white_masks(mine: Path, tmp_path: Path) -> None:
+    def mask(name: str, _: int) -> tuple[str, bytes]:
+        return f"masks/{name}.png", png(np.where(SCENE == 1, 255, 0).astype(np.uint8))
+
+    data = layout(mine, PLAIN, mask=mask, ignore_index=255)
+    data["classes"] = {"ground": [0, 0, 0], "plant": [255, 255, 255]}
+    with pytest.raises(
+        ConfigError, match=r"No pixel is of plant in train .*\[255, 255, 255\].*`masks: colours`"
+    ):
+        build(tmp_path, data)
+    build(tmp_path, data | {"masks": "colours"})
+    assert np.array_equal(scenes_of(tmp_path)[0], SCENE == 1)
+
+
+def test_a_class_without_a_pixel_is_said_and_kept(
+    mine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    description = build(tmp_path, layout(mine, PLAIN, mask=void(1, 3)))
+    assert description.absent == {"test": ["ground", "stone"]}
+    assert (
+        description
+        == folder.describe(tmp_path / "data" / "large")
+        == folder.check(tmp_path / "data" / "large")
+    )
+    assert "data/large: no pixel of test is of ground, stone: no score there" in caplog.text
+
+
+def test_an_image_that_a_transformer_cannot_see(mine: Path, tmp_path: Path) -> None:
+    params = config.load()
+    data, small = layout(mine, PLAIN), params.student("segformer-b0")
+    settings = Benchmark.model_construct(data=data | {"size": [28, 64]})
+    with pytest.raises(ConfigError, match=r"val/img2\.png is 64x28, .* below 29 pixels a side"):
+        fetch(tmp_path / "data", "large", settings, [small])
+    fetch(tmp_path / "data", "large", Benchmark.model_construct(data=data), [small])
 
 
 # ---- through the whole pipeline

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import rewrite
-from pipelines.engine.cell import CODE, plan, run_cell, train
-from pipelines.engine.fit import DistillationStep, cross_entropy, optimizers, schedule
+from conftest import rewrite, trained
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipelines import config
 from pipelines.config import ConfigError, Network
-from pipelines.datasets import transforms
-from pipelines.engine import cell as cell_module
 from pipelines.engine import checkpoint
-from pipelines.engine import fit as fit_module
-from pipelines.method import Batch, Distiller, MethodConfig
+from pipelines.engine import pack as pack_module
+from pipelines.engine import train as train_module
+from pipelines.engine.pack import plan, round_weights, run_cell, run_pack
+from pipelines.engine.train import cross_entropy, optimizers, schedule
+from pipelines.method import TAPS, Batch, Distiller
 from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork, file_sha256, tap_shapes
 from pipelines.runs import records
@@ -58,6 +54,7 @@ def test_the_network_is_the_dilated_pspnet_of_the_field() -> None:
         "backbone.4": (512, 8, 12),
         "fusion": (512, 8, 12),
         "logits": (19, 8, 12),
+        "auxiliary": (19, 8, 12),
     }
     layers = dict(network.encoder.model.named_modules())
     assert layers["layer3.1.conv1"].dilation == (2, 2)
@@ -77,7 +74,7 @@ def test_other_networks_offer_the_same_taps(architecture: str, encoder: str, str
         Network(architecture=architecture, encoder=encoder, output_stride=stride, weights=None), 5
     )
     shapes = tap_shapes(network, (64, 64))
-    assert list(shapes) == ["backbone.1", "backbone.2", "backbone.3", "backbone.4", "fusion", "logits"]
+    assert tuple(shapes) == TAPS
     assert shapes["logits"][0] == 5
     assert network.eval().predict(torch.zeros(1, 3, 64, 96)).shape == (1, 64, 96)
 
@@ -85,22 +82,6 @@ def test_other_networks_offer_the_same_taps(architecture: str, encoder: str, str
 def test_an_unknown_encoder_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match="tu-resnt18"):
         SegmentationNetwork(R18.model_copy(update={"encoder": "tu-resnt18"}), 3)
-
-
-def test_training_processes_do_not_import_the_compiler_but_can_compile() -> None:
-    script = (
-        "import sys, torch; from pipelines.networks import SegmentationNetwork; from pipelines.config "
-        "import Network;"
-        "n = SegmentationNetwork(Network(architecture='PSPNet', encoder='tu-resnet18', output_stride=8, "
-        "weights=None), 3);"
-        "o = torch.optim.SGD(n.parameters(), lr=0.1); o.step();"
-        "assert 'torch._dynamo.symbolic_convert' not in sys.modules, 'compiler imported';"
-        "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=config.ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() == "2.0", done.stderr
 
 
 # ---- loss, schedule, optimisers
@@ -159,7 +140,7 @@ def test_every_parameter_is_in_exactly_one_optimiser(tiny_root: Path) -> None:
 
 def test_all_learning_rates_follow_the_schedule(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, float]] = []
-    real = fit_module.optimizers
+    real = train_module.optimizers
 
     def watched(*args: Any) -> Any:
         found = real(*args)
@@ -173,21 +154,13 @@ def test_all_learning_rates_follow_the_schedule(place: Path, monkeypatch: pytest
         critic.step = record
         return found
 
-    monkeypatch.setattr(fit_module, "optimizers", watched)
+    monkeypatch.setattr(train_module, "optimizers", watched)
     params = load(place)
     planned = plan(params, student_cell("skd"))
-    train(planned, params, place)
+    trained(params, place, student_cell("skd"))
     factors = [schedule(planned.training, step) for step in range(planned.training.steps)]
     assert [s["main"] for s in seen] == pytest.approx([planned.training.lr * f for f in factors])
     assert [s["critic"] for s in seen] == pytest.approx([planned.config.critic_lr * f for f in factors])  # type: ignore[attr-defined]
-
-
-def test_the_teacher_is_out_of_reach_of_the_optimiser_and_of_train() -> None:
-    student, teacher = SegmentationNetwork(R18, 3), SegmentationNetwork(R18, 3).eval()
-    module = DistillationStep(student, teacher, Distiller(MethodConfig(), {}, {}), 0.4)
-    module.train()
-    assert not teacher.training
-    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in module.parameters()}
 
 
 # ---- pairing and resume
@@ -195,51 +168,14 @@ def test_the_teacher_is_out_of_reach_of_the_optimiser_and_of_train() -> None:
 
 def test_cells_of_one_seed_are_paired(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step sees the same student and the same batch whatever the method; another seed does not."""
-    monkeypatch.setattr(fit_module, "LOG_EVERY", 1)
+    monkeypatch.setattr(train_module, "LOG_EVERY", 1)
     params = load(place)
-    first = {}
-    for key in ("none", "kd", "skd", "acfd-full"):
-        trained, _ = train(plan(params, student_cell(key)), params, place)
-        first[key] = trained.history.rows[0]["task"]
-    assert len(set(first.values())) == 1, first
-    other, _ = train(plan(params, student_cell("none", seed=1)), params, place)
-    assert other.history.rows[0]["task"] != first["none"]
-
-
-@pytest.mark.parametrize("method", ["skd", "acfd-full"])
-def test_resume_equals_uninterrupted_bit_for_bit(
-    place: Path, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fit_module, "LOG_EVERY", 2)
-    monkeypatch.setattr(fit_module, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(fit_module, "SAVE_SHARE", 0.0)
-    params, cell = load(place), student_cell(method)
-    planned = plan(params, cell)
-    whole, _ = train(planned, params, place)
-    shutil.rmtree(cell.scratch(place))
-
-    batches = transforms.training_batch
-
-    def killed(data: Any, training: Any, ignore: int, seed: int, step: int) -> Any:
-        if step == 5:
-            raise KeyboardInterrupt
-        return batches(data, training, ignore, seed, step)
-
-    monkeypatch.setattr(transforms, "training_batch", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(planned, params, place)
-    steps: list[int] = []
-
-    def counted(data: Any, training: Any, ignore: int, seed: int, step: int) -> Any:
-        steps.append(step)
-        return batches(data, training, ignore, seed, step)
-
-    monkeypatch.setattr(transforms, "training_batch", counted)
-    resumed, _ = train(planned, params, place)
-    assert steps == [4, 5]  # it resumed, and at the last row before the kill
-    assert resumed.history.rows == whole.history.rows
-    a, b = whole.network.state_dict(), resumed.network.state_dict()
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    keys = ("none", "kd", "skd", "acfd-full")
+    found = trained(params, place, *map(student_cell, keys)) | trained(params, place, student_cell("cwd"))
+    first = {key: prepared.trainee.history.rows[0]["task"] for key, prepared in found.items()}
+    assert len(first) == 5 and len(set(first.values())) == 1, first
+    other = trained(params, place, student_cell("none", seed=1))["none"]
+    assert other.trainee.history.rows[0]["task"] != first["none"]
 
 
 def test_resume_state_of_other_inputs_or_damaged_is_not_used(
@@ -254,59 +190,13 @@ def test_resume_state_of_other_inputs_or_damaged_is_not_used(
     assert "other inputs" in caplog.text and "damaged" in caplog.text
 
 
-def test_the_fingerprint_follows_the_params(place: Path, edit: Any) -> None:
-    params = load(place)
-    marks = {train(plan(params, student_cell("kd")), params, place)[0].fingerprint}
-    params = edit(lambda raw: raw["methods"]["kd"].update(weight=0.5))
-    marks.add(train(plan(params, student_cell("kd")), params, place)[0].fingerprint)
-    params = edit(lambda raw: raw["benchmarks"]["streets"]["training"].update(lr=0.001))
-    marks.add(train(plan(params, student_cell("kd")), params, place)[0].fingerprint)
-    assert len(marks) == 3
-
-
-def test_a_finished_training_is_kept_until_dvc_has_its_record(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A DVC that was killed before it noted the record deletes it, and asks for the cell again."""
-    steps: list[int] = []
-    batches = transforms.training_batch
-
-    def counted(data: Any, training: Any, ignore: int, seed: int, step: int) -> Any:
-        steps.append(step)
-        return batches(data, training, ignore, seed, step)
-
-    monkeypatch.setattr(transforms, "training_batch", counted)
-    params, cell = load(place), student_cell("kd")
-    names = ("weights.safetensors", "metrics.json", "history.csv", "confusion.npz")
-
-    def run() -> tuple[list[bytes], dict[str, Any], list[int]]:
-        steps.clear()
-        shutil.rmtree(cell.folder(place), ignore_errors=True)
-        run_cell(cell, params, place)
-        record = records.read(cell, place)
-        assert record is not None
-        return [(cell.folder(place) / name).read_bytes() for name in names], record.run, list(steps)
-
-    files, whole, first = run()
-    again, record, second = run()
-    assert first == list(range(6)) and second == []
-    assert again == files and record["fingerprint"] == whole["fingerprint"]
-    assert record["seconds"]["training"] == whole["seconds"]["training"]
-    assert record["memory_peak_mb"] >= whole["memory_peak_mb"]
-    state, content = cell.scratch(place) / "state.pt", (cell.folder(place) / "run.json").read_bytes()
-    checkpoint.forget(place)
-    (place / "dvc.lock").write_text("md5: of another file")
-    checkpoint.forget(place)
-    assert state.is_file()
-    (place / "dvc.lock").write_text(f"md5: {hashlib.md5(content).hexdigest()}")
-    finished = state.read_bytes()
-    checkpoint.save(state, "another training of the cell", {})
-    checkpoint.forget(place)
-    assert state.is_file()
-    state.write_bytes(finished)
-    checkpoint.forget(place)
-    assert not state.exists() and records.read(cell, place) is not None
-    assert run()[2] == first
+def test_a_finished_cell_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, cell = load(place), student_cell("none")
+    run_cell(cell, params, place)
+    record = records.read(cell, place)
+    monkeypatch.setattr(pack_module, "train_plans", lambda plans, *_: dict.fromkeys(map(int, plans)))
+    run_cell(cell, params, place)
+    assert records.read(cell, place) == record
 
 
 # ---- records
@@ -324,7 +214,7 @@ def test_a_cell_leaves_its_whole_record(place: Path) -> None:
         "run.json",
         "weights.safetensors",
     ]
-    assert [p.name for p in cell.scratch(place).iterdir()] == ["state.pt"]  # until DVC has the record
+    assert not [*cell.scratch(place).glob("*")]  # no resume state, no note of a failure
     assert record.confusion("test").shape == (4, 12, 12)
     assert {"step", "lr", "loss", "task", "auxiliary", "afd", "ccd", "csd", "val_miou"} == set(
         record.history[0]
@@ -392,7 +282,7 @@ def test_a_wrong_teacher_stops_before_any_step(
     place: Path, fault: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faulty(place, fault)
-    monkeypatch.setattr(cell_module, "fit", lambda *a, **k: pytest.fail("training began"))
+    monkeypatch.setattr(pack_module, "train_plans", lambda *a, **k: pytest.fail("training began"))
     with pytest.raises(ConfigError, match=sentence) as error:
         run_cell(student_cell("kd"), load(place), place)
     assert "dvc repro" in str(error.value) or "make repro" in str(error.value)
@@ -424,7 +314,7 @@ class Broken(Distiller):
 
 def broken(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     monkeypatch.setattr(Broken, "fault", fault)
-    monkeypatch.setattr(cell_module, "method_class", lambda key: Broken)
+    monkeypatch.setattr(pack_module, "method_class", lambda key: Broken)
 
 
 def resume_state(file: Path) -> dict[str, Any]:
@@ -435,9 +325,9 @@ def resume_state(file: Path) -> dict[str, Any]:
 def test_a_nan_stops_with_the_term_and_keeps_the_last_good_state(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit_module, "LOG_EVERY", 2)
-    monkeypatch.setattr(fit_module, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(fit_module, "SAVE_SHARE", 0.0)
+    monkeypatch.setattr(train_module, "LOG_EVERY", 2)
+    monkeypatch.setattr(train_module, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(train_module, "SAVE_SHARE", 0.0)
     broken(monkeypatch, "nan")
     cell = student_cell("none")
     with pytest.raises(ConfigError, match="wobble is not finite at step 4"):
@@ -471,40 +361,54 @@ def test_an_unknown_tap_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_method_that_changes_the_teacher_is_caught(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = load(place)
-    real = cell_module.fit
+    params, real = load(place), pack_module.train
 
-    def meddling(student: Any, teacher: Any, *args: Any) -> Any:
-        history = real(student, teacher, *args)
-        next(teacher.parameters()).data.add_(1)
-        return history
+    def meddling(trainees: Any, teacher: Any, *others: Any) -> None:
+        *shared, finish, tell = others
 
-    monkeypatch.setattr(cell_module, "fit", meddling)
-    with pytest.raises(ConfigError, match="teacher changed"):
-        run_cell(student_cell("kd"), params, place)
+        def late(trainee: Any) -> None:
+            if "/kd/" in trainee.label:
+                next(teacher.buffers()).data.add_(1)
+            finish(trainee)
+
+        real(trainees, teacher, *shared, late, tell)
+
+    monkeypatch.setattr(pack_module, "train", meddling)
+    cells = [student_cell(key) for key in ("none", "kd", "cwd")]
+    found = run_pack(cells, params, place)
+    assert "teacher changed" in str(found[cells[1]]) and "teacher changed" in str(found[cells[2]])
+    assert found[cells[0]] is None  # it learns from none
+    monkeypatch.undo()
+    run_cell(cells[1], params, place)  # by the teacher in the file, read again
 
 
-def test_code_of_the_fingerprint_and_of_the_stages_are_the_same() -> None:
-    import yaml
-
-    stages = yaml.safe_load((config.ROOT / "dvc.yaml").read_text())["stages"]
-    for name in ("train_teacher", "distill", "acfd"):
-        deps = {d for d in stages[name]["deps"] if d.startswith("pipelines/")}
-        assert deps - {"pipelines/stages/train_teacher.py", "pipelines/stages/distill.py"} == set(CODE)
-        assert all((config.ROOT / d).is_file() for d in deps)
+def test_a_teacher_is_rounded_as_it_is_stored(place: Path) -> None:
+    """So that the file scores what its record says, and a network that is loaded from it is the same."""
+    cell = records.teacher_cell(load(place), "streets")
+    stored = weights(place, cell)
+    assert {value.dtype for value in stored.values() if value.ndim > 1} == {torch.float16}
+    assert all(value.dtype != torch.float16 for value in stored.values() if value.ndim <= 1)
+    network = SegmentationNetwork(R18, 3)
+    exact = {name: value.clone() for name, value in network.state_dict().items()}
+    round_weights(network)
+    for name, value in network.state_dict().items():
+        wanted = exact[name].half().float() if value.ndim > 1 else exact[name]
+        assert torch.equal(value, wanted) and value.dtype == exact[name].dtype
+    assert any(not torch.equal(value, exact[name]) for name, value in network.state_dict().items())
 
 
 def test_the_method_may_run_without_a_teacher(place: Path) -> None:
     shutil.rmtree(place / "runs" / "streets" / "teacher")
-    trained, _ = train(plan(load(place), student_cell("none")), load(place), place)
-    assert trained.teacher is None
+    run_cell(student_cell("none"), load(place), place)
+    record = records.read(student_cell("none"), place)
+    assert record is not None and record.run["teacher"] is None
 
 
 def test_a_crash_of_any_kind_is_noted_for_the_tables(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*args: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(cell_module, "fit", crash)
+    monkeypatch.setattr(pack_module, "train", crash)
     with pytest.raises(RuntimeError):
         run_cell(student_cell("none"), load(place), place)
     assert records.failure(student_cell("none"), place) == "RuntimeError: out of memory"

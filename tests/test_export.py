@@ -21,12 +21,12 @@ import torch
 import yaml
 from conftest import ROOT, read_params, rewrite, write_params
 from PIL import Image
-from pipelines.engine.cell import run_cell
 from safetensors.torch import load_file, save_file
 
 from pipelines import config
 from pipelines.config import ConfigError
 from pipelines.engine import deploy
+from pipelines.engine.pack import run_cell
 from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork
 from pipelines.reports import statistics
@@ -53,7 +53,8 @@ def done(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(tiny_root, root, dirs_exist_ok=True)
     raw = read_params(root)
     raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd")}
-    raw["tuning"]["methods"] = ["kd"]
+    raw["official"], raw["tuning"]["methods"] = {}, ["kd"]
+    raw["suite"].update(methods=["none", "kd"], controls=[])
     write_params(root, raw)
     (root / "reports").mkdir()
     shutil.copy(ROOT / "reports" / "claims.yaml", root / "reports")
@@ -382,7 +383,7 @@ def test_verify_has_nothing_to_say_of_an_export_as_it_is(suite: Path) -> None:
     (suite / "dvc.lock").unlink()
     raw = read_params(suite)
     del raw["methods"]["kd"]  # its row is gone, its record may stay
-    raw["tuning"]["methods"] = ["acfd-full"]
+    raw["suite"]["methods"], raw["tuning"]["methods"] = ["none"], ["acfd-full"]
     write_params(suite, raw)
     assert not [text for text in verify.problems(load(suite), suite) if "exports" in text]
 

@@ -16,12 +16,13 @@ import pytest
 import torch
 from conftest import rewrite
 from PIL import Image, ImageFile
-from pipelines.engine.cell import run_cell
 from safetensors.torch import load_file
 
 from pipelines import cli, config
 from pipelines.config import ConfigError
 from pipelines.datasets import streets
+from pipelines.engine.evaluate import slide
+from pipelines.engine.pack import run_cell
 from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork
 from pipelines.runs.records import Cell
@@ -155,8 +156,9 @@ MODES: dict[str, tuple[str, Image.Image, np.ndarray]] = {
 def test_images_of_every_mode(tmp_path: Path, mode: str) -> None:
     kind, image, wanted = MODES[mode]
     image.save(tmp_path / f"image.{kind}")
-    found = predict.read_image(tmp_path / f"image.{kind}")
-    assert found.mode == "RGB"
+    count, frames = predict.frames(tmp_path / f"image.{kind}")
+    found = next(frames)
+    assert (count, found.mode) == (1, "RGB")
     np.testing.assert_array_equal(np.asarray(found), wanted)
 
 
@@ -175,27 +177,114 @@ def test_bad_files_are_named_and_the_others_done(
     scene(trained, (60, 60)).save(folder / "large.png")
     scene(trained, (200, 200)).save(folder / "absurd.png")
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    monkeypatch.setattr(predict, "PIXELS", 2_000)
+    monkeypatch.setattr(predict, "_most", lambda: 10_000)
     failed = run(folder)
-    assert len(failed) == 4 and all(text.endswith(".") for text in failed)
+    assert len(failed) == 3 and all(text.endswith(".") for text in failed)
     for text, part in zip(
         failed,
         (
-            "absurd.png claims more than 0 million pixels",
-            "half.png cannot be read: ",
-            "large.png: the network would see 60×60 pixels, at most 0.0 million fit: give a smaller --size",
-            "text.jpg cannot be read: not an image that can be read.",
+            "absurd.png claims more than 10,000 pixels: it is damaged, or scale it down.",
+            "half.png is no whole image: image file is truncated.",
+            "text.jpg is no whole image.",
         ),
         strict=True,
     ):
         assert text.startswith(part)
     done = {p.name for p in (tmp_path / "out").glob("*_mask.png")}
-    assert done == {"a.png_mask.png", "a.jpg_mask.png", "dot_mask.png"}
-    (failed,) = [text for text in run(folder, (32, 32)) if text.startswith("large")] or [""]
-    assert failed == "" and mask(tmp_path, "large").shape == (60, 60)
+    assert done == {"a.png_mask.png", "a.jpg_mask.png", "dot_mask.png", "large_mask.png"}
     monkeypatch.setattr(predict, "LOGITS", 12 * 2_000)
-    assert any(text.startswith("large.png: it has 60×60 pixels") for text in run(folder, (32, 32)))
+    assert "large.png: that is too much for one --size: give a smaller one, or none, for windows." in run(
+        folder, (32, 32)
+    )
+
+
+@pytest.mark.parametrize("block", [12 * 64 * 64, 12 * 17 * 17])
+def test_a_large_image_is_seen_through_windows(
+    block: int,
+    run: Callable[..., list[str]],
+    trained: Path,
+    tmp_path: Path,
+    network: SegmentationNetwork,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bit for bit as evaluation by these windows, whatever part of the logits is in memory."""
+    image = scene(trained, (50, 61))
+    image.save(tmp_path / "image.png")
+    monkeypatch.setattr(predict, "PIXELS", 2_000)
+    monkeypatch.setattr(predict, "WINDOW", 32)
+    monkeypatch.setattr(predict, "BLOCK", block)
+    assert run(tmp_path / "image.png") == []
+    with torch.inference_mode():
+        sliding = config.Sliding(window=(32, 32), stride=(24, 24))
+        wanted = slide(network, normalised(image), sliding)[0].numpy()
+    np.testing.assert_array_equal(mask(tmp_path), wanted)
+
+
+def test_the_windows_are_those_of_the_benchmark(
+    trained: Path, tmp_path: Path, network: SegmentationNetwork
+) -> None:
+    sliding = {"window": [24, 32], "stride": [16, 20]}
+    cell = tmp_path / "cell"
+    shutil.copytree(CELL.folder(trained), cell)
+    run = json.loads((cell / "run.json").read_text())
+    rewrite(cell, {"config": run["config"] | {"training": run["config"]["training"] | {"sliding": sliding}}})
+    image = scene(trained)
+    image.save(tmp_path / "image.png")
+    weights = cell / "weights.safetensors"
+    assert predict.predict(weights, tmp_path / "image.png", tmp_path / "out", None, trained) == []
+    with torch.inference_mode():
+        wanted = slide(network, normalised(image), config.Sliding.model_validate(sliding))[0].numpy()
+    np.testing.assert_array_equal(mask(tmp_path), wanted)
+
+
+@pytest.mark.parametrize("kind", ["tif", "gif"])
+def test_every_page_of_a_stack(
+    kind: str, run: Callable[..., list[str]], trained: Path, tmp_path: Path, network: SegmentationNetwork
+) -> None:
+    pages = [scene(trained), scene(trained).transpose(Image.Transpose.FLIP_LEFT_RIGHT).quantize(64)]
+    pages[0].save(tmp_path / f"stack.{kind}", save_all=True, append_images=pages[1:])
+    assert run(tmp_path / f"stack.{kind}") == []
+    with Image.open(tmp_path / f"stack.{kind}") as opened:
+        for index in range(2):
+            opened.seek(index)
+            wanted = network.predict(normalised(opened.convert("RGB")))[0].numpy()
+            np.testing.assert_array_equal(mask(tmp_path, f"stack_{index:05d}"), wanted)
+
+
+def test_a_video_without_its_library_is_one_sentence(
+    run: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "film.MP4").write_bytes(b"-")
+    assert run(tmp_path / "film.MP4") == [
+        "film.MP4 is a video, which needs PyAV: `pip install av`, or save its frames as images."
+    ]
+
+
+def test_every_frame_of_a_video(run: Callable[..., list[str]], trained: Path, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "film.mp4"), "w") as film:
+        stream = film.add_stream("mpeg4", rate=5)
+        stream.height, stream.width = SMALL
+        stream.pix_fmt = "yuv420p"
+        for frame in [av.VideoFrame.from_image(scene(trained))] * 3:
+            film.mux(stream.encode(frame))
+        film.mux(stream.encode(None))
+    assert run(tmp_path / "film.mp4") == []
+    assert [mask(tmp_path, f"film_0000{index}").shape for index in range(3)] == [SMALL] * 3
+    (tmp_path / "half.mp4").write_bytes((tmp_path / "film.mp4").read_bytes()[:300])
+    (failed,) = run(tmp_path / "half.mp4")
+    assert failed.startswith("half.mp4 is no whole video: ")
+
+
+def test_any_name_of_a_file(run: Callable[..., list[str]], trained: Path, tmp_path: Path) -> None:
+    names = ["l'arbre #1", "Mu\u0308ller", "道路", "n" * 250, "\udce4lt", "-x"]
+    (tmp_path / "in").mkdir()
+    for name in names:
+        scene(trained, (8, 8)).save(tmp_path / "in" / f"{name}.png")
+    assert run(tmp_path / "in") == []
+    made = {file.name for file in (tmp_path / "out").glob("*_mask.png")}
+    assert made >= {f"{name}_mask.png" for name in names if len(name) < 200} and len(made) == len(names)
 
 
 def test_the_command_ends_with_the_bad_files(
@@ -211,7 +300,7 @@ def test_the_command_ends_with_the_bad_files(
     with pytest.raises(SystemExit) as stop:
         cli.run(predict.main)
     text = str(stop.value.code)
-    assert "\nbad.png cannot be read: " in text and text.endswith(
+    assert "\nbad.png is no whole image.\n" in text and text.endswith(
         "1 image could not be done; the others are."
     )
     assert mask(tmp_path, "good").shape == SMALL

@@ -13,7 +13,7 @@ from conftest import ROOT, read_params, tiny, write_params
 from pipelines import config
 from pipelines.config import TEACHER, ConfigError, Params
 from pipelines.datasets import folder as data_folder
-from pipelines.methods import checked, configured
+from pipelines.methods import checked
 from pipelines.reports import benchmark_table, speed_table
 from pipelines.tools import speed
 
@@ -21,19 +21,24 @@ GPU = {"device": "a GPU", "processor": "a processor", "threads": 1, "cores": 8}
 STEP = {
     TEACHER: 0.5,
     "none": 0.25,
-    "none_matched": 0.25,
     "kd": 0.375,
     "skd": 0.5,
     "cwd": 0.5,
     "acfd-full": 1.0,
 }
-FLOPS = {TEACHER: 9, "none": 100, "none_matched": 100, "kd": 130, "skd": 170, "cwd": 130, "acfd-full": 150}
+FLOPS = {TEACHER: 9, "none": 100, "kd": 130, "skd": 170, "cwd": 130, "acfd-full": 150}
+
+
+def load() -> Params:
+    """params.yaml with the methods of STEP."""
+    params = checked(config.load())
+    wanted = {"methods": ["kd", "skd", "cwd"], "official": [], "variants": ["full"], "controls": [1.5, 3]}
+    return params.model_copy(update={"suite": params.suite.model_copy(update=wanted)})
 
 
 def entry(params: Params, benchmark: str = "cityscapes", **changes: Any) -> dict[str, Any]:
     """As a GPU would have left it; steps have these seconds."""
     student = params.suite.students[0]
-    matched = configured(params, "none_matched").matched()
     rows = {
         name: {
             "status": "measured",
@@ -42,7 +47,6 @@ def entry(params: Params, benchmark: str = "cityscapes", **changes: Any) -> dict
             "loading_ms": 125.0,
             "evaluation_ms": 40.0,
             "memory_mb": 20_000.0,
-            "matched": list(matched) if name == "none_matched" else [],
         }
         for name, seconds in STEP.items()
     }
@@ -53,9 +57,8 @@ def entry(params: Params, benchmark: str = "cityscapes", **changes: Any) -> dict
 
 def test_every_training_is_measured_and_a_second_time_replaces_the_first(tmp_path: Path) -> None:
     raw = tiny(read_params())
-    raw["methods"] = {key: raw["methods"][key] for key in ("none_matched", "kd")}
-    raw["methods"]["none_matched"] = {"match": ["kd"]}
-    raw["suite"]["variants"] = []
+    raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd")}
+    raw["suite"] |= {"methods": ["kd"], "official": [], "variants": []}
     raw["tuning"]["methods"] = ["kd"]
     write_params(tmp_path, raw)
     params = checked(config.load(tmp_path / "params.yaml"))
@@ -69,8 +72,7 @@ def test_every_training_is_measured_and_a_second_time_replaces_the_first(tmp_pat
         assert min(*row["step_ms"], row["loading_ms"], row["evaluation_ms"]) > 0
         assert row["memory_mb"] > 100  # torch alone
     rows = found["rows"]
-    assert rows["none_matched"]["step_flops"] < rows["kd"]["step_flops"]
-    assert rows["none_matched"]["matched"] and not rows["kd"]["matched"]
+    assert rows["none"]["step_flops"] < rows["kd"]["step_flops"]
     assert found["images"] == [32, 48] and found["batch_size"] == 2
     assert speed_table.hours("streets", params, tmp_path) is None or found["hardware"]["device"] != "cpu"
     speed_table.write(params, tmp_path / "reports", tmp_path)
@@ -121,11 +123,11 @@ def test_images_of_no_known_size_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_hours_are_those_of_all_steps(tmp_path: Path) -> None:
-    params = checked(config.load())
+    params = load()
     speed_table.add(entry(params), tmp_path)
     own = params.benchmark("cityscapes")
-    longer = 170 / 100  # none_matched has the compute of the dearest
-    cells = (0.25 + 0.25 * longer + 0.375 + 0.5 + 0.5 + 1.0) * own.training.steps
+    alone = 0.25 * (1 + 1.5 + 3)  # the reference and its controls
+    cells = (alone + 0.375 + 0.5 + 0.5 + 1.0) * own.training.steps
     wanted = (0.5 * own.teacher.training.steps + len(params.suite.seeds) * cells) / 3600
     spent, device = speed_table.hours("cityscapes", params, tmp_path) or (0.0, "")
     assert spent == pytest.approx(wanted, rel=1e-12) and device == "a GPU"
@@ -160,7 +162,7 @@ def _other_crop(params: Params) -> dict[str, Any]:
 def test_no_hours_follow_from_other_settings_or_half_a_measurement(
     change: Callable[[Params], dict[str, Any]], tmp_path: Path
 ) -> None:
-    params = checked(config.load())
+    params = load()
     speed_table.add(change(params), tmp_path)
     assert speed_table.hours("cityscapes", params, tmp_path) is None
     text = speed_table.table(params, tmp_path).rows
@@ -172,7 +174,7 @@ def test_no_hours_follow_from_other_settings_or_half_a_measurement(
 
 
 def test_the_plans_follow_what_was_measured(tmp_path: Path) -> None:
-    params = checked(config.load())
+    params = load()
     for name in ("params.yaml", "runs/networks.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())

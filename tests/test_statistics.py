@@ -10,7 +10,7 @@ import tracemalloc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import inf, nan, sqrt
+from math import ceil, inf, log2, nan, sqrt
 
 import numpy as np
 import pytest
@@ -27,8 +27,11 @@ from pipelines.reports.statistics import (
     friedman_p,
     holm,
     image_bootstrap,
+    interpolation,
+    max_t,
     mean_ranks,
     probability_of_improvement,
+    seeds_needed,
     sign_flip_p,
     smallest_p,
     t_interval,
@@ -320,6 +323,151 @@ def test_holm_is_exact_for_independent_p_values() -> None:
     assert np.mean(wrong) == pytest.approx(1 - (1 - 0.05 / 5) ** 5, abs=0.008)
 
 
+@pytest.mark.parametrize(
+    ("comparisons", "seeds"), [(1, 6), (2, 7), (4, 8), (6, 8), (7, 9), (20, 10), (25, 10), (26, 11), (51, 11)]
+)
+def test_seeds_needed_is_the_first_n_that_holm_can_reject(comparisons: int, seeds: int) -> None:
+    assert seeds_needed(comparisons, 0.05) == seeds == 1 + ceil(log2(comparisons / 0.05))
+    for n in (seeds - 1, seeds):
+        p = {str(i): sign_flip_p([1.0] * n) if i == 0 else 1.0 for i in range(comparisons)}
+        assert (holm({name: x or 0.0 for name, x in p.items()})["0"] <= 0.05) is (n == seeds)
+
+
+# --- several methods: max-T ---
+
+tables = st.integers(1, 6).flatmap(
+    lambda n: st.lists(st.lists(st.integers(-12, 12), min_size=n, max_size=n), min_size=1, max_size=4)
+)
+
+
+def enumerated_max_t(rows: Sequence[Sequence[float]]) -> list[float]:
+    """Step-down max-T by loops over all signs and over the methods that are left, with |t| itself."""
+
+    def t(values: Sequence[float]) -> float:
+        centre, spread = np.mean(values), np.std(values, ddof=1) / sqrt(len(values))
+        if spread > 1e-12:
+            return round(float(abs(centre) / spread), 9)
+        return inf if abs(centre) > 1e-12 else 0.0
+
+    n, observed = len(rows[0]), [t(row) for row in rows]
+    left = sorted(range(len(rows)), key=lambda i: -observed[i])
+    found, before = [nan] * len(rows), 0.0
+    while left:
+        largest = [
+            max(t([s * d for s, d in zip(signs, rows[i], strict=True)]) for i in left)
+            for signs in itertools.product((1, -1), repeat=n)
+        ]
+        before = max(before, sum(x >= observed[left[0]] for x in largest) / len(largest))
+        found[left.pop(0)] = before
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(tables.filter(lambda rows: len(rows[0]) > 1))
+def test_max_t_equals_its_enumeration(rows: list[list[int]]) -> None:
+    found = max_t({str(i): {seed: d / 10 for seed, d in enumerate(row)} for i, row in enumerate(rows)})
+    assert list(found.values()) == pytest.approx(enumerated_max_t(rows))
+
+
+@settings(max_examples=60, deadline=None)
+@given(tables)
+def test_max_t_of_one_method_is_its_sign_flip_test_and_of_more_never_below_it(rows: list[list[int]]) -> None:
+    table = {str(i): {seed: d / 10 for seed, d in enumerate(row)} for i, row in enumerate(rows)}
+    found = max_t(table)
+    for name, own in table.items():
+        alone = sign_flip_p(list(own.values()))
+        assert max_t({name: own})[name] == alone
+        assert alone is not None
+        assert smallest_p(len(own)) <= alone <= found[name] <= 1
+
+
+def test_max_t_by_hand() -> None:
+    # the same but for scale: one of four flips (and its mirror image) reaches as much
+    assert max_t({"a": {0: 1.0, 1: 2.0, 2: 3.0}, "b": {0: 2.0, 1: 4.0, 2: 6.0}}) == {"a": 0.25, "b": 0.25}
+    # without a difference in some seeds: half of the flips keep the two 5 on one side
+    found = max_t({"flat": {0: 0.0, 1: 0.0}, "late": {1: 5.0, 2: 5.0}, "empty": {}})
+    assert found == {"flat": 1.0, "late": 0.5}
+    # a alone has 2 / 2^3, but the flips (1, -1, 1) and (-1, 1, -1) make more of b than a is
+    assert max_t({"a": {0: 1.0, 1: 2.0, 2: 3.0}, "b": {0: 1.0, 1: -1.0, 2: 1.0}}) == {"a": 0.5, "b": 1.0}
+    assert max_t({}) == max_t({"a": {}}) == {}
+    with pytest.raises(ValueError, match="finite"):
+        max_t({"a": {0: 1.0}, "b": {0: nan}})
+
+
+def test_many_seeds_are_sampled_close_to_the_exact_max_t_and_always_the_same_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw = np.random.default_rng(9).normal(0.5, 1, (3, 12))
+    table = {str(i): dict(enumerate(map(float, row))) for i, row in enumerate(draw)}
+    exact = max_t(table)
+    assert 0.001 < min(exact.values()) < 0.5
+    monkeypatch.setattr(statistics, "EXACT", 11)
+    sampled = max_t(table)
+    assert sampled == max_t(table) != exact
+    for name, p in exact.items():
+        assert sampled[name] == pytest.approx(p, abs=4 * sqrt(p * (1 - p) / 2**16))
+    assert min(max_t({"a": dict.fromkeys(range(40), 1.0)}).values()) >= 2**-16
+
+
+def family_errors(shift: Sequence[float], n: int, simulations: int, seed: int) -> np.ndarray:
+    """How often a method without an effect is called different by max-T, Holm and no adjustment, and how
+    often one with an effect is: (3, 2). Methods share the reference, and pairs of them half of their own
+    noise, as variants of a method do."""
+    random = np.random.default_rng(seed)
+    reference = random.normal(0, 1, (simulations, 1, n))
+    pairs = np.repeat(random.normal(0, 0.7, (simulations, len(shift) // 2, n)), 2, axis=1)
+    own = random.normal(0, 0.7, (simulations, len(shift), n))
+    planted, counts = np.array(shift) != 0, []
+    for rows in np.array(shift)[:, None] + pairs + own - reference:
+        table = {str(i): dict(enumerate(map(float, row))) for i, row in enumerate(rows)}
+        p = {name: sign_flip_p(list(own.values())) or 0.0 for name, own in table.items()}
+        rejected = [np.array([x <= 0.05 for x in found.values()]) for found in (max_t(table), holm(p), p)]
+        counts.append([(r[~planted].any(), r[planted].mean() if planted.any() else 0) for r in rejected])
+    return np.mean(np.array(counts, dtype=float), axis=0)
+
+
+def test_max_t_keeps_the_familywise_error_of_correlated_methods() -> None:
+    """Under the complete null, at seven seeds the attainable levels are 2/128 apart."""
+    (joint, _), (adjusted, _), (plain, _) = family_errors([0.0] * 8, 7, 3000, seed=35)
+    assert 0.03 <= joint <= 0.05 + 3 * sqrt(0.05 * 0.95 / 3000)
+    assert adjusted == 0  # 8 · 2 / 2^7 is more than 5 %
+    assert plain > 0.12  # what the adjustment is for
+
+
+def test_max_t_keeps_the_error_of_the_others_and_finds_more_than_holm() -> None:
+    """Four of eight methods are better: the others are called so no more often than they may be."""
+    (joint, power), (adjusted, less), _ = family_errors([2.0] * 4 + [0.0] * 4, 9, 1500, seed=36)
+    assert max(joint, adjusted) <= 0.05 + 3 * sqrt(0.05 * 0.95 / 1500)
+    assert power > less + 0.1
+    assert power > 0.6
+
+
+# --- equal compute ---
+
+
+def test_interpolation_weighs_the_neighbours_and_never_extrapolates() -> None:
+    points = {"c": 4.0, "a": 1.0, "b": 2.0}
+    assert interpolation(points, 1.25) == {"a": 0.75, "b": 0.25}
+    assert interpolation(points, 3.0) == {"b": 0.5, "c": 0.5}
+    assert [interpolation(points, x) for x in (1.0, 4.0)] == [{"a": 1.0, "b": 0.0}, {"b": 0.0, "c": 1.0}]
+    assert [interpolation(points, x) for x in (0.99, 4.01)] == [None, None]
+    assert interpolation({"a": 1.0}, 1.0) is interpolation({}, 1.0) is None
+    assert interpolation({"a": 1.0, "b": 1.0}, 1.0) == {"a": 1.0, "b": 0.0}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 50), finite), min_size=2, max_size=6, unique_by=lambda p: p[0]))
+def test_interpolation_equals_numpys(pairs: list[tuple[int, float]]) -> None:
+    points = {str(i): float(x) for i, (x, _) in enumerate(pairs)}
+    values = {str(i): y for i, (_, y) in enumerate(pairs)}
+    x, y = zip(*sorted(pairs), strict=True)
+    for at in np.linspace(x[0], x[-1], 13):
+        weights = interpolation(points, float(at))
+        assert weights is not None
+        assert sum(weights.values()) == pytest.approx(1)
+        assert sum(w * values[name] for name, w in weights.items()) == pytest.approx(np.interp(at, x, y))
+
+
 # --- over images ---
 
 CLASSES = 4
@@ -466,6 +614,20 @@ def test_a_difference_is_over_the_seeds_that_both_have() -> None:
     assert expected[6] <= forward.low <= expected[8]
     assert expected[291] <= forward.high <= expected[293]
     assert (backward.low, backward.high) == pytest.approx((-forward.high, -forward.low))
+
+
+def test_a_combination_of_cells_is_the_interval_of_their_weighted_sum() -> None:
+    found = image_bootstrap(small_counts(6), 300, seed=5)
+    sums = 0.5 * found.scores["a", 0] - 0.2 * found.scores["b", 0] - 0.3 * found.scores["b", 1]
+    interval = known(found.combination({("a", 0): 0.5, ("b", 0): -0.2, ("b", 1): -0.3}))
+    assert (interval.low, interval.high) == pytest.approx(np.quantile(sums, [0.025, 0.975]))
+    plain, same = (
+        found.difference("a", "b"),
+        {("a", s): 0.5 for s in (0, 1)} | {("b", s): -0.5 for s in (0, 1)},
+    )
+    combined = known(found.combination(same))
+    assert (combined.low, combined.high) == pytest.approx((known(plain).low, known(plain).high))
+    assert found.combination({("a", 0): 1.0, ("a", 9): -1.0}) is found.combination({}) is None
 
 
 def test_methods_without_a_common_seed_have_no_difference() -> None:

@@ -180,6 +180,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: edit(r, lambda run: run["teacher"].update(test_miou=99.0)),
         f"{CELL}: its teacher is not the one of runs/{BENCHMARK}/teacher.",
     ),
+    "a seed of two machines": (
+        lambda r: edit(r, lambda run: run["hardware"].update(device="NVIDIA H100")),
+        "Seed 1 of pspnet-resnet18 on streets comes from different kinds of machine (acfd-full, kd, ",
+    ),
     "other data": (
         lambda r: edit(r, lambda run: run.update(data_sha256="0" * 64)),
         f"{BENCHMARK}: the cells were trained on different versions of the data.",

@@ -16,18 +16,19 @@ import pytest
 import torch
 import torchvision
 from conftest import copy_repository, read_params, write_params
-from pipelines.engine.cell import run_cell
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipelines import config
 from pipelines.config import ConfigError, Network, Params, Weights
+from pipelines.engine.pack import run_cell
 from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork, check_weights, file_sha256, load_encoder
 from pipelines.runs import records
-from pipelines.runs.records import Cell, stale
+from pipelines.runs.fingerprint import outdated
+from pipelines.runs.records import Cell
 from pipelines.stages.fetch_weights import fetch
-from pipelines.suite import launch
+from pipelines.suite import repro
 
 R18 = Network(architecture="PSPNet", encoder="tu-resnet18", output_stride=8, weights="mine")
 B0 = Network(architecture="Segformer", encoder="mit_b0", output_stride=32, weights="mine")
@@ -260,11 +261,11 @@ def test_weights_without_a_sum_stop_before_anything_is_fetched(tmp_path: Path) -
     raw["suite"].update(benchmarks=["cityscapes"], students=["pspnet-resnet18-imagenet"])
     raw["suite"]["weights"] = ["resnet18", "resnet101"]
     write_params(tmp_path, raw)
-    launch.check_networks(checked(config.load(tmp_path / "params.yaml")), tmp_path)
+    repro.check_networks(checked(config.load(tmp_path / "params.yaml")), tmp_path)
     raw["weights"]["resnet18"]["sha256"] = None
     write_params(tmp_path, raw)
     with pytest.raises(ConfigError, match=r"'resnet18', of which params.yaml has no sum.*fetch_weights"):
-        launch.check_networks(checked(config.load(tmp_path / "params.yaml")), tmp_path)
+        repro.check_networks(checked(config.load(tmp_path / "params.yaml")), tmp_path)
 
 
 def test_a_cell_starts_from_its_weights_and_says_which(
@@ -299,9 +300,9 @@ def test_a_cell_starts_from_its_weights_and_says_which(
         run_cell(cell, params, place)
         record = records.read(cell, place)
         assert record is not None
-        assert record.run["config"]["network"]["weights"] == {"key": "mine", "sha256": full}
-        assert stale(cell, record.run["config"], params) == []
-        assert stale(cell, record.run["config"], edit(choose("0" * 64))) == ["network"]
+        assert record.run["config"]["network"]["weights"] == {"key": "mine", "sha256": full[:8]}
+        assert outdated([record], params) == {}
+        assert outdated([record], edit(choose("0" * 64))) == {cell: ["network"]}
         runs.append(record.run)
     assert runs[0]["fingerprint"] != runs[1]["fingerprint"]
     assert runs[0]["weights_sha256"] != runs[1]["weights_sha256"]

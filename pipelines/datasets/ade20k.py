@@ -105,5 +105,5 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> None:
         if file in images:
             writer.image(split, name, content, file)
         else:
-            writer.label(split, name, mapped(indices(content, file), table, file))
+            writer.label(split, name, mapped(indices(content, file), table, file), file)
     writer.close()

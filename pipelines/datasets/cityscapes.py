@@ -111,7 +111,7 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> None:
         writer.image(place(split, city), stem, content, name)
     for name, content in labels.files(annotations):
         split, city, stem = annotations[name]
-        writer.label(place(split, city), stem, mapped(indices(content, name), table, name))
+        writer.label(place(split, city), stem, mapped(indices(content, name), table, name), name)
     writer.close()
 
 

@@ -20,7 +20,7 @@ import reprlib
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +38,7 @@ SPLITS = ("train", "val", "test")
 IN_MEMORY = 2**30  # bytes of pixels; a set with a larger split is read from disk sample by sample
 DESCRIPTION = "dataset.json"
 PIXELS = 2**26  # of one image: a damaged header may claim any size, which would be allocated
+PART = r"[\w+@(),=-][\w+@(),=.-]*"  # of a path in a list: it does not begin with a dot
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"IEND\xaeB`\x82"  # the last bytes of every whole PNG file
 
@@ -62,13 +63,16 @@ class Meta:
 @dataclass(frozen=True)
 class Description(Meta):
     """dataset.json as read: ``size`` is (height, width), None where the images differ; ``splits`` the samples
-    per split, ``sha256`` the data hash.
+    per split, ``sha256`` the data hash; ``absent`` the classes without a pixel, by split, and ``names`` what
+    the user calls an image that has another name here.
     """
 
     size: tuple[Count, Count] | None
     splits: Annotated[dict[str, Count], Field(min_length=len(SPLITS), max_length=len(SPLITS))]
     files: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
     sha256: str
+    absent: dict[str, list[str]] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
 
     @property
     def streamed(self) -> bool:
@@ -117,7 +121,7 @@ class Stream:
 
     @property
     def names(self) -> list[str]:
-        return [image for image, _ in self.pairs]
+        return [self.description.names.get(image, image) for image, _ in self.pairs]
 
     @property
     def processes(self) -> int:
@@ -216,8 +220,16 @@ def describe(root: Path) -> Description:
         raise ConfigError(f"{_place(root)}/{DESCRIPTION} is damaged. {_remedy(root)}") from None
 
 
-def write_description(root: Path, meta: Meta) -> Description:
-    """Write ``root/dataset.json`` for the images, labels and split lists in ``root``, and return it."""
+def write_description(
+    root: Path,
+    meta: Meta,
+    names: Mapping[str, str] | None = None,
+    absent: Mapping[str, list[str]] | None = None,
+) -> Description:
+    """Write ``root/dataset.json`` for the images, labels and split lists in ``root``, and return it.
+
+    ``names`` and ``absent``, see :class:`Description`, stand there where there are any.
+    """
     samples = {split: read_list(root, split) for split in SPLITS}
     paths = [f"{split}.txt" for split in SPLITS] + [
         path for pairs in samples.values() for pair in pairs for path in pair
@@ -239,6 +251,7 @@ def write_description(root: Path, meta: Meta) -> Description:
         "splits": {split: len(pairs) for split, pairs in samples.items()},
         "files": contents,
     }
+    record |= {key: dict(value) for key, value in (("names", names), ("absent", absent)) if value}
     (root / DESCRIPTION).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return describe(root)
 
@@ -249,7 +262,7 @@ def read_list(root: Path, split: str) -> list[tuple[str, str]]:
         lines = (root / f"{split}.txt").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"{_place(root)}/{split}.txt is missing or damaged. {_remedy(root)}") from None
-    name = r"(?:[\w+@(),=-][\w+@(),=.-]*/)*[\w+@(),=-][\w+@(),=.-]*"  # no part begins with a dot
+    name = rf"(?:{PART}/)*{PART}"
     sample = re.compile(rf"({split}/{name}\.(?:png|jpg))\s+({split}annot/{name}\.png)")
     pairs = []
     for number, line in enumerate(lines, 1):
@@ -276,7 +289,7 @@ def decode(content: bytes, path: str, mode: str) -> np.ndarray:
         try:
             return np.asarray(image)
         except Exception as error:  # Pillow has no one family of errors for broken pixels
-            raise _broken(path, str(error)) from None
+            raise _broken(path, str(error), _kind(path)) from None
 
 
 def _claimed_size(content: bytes, path: str) -> tuple[int, int]:
@@ -288,8 +301,8 @@ def _claimed_size(content: bytes, path: str) -> tuple[int, int]:
 def _opened(content: bytes, path: str) -> Image.Image:
     """An image whose pixels are not decoded yet, of a size that can be."""
     kind = _kind(path)
-    if kind == "PNG":
-        _check_png(content, path)
+    if kind == "PNG" and (more := len(content) - whole_png(content, path)):
+        raise _broken(path, f"{more} bytes follow its end")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -298,15 +311,15 @@ def _opened(content: bytes, path: str) -> Image.Image:
         raise _too_large(path) from None
     except Exception as error:  # as above; the text of the first one holds an address
         unknown = isinstance(error, UnidentifiedImageError)
-        raise _broken(path, "its header is damaged" if unknown else str(error)) from None
+        raise _broken(path, "its header is damaged" if unknown else str(error), kind) from None
     if image.width * image.height > PIXELS:
         raise _too_large(path)
     return image
 
 
-def _check_png(content: bytes, path: str) -> None:
-    """The chunks of a PNG file by their lengths and sums, which Pillow checks in part only (PNG, 3rd edition,
-    section 5)."""
+def whole_png(content: bytes, path: str) -> int:
+    """The length of a PNG file without what may follow it, after its chunks were checked by their lengths and
+    sums, which Pillow checks in part only (PNG, 3rd edition, section 5)."""
     if not content.startswith(PNG_START):
         raise _broken(path, "it does not begin as one")
     at, kinds = len(PNG_START), list[bytes]()
@@ -320,15 +333,14 @@ def _check_png(content: bytes, path: str) -> None:
         at = end
     if kinds[:1] != [b"IHDR"] or kinds[-1:] != [b"IEND"] or content[8:12] != b"\0\0\0\r":
         raise _broken(path, "it is truncated")
-    if at < len(content):
-        raise _broken(path, f"{len(content) - at} bytes follow its end")
     width, height = (int.from_bytes(content[first : first + 4], "big") for first in (16, 20))
     if width * height > PIXELS:
         raise _too_large(path)
+    return at
 
 
-def _broken(path: str, why: str) -> ConfigError:
-    return ConfigError(f"{path} is not a whole {_kind(path)} file: {' '.join(why.split())[:200]}.")
+def _broken(path: str, why: str, kind: str = "PNG") -> ConfigError:
+    return ConfigError(f"{path} is not a whole {kind} file: {' '.join(why.split())[:200]}.")
 
 
 def _too_large(path: str) -> ConfigError:
@@ -339,24 +351,33 @@ def _kind(path: str) -> str:
     return "JPEG" if path.endswith(".jpg") else "PNG"
 
 
-def check(root: Path, published: bool = False) -> Description:
+def check(root: Path, published: bool = False, smallest: int = 1) -> Description:
     """Check a whole benchmark folder against its description; the first thing that is wrong raises a
-    ConfigError.
+    ConfigError. The classes that were found ``absent`` are those of what is returned.
 
     Every file is there and unaltered, every image has a label of its size, labels hold only classes and the
-    ignore index, the split lists name no file twice, and no image of one split is found, byte for byte, in
-    another. Of splits that are ``published``, which nobody here can change, the last is a warning.
+    ignore index, every split has a labelled pixel and *train* one of every class, no image of *val* and
+    *test* has a side below ``smallest``, the split lists name no file twice, and no image of one split is
+    found, byte for byte, in another. Of splits that are ``published``, which nobody here can change, the last
+    and an absent class are warnings.
     """
     description = describe(root)
     owner: dict[str, str] = {}
+    counts = {split: np.zeros(256, np.int64) for split in SPLITS}
     for split in SPLITS:
         for pair in read_list(root, split):
             for path in pair:
                 if path in owner:
                     raise ConfigError(f"{path} is named twice in the split lists of {_place(root)}.")
                 owner[path] = split
-        for _ in _samples(root, description, split):
-            pass
+        for name, _, label in _samples(root, description, split):
+            counts[split] += np.bincount(label.ravel(), minlength=256)
+            if split != "train" and min(label.shape) < smallest:
+                raise ConfigError(
+                    f"{description.names.get(name, name)} is {_size(label)}, and a network of this benchmark "
+                    f"sees nothing below {smallest} pixels a side: enlarge the images or set a larger "
+                    "`size`, or take a convolutional network in place of the transformer."
+                )
     seen: dict[str, str] = {}
     leaks = []
     for path, split in owner.items():
@@ -369,7 +390,37 @@ def check(root: Path, published: bool = False) -> Description:
     if leaks:
         text = "%s: the published splits share %d images, byte for byte: %s."
         log.warning(text, _place(root), len(leaks), few(leaks))
-    return description
+    return replace(description, absent=_absent(root, description, counts, published))
+
+
+def _absent(
+    root: Path, description: Description, counts: Mapping[str, np.ndarray], published: bool
+) -> dict[str, list[str]]:
+    """The classes without a pixel by split, from the ``counts`` of label values. ConfigError where nothing
+    could be learned or scored."""
+    found = {}
+    for split, values in counts.items():
+        known = values[: len(description.classes)]
+        missing = [name for name, pixels in zip(description.classes, known, strict=True) if not pixels]
+        if not known.any() or (missing and split == "train" and not published):
+            what = f"No pixel is of {few(missing)} in" if known.any() else "No pixel has a label in"
+            raise ConfigError(
+                f"{what} {split} of {_place(root)}, whose labels hold the values "
+                f"{few(map(str, np.flatnonzero(values)), 8)} ({description.ignore_index} is ignored): "
+                + (
+                    "in black and white masks 255 is a class, as a rule. Give that class the colour [255, "
+                    "255, 255] and set `masks: colours`, which reads masks by the colours in `classes`."
+                    if description.ignore_index == 255 and {*np.flatnonzero(values)} == {0, 255}
+                    else "correct the labels, `ignore_index` or the split, or take the class out."
+                )
+            )
+        if missing:
+            found[split] = missing
+            log.warning(
+                "%s: no pixel of %s is of %s: no score there, and the mean is over the other classes.",
+                _place(root), split, few(missing),
+            )  # fmt: skip
+    return found
 
 
 def load(root: Path, split: str, workers: int = 0) -> Split | Stream:
@@ -392,7 +443,7 @@ def load(root: Path, split: str, workers: int = 0) -> Split | Stream:
     for index, (name, image, label) in enumerate(_samples(root, description, split)):
         images[index] = image.transpose(2, 0, 1)
         labels[index] = label
-        names.append(name)
+        names.append(description.names.get(name, name))
     return Split(torch.from_numpy(images), torch.from_numpy(labels), names)
 
 

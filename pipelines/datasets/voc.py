@@ -3,8 +3,10 @@
 *test* is VOC's segmentation validation split (1,449 images), on which the field reports, as the labels of the
 test images are not public. The usual training set ("train_aug", 10,582 images) is all of SBD and VOC's
 training split without those 1,449; VOC's own label is taken where there is one, else SBD's, which has no
-ignored border. ``holdout`` of them, evenly spaced in the sorted list, are *val*, on which is tuned and
-monitored. Everingham et al., IJCV 2015; Hariharan et al., ICCV 2011.
+ignored border. Where SBD is nowhere, SegmentationClassAug will do, in which others ship the same labels as
+PNGs: its .zip or folder, beside VOC's archive or in ``VOC2012``. ``holdout`` of the images, evenly spaced in
+the sorted list, are *val*, on which is tuned and monitored. Everingham et al., IJCV 2015; Hariharan et al.,
+ICCV 2011.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from typing import Literal
 import numpy as np
 
 from pipelines.config import ConfigError, Model, Positive, Size
-from pipelines.datasets.archives import Source, obtain, read
+from pipelines.datasets.archives import Source, locate, obtain, places, read
 from pipelines.datasets.folder import Meta, few
 from pipelines.datasets.writer import Writer, colour_map, held_out, indices, mapped
 
 VOC = ("VOCtrainval_11-May-2012.tar", "VOCdevkit")
 SBD = ("benchmark.tgz", "benchmark_RELEASE")
+AUG = ("SegmentationClassAug.zip", "SegmentationClassAug")
 DOWNLOAD = {  # as in torchvision.datasets.voc and .sbd
     VOC[0]: (
         "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
@@ -64,12 +67,19 @@ def meta(config: Config) -> Meta:
 
 def prepare(config: Config, target: Path, mirror: Path | None) -> None:
     """From the two archives or their folders; both are downloaded when they are nowhere."""
-    voc, sbd = (
-        obtain(mirror, config.mirror, "voc", archive, *DOWNLOAD[archive[0]]) for archive in (VOC, SBD)
-    )
+    where = places(mirror, config.mirror, "voc")
+    voc = obtain(mirror, config.mirror, "voc", VOC, *DOWNLOAD[VOC[0]])
+    inside = voc.path / "VOC2012" / AUG[1]
+    aug = None if locate(where, *SBD) else locate([*where, inside.parent], *AUG)
+    sbd = aug or obtain(mirror, config.mirror, "voc", SBD, *DOWNLOAD[SBD[0]])
     lists = "VOCdevkit/VOC2012/ImageSets/Segmentation/{}.txt"
     train, test = (_list(voc, lists.format(split)) for split in ("train", "val"))
-    extra = [name for split in ("train", "val") for name in _list(sbd, f"{SBD[1]}/dataset/{split}.txt")]
+    if aug:
+        extra = [
+            Path(name).stem for name in aug.names() if re.fullmatch(rf"{AUG[1]}/{NAME.pattern}\.png", name)
+        ]
+    else:
+        extra = [name for split in ("train", "val") for name in _list(sbd, f"{SBD[1]}/dataset/{split}.txt")]
     training = sorted({*train, *extra} - set(test))
     for what, found in (("train_aug", training), ("val", test)):
         if len(found) != COUNTS[what]:
@@ -82,7 +92,8 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> None:
 
     images = {f"VOCdevkit/VOC2012/JPEGImages/{name}.jpg": name for name in split}
     labels = {f"VOCdevkit/VOC2012/SegmentationClass/{name}.png": name for name in {*train, *test}}
-    others = {f"{SBD[1]}/dataset/cls/{name}.mat": name for name in split.keys() - {*train, *test}}
+    form = f"{AUG[1]}/{{}}.png" if aug else f"{SBD[1]}/dataset/cls/{{}}.mat"
+    others = {form.format(name): name for name in split.keys() - {*train, *test}}
     for source, wanted in ((voc, {**images, **labels}), (sbd, others)):
         if missing := sorted(wanted.keys() - set(source.names())):
             raise ConfigError(f"{source.path} lacks {few(missing)}: it is incomplete. Fetch it again.")
@@ -96,10 +107,11 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> None:
             writer.image(split[images[file]], images[file], content, file)
         else:
             name = labels[file]
-            writer.label(split[name], name, mapped(indices(content, file), table, file))
+            writer.label(split[name], name, mapped(indices(content, file), table, file), file)
     for file, content in sbd.files(others):
         name = others[file]
-        writer.label(split[name], name, mapped(_segmentation(content, file), table, file))
+        values = indices(content, file) if aug else _segmentation(content, file)
+        writer.label(split[name], name, mapped(values, table, file), file)
     writer.close()
 
 

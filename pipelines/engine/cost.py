@@ -15,16 +15,20 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 from pipelines.config import Recipe, Training
 from pipelines.engine import strict
 from pipelines.engine.train import terms_of
-from pipelines.method import AUXILIARY, Batch, Distiller
+from pipelines.method import AUXILIARY, Batch, Distiller, MethodConfig, Shapes
 from pipelines.networks import SegmentationNetwork
+
+Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training step of a cell as if it were trained alone."""
+    """Of one training step of a cell as if it were trained alone, or of a method's own part of it."""
 
     flops: int  # 2 per multiply-add; convolutions and matrix products
+    largest_mb: float  # the largest tensor on the way, which recomputing does not avoid
     memory_mb: float  # weights, gradients, optimiser, what the backward pass keeps, teacher and its taps
+    parameters: int  # of the method, trained and not exported
 
 
 _KNOWN: dict[str, Cost] = {}
@@ -50,11 +54,13 @@ def step_cost(
             _shape(student),
             _shape(teacher),
             _shape(method),
-            type(method).__module__,
+            f"{type(method).__module__}.{type(method).__qualname__}",
             method.config.model_dump(mode="json"),
             classes,
             training.batch_size,
             training.crop,
+            training.precision,
+            training.auxiliary_weight,
             repr(recipe),
         ]
     )
@@ -64,7 +70,10 @@ def step_cost(
 
 
 def _shape(module: torch.nn.Module | None) -> list[Any]:
-    return [[name, *value.shape] for name, value in module.state_dict().items()] if module else []
+    """All that decides what a pass costs: the layers, with their strides, and their weights."""
+    if module is None:
+        return []
+    return [repr(module), *([name, *value.shape] for name, value in module.state_dict().items())]
 
 
 def _count(
@@ -83,7 +92,7 @@ def _count(
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage._cdata] = storage.nbytes()  # of meta tensors too, which have no address
         return tensor
 
     with torch.random.fork_rng(), strict.suspended():
@@ -109,7 +118,7 @@ def _count(
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 terms, taps = terms_of(student, method, batch, seen, exact, recipe)
             for tensor in (*seen.values(), *student.parameters(), *method.parameters(), images):
-                kept.pop(tensor.untyped_storage().data_ptr(), None)
+                kept.pop(tensor.untyped_storage()._cdata, None)
             saved = sum(kept.values())
             torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
             method.after_step({name: tap.detach() for name, tap in taps.items()}, seen, batch)
@@ -117,7 +126,43 @@ def _count(
     trained = _bytes(student.parameters()) + _bytes(method.parameters())
     fixed = _bytes(teacher.parameters()) if teacher else 0
     total = (2 + states) * trained + fixed + saved + _bytes([images, *seen.values()])
-    return Cost(counter.total, total / 2**20)
+    parameters = sum(p.numel() for p in method.parameters())
+    return Cost(counter.total, counter.largest / 2**20, total / 2**20, parameters)
+
+
+def method_cost(
+    method: type[Distiller], config: MethodConfig, student: Shapes, teacher: Shapes, size: Size, classes: int
+) -> Cost:
+    """What a method adds to a step: its terms, their gradients and ``after_step`` on maps of these shapes,
+    for ``size`` = images, height, width. Counted on torch's meta device: nothing is computed. The memory is
+    that of the teacher's taps, what the backward pass keeps, and twice the method's parameters."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.device("meta"), torch.random.fork_rng():
+        own = method(config, student, teacher).train()
+        images, height, width = size
+        batch = Batch(
+            torch.empty(images, 3, height, width), torch.zeros(size, dtype=torch.int64), classes, 255
+        )
+        taps = {name: torch.empty(images, *student[name]).requires_grad_() for name in own.student_taps}
+        seen = {name: torch.empty(images, *teacher[name]) for name in own.teacher_taps}
+        own.own_optimizers()
+        with _Counter() as counter:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                terms = own.losses(taps, seen, batch)
+            for tensor in (*taps.values(), *seen.values(), *own.parameters(), batch.images, batch.labels):
+                kept.pop(tensor.untyped_storage()._cdata, None)
+            saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+            if terms:
+                torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+            own.after_step({name: tap.detach() for name, tap in taps.items()}, seen, batch)
+    total = saved + _bytes(seen.values()) + 2 * _bytes(own.parameters())
+    parameters = sum(p.numel() for p in own.parameters())
+    return Cost(counter.total, counter.largest / 2**20, total / 2**20, parameters)
 
 
 def _bytes(tensors: Any) -> int:
@@ -133,13 +178,16 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
+        self.total = self.largest = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        for value in out if isinstance(out, tuple) else (out,):
+            if isinstance(value, Tensor):
+                self.largest = max(self.largest, value.numel() * value.element_size())
         operation = func.overloadpacket
         if operation is torch.ops.aten.convolution_backward:
             gradient, image, weight = args[:3]

@@ -7,6 +7,7 @@ give logits (B, classes, H, W). No teacher, adapter or auxiliary head is in them
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import time
 import warnings
@@ -112,6 +113,16 @@ def graph_sha256(file: Path) -> str:
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims):
             tensor.ClearField("raw_data")
     return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+
+
+def tensors_sha256(weights: Path) -> str:
+    """The sum of the names, shapes and types of the tensors of a file: what network it is of."""
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="numpy") as file:
+        names = sorted(file.keys())
+        found = [[name, file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()] for name in names]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def count(module: nn.Module, size: tuple[int, int]) -> dict[str, int]:

@@ -207,13 +207,21 @@ def run_pack(
     cells: Sequence[Cell], params: Params, root: Path = ROOT, tell: Told = silent
 ) -> dict[Cell, Exception | None]:
     """Train cells of one benchmark and seed side by side, each with its record in ``runs/``; what stopped a
-    cell, or None.
+    cell, or None. ValueError for cells that do not see the same batches.
 
     While another process trains one of the cells, this one waits. A whole record of exactly today's inputs is
     kept. The reason of a failure stays in ``.scratch/`` for the report. A teacher is a pack of its own.
     """
+    for cell in cells:  # a name that does not exist leaves no trace
+        params.benchmark(cell.benchmark)
+        if not cell.is_teacher:
+            params.student(cell.student)
+            config.known("method", cell.method, params.method_keys)
+    if len({(cell.benchmark, cell.seed, cell.is_teacher) for cell in cells}) != 1:
+        raise ValueError(f"No pack: {', '.join(cell.path for cell in cells)} do not see the same batches.")
     failures: dict[Cell, Exception | None] = dict.fromkeys(cells)
-    about = Circumstances(datetime.datetime.now(datetime.UTC), machine.git_state(), len(cells), root)
+    whole: set[Cell] = set()  # that have their record
+    started, code = datetime.datetime.now(datetime.UTC), machine.git_state()
     with ExitStack() as stack:
         for cell in sorted(cells, key=lambda cell: cell.path):
             stack.enter_context(files.hold(cell.lock(root), cell.path))
@@ -224,20 +232,25 @@ def run_pack(
             shared = bench(params, cells[0].benchmark, root)
             teacher = teacher_of(cells, params, shared, root)
             sums = (shared.description.sha256, teacher.sha256 if teacher else None)
-            due = []
-            for cell in cells:
-                if records.is_finished(cell, fingerprint(params, cell, *sums), root):
-                    log.info("%s has finished before, with exactly these inputs: it is kept.", cell.path)
-                else:
-                    due.append(cell)
             plans: list[Plan] = []
-            for cell in due:
+            for cell in failures:
                 with _noting(cell, failures):
-                    plans.append(plan(params, cell))
-            finish = functools.partial(_finish, params=params, shared=shared, about=about)
+                    if records.is_finished(cell, fingerprint(params, cell, *sums), root):
+                        log.info("%s has finished before, with exactly these inputs: it is kept.", cell.path)
+                        whole.add(cell)
+                    else:
+                        plans.append(plan(params, cell))
+            about = Circumstances(started, code, len(plans), root)
+
+            def finish(prepared: Prepared) -> None:
+                _finish(prepared, params, shared, about)
+                whole.add(prepared.plan.cell)
+
             failures |= train_plans(plans, params, shared, teacher, finish, tell, root)
         except Exception as error:  # of what all share: the data, the teacher
-            failures = {cell: failure or error for cell, failure in failures.items()}
+            failures = {
+                cell: failure or (None if cell in whole else error) for cell, failure in failures.items()
+            }
         for cell, failure in failures.items():
             if failure is not None:
                 _leave_note(cell, failure, root)
@@ -294,7 +307,6 @@ def train_plans(
             round_weights(trainee.student)
         finish(prepared)
         trainee.state_file.unlink(missing_ok=True)
-        ready.remove(prepared)  # its networks take no memory any more
 
     trainees = {one.plan.cell: one.trainee for one in ready}
     network = teacher.network if teacher else None

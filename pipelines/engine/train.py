@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -79,6 +80,7 @@ class Trainee:
         """Build the optimisers and take up a resume state that belongs to exactly this training."""
         self.student.to(memory_format=torch.channels_last).train()
         self.method.to(next(self.student.parameters()).device).train()
+        torch.manual_seed(derive(self.seed, "optimizers"))  # in which a method may build networks
         self.found = optimizers(self.student, self.method, self.training, self.recipe)
         if state := checkpoint.load(self.state_file, self.mark):
             self.student.load_state_dict(state["student"])
@@ -137,14 +139,18 @@ class Trainee:
             row["val_miou"] = self.validate()
         return True
 
-    def save(self) -> None:
-        """Replace the resume file. :class:`ConfigError` when a weight is not finite: the old one stays."""
+    def check_weights(self) -> None:
+        """:class:`ConfigError` when a weight is not finite."""
         for name, value in self.student.state_dict().items():
             if not torch.isfinite(value).all():
                 raise ConfigError(
                     f"The student's {name} is not finite after step {self.step}: lower `lr` in params.yaml. "
                     "The last good state is kept."
                 )
+
+    def save(self) -> None:
+        """Replace the resume file. :class:`ConfigError` when a weight is not finite: the old one stays."""
+        self.check_weights()
         state = {"step": self.step, "student": self.student.state_dict(), "method": self.method.state_dict()}
         state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in self.found.items()}
         checkpoint.save(self.state_file, self.mark, state | vars(self.history))
@@ -203,7 +209,7 @@ def train(
             _guard(trainee, _step, trainee, batch, taps, waited, tell)
             after = _versions(taps, batch)
             if changed := [name for name in before if before[name] != after[name]]:
-                trainee.failure = trainee.failure or ConfigError(
+                trainee.failure = ConfigError(  # whatever else was raised follows from it
                     f"{trainee.label}: the method changes {changed[0]} in place, which others use too: "
                     "let it work on a copy."
                 )
@@ -220,11 +226,11 @@ def train(
             spent = saved - clock
         for trainee in now:
             if trainee.finished and trainee.failure is None:
-                _guard(trainee, finish, trainee)
+                _end(trainee, finish)
                 going.remove(trainee)
     for trainee in going:  # that a resume state puts at its end
         if trainee.finished and trainee.failure is None:
-            _guard(trainee, finish, trainee)
+            _end(trainee, finish)
 
 
 def _batches(
@@ -254,8 +260,14 @@ def _step(trainee: Trainee, batch: Batch, taps: Taps, waited: float, tell: Told)
     tell(trainee.label, trainee.step, trainee.training.steps, loss)
 
 
+def _end(trainee: Trainee, finish: Callable[[Trainee], None]) -> None:
+    _guard(trainee, trainee.check_weights)
+    _guard(trainee, finish, trainee)
+
+
 def _guard(trainee: Trainee, act: Callable[..., object], *arguments: Any) -> None:
-    """Do something for a trainee. What it raises takes it out of the pack, and nothing else."""
+    """Do something for a trainee. What it raises takes it out of the pack, and nothing else: the activations
+    of its last step are let go, so that the others have the memory."""
     if trainee.failure is not None:
         return
     try:
@@ -265,6 +277,7 @@ def _guard(trainee: Trainee, act: Callable[..., object], *arguments: Any) -> Non
         log.error("%s leaves its pack: %s", trainee.label, " ".join(str(error).split())[:300])
         if not isinstance(error, ConfigError):
             log.debug("%s", trainee.label, exc_info=error)
+        traceback.clear_frames(error.__traceback__)
 
 
 def terms_of(

@@ -47,8 +47,9 @@ def table(params: Params, root: Path = ROOT) -> Table:
 
     key = params.suite.students[0]
     student = macs(key)
-    methods = len(params.methods) + len(params.suite.variants)
-    cells = methods * len(params.suite.seeds)
+    seeds, cells = len(params.suite.seeds), len(params.suite_methods) * len(params.suite.seeds)
+    distilled = len(params.suite_methods) - 1 - len(params.controls)
+    times = 1 + sum(params.controls.values())  # of the student alone, over all that a seed trains of it
     rate, source = _rate(params, root)
     data: list[dict[str, Any]] = []
     text: list[list[str]] = []
@@ -59,7 +60,7 @@ def table(params: Params, root: Path = ROOT) -> Table:
             learned = _flops(benchmark.teacher.training, 3 * teacher)
             alone = _flops(benchmark.training, 3 * student)
             guided = _flops(benchmark.training, 3 * student + teacher)
-            whole = learned + cells * guided
+            whole = learned + seeds * (distilled * guided + times * alone)
         row = {
             "benchmark": name,
             "crop": "×".join(map(str, benchmark.training.crop)),
@@ -87,8 +88,8 @@ def table(params: Params, root: Path = ROOT) -> Table:
         f"Student: {key}. PFLOP: 10¹⁵ operations, 2 per multiply-add. h: hours of one GPU that sustains "
         f"{rate / 1e12:.3g} TFLOP/s, {source}. {speed_table.COMMAND} measures the steps of a benchmark on "
         "your GPU, before any data is there; they then stand in the last column and in speed.md.",
-        "cells of the suite: the methods and seeds of params.yaml, each counted as one with its teacher; h: "
-        "of the teacher and of these. none_matched costs as much as the dearest of them.",
+        "cells of the suite: the methods, controls and seeds of params.yaml; h: of the teacher and of these, "
+        "a method counted with its teacher, the student alone without, a control for its longer training.",
     ]
     return Table("benchmarks", "planned compute", pd.DataFrame(data, dtype=object), COLUMNS, text, notes)
 

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pipelines import config, files
 from pipelines.config import PAPER, ROOT, ConfigError, Key, Model, Network, Params, Positive, Size
 from pipelines.reports import statistics
-from pipelines.reports.results import HEADLINE, REFERENCE, SCORE, Results, label
+from pipelines.reports.results import HEADLINE, SCORE, Results, label
 from pipelines.reports.tables import Table, escape_markdown
 from pipelines.runs import exports
 
@@ -35,18 +35,19 @@ RULE = [
     f"**{NOT_COMPARABLE}**: the source does not state the data set, the unit of the gain or the student's "
     "baseline; or no benchmark of params.yaml has the data set; or each of them differs from the source "
     "in a stated condition: student, teacher, image size, crop, batch size, steps, learning rate, weight "
-    "decay, ImageNet weights of the student, split, loss. Not compared are loss weights, temperatures and "
-    "which checkpoint is reported: sources mostly take the best on validation, this suite the last. What "
-    "the source does not state is listed and does not count as a difference; nor do the training images "
-    "that this suite holds out for validation where the published validation split is its test split. The "
-    "differences named are those of the benchmark that was measured, else of the closest one.",
+    "decay, ImageNet weights of the student, split, loss; or params.yaml does not have the method. Not "
+    "compared are loss weights, temperatures and which checkpoint is reported: sources mostly take the best "
+    "on validation, this suite the last. What the source does not state is listed and does not count as a "
+    "difference; nor do the training images that this suite holds out for validation where the published "
+    "validation split is its test split. The differences named are those of the benchmark that was "
+    "measured, else of the closest one.",
     f"**{NOT_RUN}**: a benchmark of params.yaml is comparable, but there is no seed for which both the "
-    f"method and `{REFERENCE}` have finished.",
-    f"**{REPRODUCED}**: the 95 % t-interval of the gain over `{REFERENCE}`, paired by seed, lies above 0 and "
-    "its upper end reaches the claimed gain (for a claimed loss: below 0, and the lower end).",
+    "method and the undistilled student have finished.",
+    f"**{REPRODUCED}**: the 95 % t-interval of the gain over the undistilled student, paired by seed, lies "
+    "above 0 and its upper end reaches the claimed gain (for a claimed loss: below 0, and the lower end).",
     f"**{NOT_REPRODUCED}**: every other outcome, fewer than two seeds included.",
-    f"A claim of unchanged inference cost is **{REPRODUCED}** if the exported students of the method and of "
-    f"`{REFERENCE}` have equal numbers of parameters and FLOPs in all finished cells.",
+    f"A claim of unchanged inference cost is **{REPRODUCED}** if the exported students of the method and the "
+    "undistilled one have equal numbers of parameters and FLOPs in all finished cells.",
     "Cells trained with other settings, data or another teacher than today's do not count.",
 ]
 
@@ -126,6 +127,7 @@ class Claim(Entry):
 class Claims(Entry):
     """The whole of claims.yaml."""
 
+    methods: list[Key]  # that claims may be about, whether or not params.yaml has them
     sources: dict[Key, Source]
     protocols: dict[Key, Protocol]
     evidence: dict[Key, str]
@@ -198,14 +200,13 @@ def load(path: Path | None = None) -> Claims:
         claims = Claims.model_validate(config.read_yaml(path))
     except ValidationError as error:
         raise ConfigError(config.explain("", error, path.name)) from None
-    methods = [*sorted(file.stem for file in (ROOT / "baselines").glob("[a-z]*.py")), HEADLINE]
     seen: set[str] = set()
     for claim in claims.claims:
         if claim.id in seen:
             raise ConfigError(f"In {path.name}: two claims are called '{claim.id}': rename one.")
         seen.add(claim.id)
         for kind, key, have in (
-            ("method", claim.method, methods),
+            ("method", claim.method, claims.methods),
             ("source", claim.source, claims.sources),
             ("protocol", claim.protocol, claims.protocols),
             ("evidence level", claim.evidence, claims.evidence),
@@ -223,7 +224,7 @@ def load(path: Path | None = None) -> Claims:
 def judge(claim: Claim, claims: Claims, every: Sequence[Results], params: Params) -> Verdict:
     """Whether a claim holds here, by ``RULE``; ``every`` holds the results of the benchmarks with records."""
     if claim.kind == "cost":
-        return _judge_cost(claim, every)
+        return _judge_cost(claim, every, params)
     settings = {
         (benchmark, student): _differences(claim, claims, params, benchmark, student)
         for benchmark, own in params.benchmarks.items()
@@ -260,7 +261,7 @@ def judge(claim: Claim, claims: Claims, every: Sequence[Results], params: Params
         shown = nearest or closest
         return verdict(NOT_COMPARABLE, list(settings[shown].values()), shown)
     if measured is None or nearest is None or settings[nearest]:
-        missing = f"no seed with finished cells of both {claim.method} and {REFERENCE}"
+        missing = f"no seed with finished cells of both {claim.method} and {params.suite.reference}"
         return verdict(NOT_RUN, [missing], closest)
     word, reason = _outcome(measured, claim.claimed or 0.0)
     return verdict(word, [reason], nearest)
@@ -405,11 +406,11 @@ def sentences(claims: Claims, every: Sequence[Results], params: Params) -> list[
     unseen = [item for item in measured if item.word != GAIN]
     if seen:
         found.append(
-            f"A gain over {REFERENCE}, as published, is seen here, by the interval over seeds alone and "
-            f"at equal steps, for {_listed(seen)}."
+            f"A gain over {params.suite.reference}, as published, is seen here, by the interval over seeds "
+            f"alone and at equal steps, for {_listed(seen)}."
         )
     if unseen:
-        found.append(f"No gain over {REFERENCE} is shown here for {_listed(unseen)}.")
+        found.append(f"No gain over {params.suite.reference} is shown here for {_listed(unseen)}.")
     if not measured:
         found.append("None of these methods has been measured here yet.")
     return found
@@ -455,14 +456,14 @@ def write(claims: Claims, every: Sequence[Results], params: Params, folder: Path
     files.write_bytes(folder / "claims.csv", judged.data.to_csv(index=False, lineterminator="\n").encode())
 
 
-def _judge_cost(claim: Claim, every: Sequence[Results]) -> Verdict:
+def _judge_cost(claim: Claim, every: Sequence[Results], params: Params) -> Verdict:
     """Compare the exported students of the method and of the reference over all their cells."""
     equal: list[str] = []
     different: list[str] = []
     for results in every:
         for student in results.students:
             pairs = [
-                [_cost(results, student, method, column) for method in (claim.method, REFERENCE)]
+                [_cost(results, student, method, column) for method in (claim.method, results.reference)]
                 for column in COST
             ]
             if not all(here and there for here, there in pairs):
@@ -478,14 +479,14 @@ def _judge_cost(claim: Claim, every: Sequence[Results]) -> Verdict:
         return Verdict(NOT_REPRODUCED, [f"not equal on {place}" for place in different])
     if equal:
         return Verdict(REPRODUCED, [f"equal on {place}" for place in equal])
-    return Verdict(NOT_RUN, [f"no finished cells of both {claim.method} and {REFERENCE}"])
+    return Verdict(NOT_RUN, [f"no finished cells of both {claim.method} and {params.suite.reference}"])
 
 
 def _latency(results: Results, student: str, method: str) -> list[str]:
     """What an export record adds: for information, a time is never exactly equal."""
     if (record := results.exported(student, method)) is None:
         return []
-    found = exports.timing(record, method, REFERENCE, "onnxruntime")
+    found = exports.timing(record, method, results.reference, "onnxruntime")
     if found.ratio is None or found.interval is None:
         return []
     low, high = found.interval.low, found.interval.high

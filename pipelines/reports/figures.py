@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib
 
-from pipelines import files
+from pipelines import files, fonts
 
 matplotlib.use("Agg")
 
@@ -27,18 +27,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from pipelines.config import OFFICIAL
 from pipelines.reports import statistics
 from pipelines.reports.ranks import Ranks
-from pipelines.reports.results import (
-    COMPUTE,
-    HEADLINE,
-    MATCHED,
-    REFERENCE,
-    SCORE,
-    Results,
-    label,
-    variant,
-)
+from pipelines.reports.results import COMPUTE, HEADLINE, SCORE, Results, label, variant
 from pipelines.runs.records import Record
 from pipelines.runs.tracking import digest, metric_name
 
@@ -56,7 +48,8 @@ PIXELS = "Comment"  # and the one with the sum of the pixels (RGBA)
 
 def write(results: Results, folder: Path) -> None:
     """Draw every figure of a benchmark into ``folder``."""
-    with sns.axes_style("ticks", {"axes.grid": True, "grid.color": "0.92"}), plt.rc_context(STYLE):
+    style = STYLE | fonts.style("".join(results.classes()))
+    with sns.axes_style("ticks", {"axes.grid": True, "grid.color": "0.92"}), plt.rc_context(style):
         for name, draw in NAMES.items():
             _save(draw(results), folder / f"{name}.png", source([results]))
 
@@ -78,9 +71,9 @@ def source(every: Sequence[Results]) -> str:
 def scores(results: Results) -> Figure:
     """Test mIoU: every seed a point, the mean a bar; beside it the paper's variants, where there are any."""
     variants = [key for key in results.variants if any(results.by_seed(s, key) for s in results.students)]
-    groups = [("Methods", results.methods, label)]
+    groups = [("Methods", results.methods, results.label)]
     if set(variants) - {HEADLINE}:
-        reference = [key for key in results.methods if key == REFERENCE]
+        reference = [key for key in results.methods if key == results.reference]
         groups.append((f"Variants of {label(HEADLINE)}", reference + variants, variant))
     widths = [1 + len(keys) for _, keys, _ in groups]
     figure, axes = _panels(
@@ -139,7 +132,7 @@ def scores(results: Results) -> Figure:
 
 def per_class(results: Results) -> Figure:
     """Heat map of IoU differences to the undistilled student, class × method, mean over paired seeds."""
-    names, methods = results.classes(), [key for key in results.methods if key != REFERENCE]
+    names, methods = results.classes(), [key for key in results.methods if key != results.reference]
     grids = []
     for student in results.students:
         cells = [
@@ -162,16 +155,17 @@ def per_class(results: Results) -> Figure:
             fmt="",
             annot_kws={"fontsize": 9},
             linewidths=1,
-            xticklabels=[label(key) for key in methods],
+            xticklabels=[results.label(key) for key in methods],
             yticklabels=names,
             cbar=axis is axes[0][-1],
-            cbar_kws={"label": f"IoU − IoU of {REFERENCE} (points)"},
+            cbar_kws={"label": f"IoU − IoU of {results.reference} (points)"},
         )
         axis.set_facecolor("0.9")  # shows where there is nothing to compare
         axis.tick_params(length=0)
         axis.tick_params(axis="y", rotation=0)
         axis.set_title(student)
-    _title(figure, results, f"IoU on the test split minus that of {REFERENCE}, mean over paired seeds")
+    text = f"IoU on the test split minus that of {results.reference}, mean over paired seeds"
+    _title(figure, results, text)
     return figure
 
 
@@ -185,10 +179,10 @@ def learning_curves(results: Results) -> Figure:
     figure, axes = _panels(len(results.students), 2, (10.5, 3.8), None, sharey=False)
     colours = _colours(results)
     for row, student in zip(axes, results.students, strict=True):
-        for key in results.methods:
+        for key in (key for key in results.methods if key not in results.controls):
             own = [r for r in results.finished if (r.cell.student, r.cell.method) == (student, key)]
             for axis, column in zip(row, ("val_miou", "task"), strict=True):
-                _curves(axis, own, column, colours[key], label(key))
+                _curves(axis, own, column, colours[key], results.label(key))
         row[0].set_xlim(row[1].get_xlim())
         row[0].set(xlabel="step", ylabel="validation mIoU (%)", title=f"Validation · {student}")
         row[1].set(
@@ -201,20 +195,27 @@ def learning_curves(results: Results) -> Figure:
 
 
 def compute(results: Results) -> Figure:
-    """Test mIoU against the compute of the training: what longer training alone gives is the line."""
+    """Test mIoU against the compute of the training: the student alone, trained ever longer, is a curve."""
     figure = _against(results, COMPUTE, 1e-12, "training compute (TFLOP)")
     for axis, student in zip(figure.axes, results.students, strict=False):
-        ends = [
-            (results.mean(student, key, COMPUTE), results.mean(student, key)) for key in (REFERENCE, MATCHED)
+        own = [
+            {s: (flops[s] / 1e12, score) for s, score in results.by_seed(student, key).items() if s in flops}
+            for key in (results.reference, *results.controls)
+            if (flops := results.by_seed(student, key, COMPUTE))
         ]
-        points = [(x / 1e12, y) for x, y in ends if x is not None and y is not None]
-        if len(points) == 2:
-            axis.plot(*zip(*points, strict=True), color=GREY, linestyle=":", linewidth=1.5, zorder=1)
+        for seed in set.intersection(*map(set, own)) if own else ():
+            axis.plot(
+                *zip(*(points[seed] for points in own), strict=True), color="0.8", linewidth=0.8, zorder=1
+            )
+        means = [np.mean(list(points.values()), axis=0) for points in own if points]
+        if len(means) > 1:
+            axis.plot(*np.transpose(means), color=GREY, linestyle=":", linewidth=1.8, zorder=2)
     _title(
         figure,
         results,
-        "score against training compute; large is the mean over seeds, small a seed; dotted: straight "
-        "between the student alone and the same trained longer",
+        "score against training compute; large is the mean over seeds, small a seed; lines: "
+        f"{results.reference} alone, trained ever longer (dotted: mean, thin: a seed); squares: where it was "
+        "measured; diamonds: official weights",
     )
     return figure
 
@@ -271,10 +272,11 @@ def _against(results: Results, metric: str, factor: float, text: str) -> Figure:
             if not points:
                 continue
             x, y = (np.asarray(values) for values in zip(*points, strict=True))
-            axis.scatter(
-                x.mean(), y.mean(), s=130, color=colours[key], edgecolor="white", zorder=3, label=label(key)
-            )
-            axis.scatter(x, y, s=24, color=colours[key], edgecolor="white", linewidth=0.8, zorder=4)
+            alone = key == results.reference or key in results.controls
+            look = {"color": colours[key], "edgecolor": "white"}
+            look["marker"] = "s" if alone else "D" if key.endswith(OFFICIAL) else "o"
+            axis.scatter(x.mean(), y.mean(), s=130, zorder=3, label=results.label(key), **look)
+            axis.scatter(x, y, s=24, linewidth=0.8, zorder=4, **look)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         axis.set_xlim(left=0)
@@ -316,12 +318,14 @@ def _panels(
 
 
 def _colours(results: Results) -> dict[str, Any]:
-    """The undistilled student grey, each method its own colour, variants that of the paper's method."""
-    others = [key for key in results.methods if key != REFERENCE]
+    """The undistilled student and its controls grey, each method its own colour, which it keeps with official
+    weights; variants that of the paper's method."""
+    others = results.tested(results.methods)
     palette = sns.color_palette("colorblind", 10) if len(others) <= 10 else sns.husl_palette(len(others))
     colours: dict[str, Any] = dict(zip(others, palette, strict=False))
     colours |= {key: colours.get(HEADLINE, palette[0]) for key in results.variants}
-    return colours | {REFERENCE: "0.35"}
+    colours |= {key: colours.get(key.removesuffix(OFFICIAL), GREY) for key in results.methods}
+    return colours | {results.reference: "0.35"} | dict.fromkeys(results.controls, "0.55")
 
 
 def _title(figure: Figure, results: Results, text: str) -> None:

@@ -1,7 +1,8 @@
 """Methods over several benchmarks and students: mean ranks, what they can tell apart, chance of improvement.
 
 A block is a student on a benchmark; its score of a method is the mean over the seeds. Only methods that every
-block has are ranked, and with fewer than two blocks there is nothing to say.
+block has are ranked, with the undistilled student, but neither its controls nor official weights; with fewer
+than two blocks there is nothing to say.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from pipelines.reports import statistics
-from pipelines.reports.results import REFERENCE, RESAMPLES, RESAMPLING_SEED, Results, label
+from pipelines.reports.results import RESAMPLES, RESAMPLING_SEED, Results, label
 from pipelines.reports.statistics import Interval
 from pipelines.reports.tables import Table, between, render
 
@@ -23,26 +24,31 @@ from pipelines.reports.tables import Table, between, render
 class Ranks:
     """How the methods rank over all blocks."""
 
+    reference: str  # the undistilled student
     blocks: list[tuple[str, str]]  # benchmark, student
     ranks: dict[str, float]  # mean over the blocks, 1 is the best; in this order
     friedman_p: float | None  # of the hypothesis that all methods are alike
     critical_difference: float  # Nemenyi: mean ranks closer than this are not told apart
     cliques: list[tuple[str, ...]]  # methods that are not told apart
-    improvement: dict[str, tuple[float, Interval]]  # probability that a run beats one of REFERENCE
+    improvement: dict[str, tuple[float, Interval]]  # probability that a run beats one of the reference
     seeds: dict[str, int]  # the fewest seeds of a method in any block
 
 
 def rank(every: Sequence[Results]) -> Ranks | None:
     """Rank the methods; None with fewer than two blocks or two methods that all of them have."""
+    rows = {results.benchmark: [results.reference, *results.tested(results.methods)] for results in every}
     scores = {
         (results.benchmark, student): {
-            m: list(values.values()) for m in results.methods if (values := results.by_seed(student, m))
+            m: list(values.values())
+            for m in rows[results.benchmark]
+            if (values := results.by_seed(student, m))
         }
         for results in every
         for student in results.students
     }
-    scores = {block: own for block, own in scores.items() if REFERENCE in own and len(own) > 1}
-    order = list(dict.fromkeys(m for results in every for m in results.methods))
+    reference = every[0].reference if every else ""
+    scores = {block: own for block, own in scores.items() if reference in own and len(own) > 1}
+    order = list(dict.fromkeys(m for own in rows.values() for m in own))
     methods = [m for m in order if all(m in own for own in scores.values())]
     if len(scores) < 2 or len(methods) < 2:
         return None
@@ -52,16 +58,17 @@ def rank(every: Sequence[Results]) -> Ranks | None:
     cd = statistics.critical_difference(len(methods), len(scores))
     improvement = {}
     for method in methods:
-        if method != REFERENCE:
+        if method != reference:
             chance = statistics.probability_of_improvement(
                 [own[method] for own in scores.values()],
-                [own[REFERENCE] for own in scores.values()],
+                [own[reference] for own in scores.values()],
                 resamples=RESAMPLES,
                 seed=RESAMPLING_SEED,
             )
             if chance is not None:
                 improvement[method] = chance
     return Ranks(
+        reference=reference,
         blocks=list(scores),
         ranks=ranks,
         friedman_p=statistics.friedman_p(means),
@@ -90,7 +97,7 @@ def table(found: Ranks) -> Table:
         )
         shown = "–" if chance is None else f"{chance:.2f} {between(interval, '.2f')}"
         text.append([label(method), str(found.seeds[method]), f"{mean:.2f}", shown])
-    columns = ["method", "seeds (fewest)", "mean rank", f"probability of improvement on {REFERENCE}"]
+    columns = ["method", "seeds (fewest)", "mean rank", f"probability of improvement on {found.reference}"]
     return Table("ranks", "mean ranks", pd.DataFrame(data, dtype=object), columns, text)
 
 
@@ -108,8 +115,8 @@ def facts(found: Ranks) -> list[tuple[str, str]]:
         ),
         (
             "probability of improvement",
-            f"that a run of the method beats a run of {REFERENCE} on the same block, mean over the blocks; "
-            f"95 % interval from {RESAMPLES:,} bootstrap resamples of the seeds inside each block",
+            f"that a run of the method beats a run of {found.reference} on the same block, mean over the "
+            f"blocks; 95 % interval from {RESAMPLES:,} bootstrap resamples of the seeds inside each block",
         ),
     ]
 

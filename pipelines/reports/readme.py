@@ -9,8 +9,7 @@ from pipelines import files
 from pipelines.config import PAPER, ConfigError
 from pipelines.reports import figures, ranks, tables
 from pipelines.reports.ranks import Ranks
-from pipelines.reports.results import COMPUTE, HEADLINE, MATCHED, REFERENCE, SCORE, Results, Standing, label
-from pipelines.reports.statistics import Interval
+from pipelines.reports.results import HEADLINE, SCORE, Gain, Results, Standing
 from pipelines.reports.tables import between, escape_markdown, plus_minus
 from pipelines.runs.tracking import metric_name
 
@@ -60,81 +59,90 @@ def block(every: Sequence[Results], ranked: Ranks | None, claimed: Sequence[str]
 
 def in_short(every: Sequence[Results]) -> list[str]:
     """What holds over all benchmarks and students, in plain words."""
-    blocks = {
-        (results.benchmark, student): (results, {m: s for m, s in standings.items() if s.gain.n})
+    tested = [
+        (f"{results.label(m)} on {results.benchmark}, {student}", standings[m])
         for results in every
         for student in results.students
-        if (standings := results.standings(student, results.methods))
-    }
-    gains = [(place, m, s) for place, (_, own) in blocks.items() for m, s in own.items()]
-    if not gains:
+        for standings in [results.standings(student, results.methods)]
+        for m in results.tested(results.methods)
+        if standings[m].gain.paired.n
+    ]
+    if not tested:
         return []
-    distilled = [(place, m, s) for place, m, s in gains if m != MATCHED]
 
-    def listed(found: Sequence[tuple[tuple[str, str], str, str]]) -> str:
-        return "; ".join(f"{label(m)} on {', '.join(place)}: {text}" for place, m, text in found)
+    def split(gains: Sequence[tuple[str, Gain]]) -> tuple[list[str], list[str]]:
+        """Those above and those below, with their differences."""
+        above, below = (
+            [f"{name}: {_gain(gain)}" for name, gain in gains if gain.verdict == verdict]
+            for verdict in ("gain", "loss")
+        )
+        return above, below
 
-    above = [
-        (place, m, _gain(m, s).removeprefix(f"{label(m)} "))
-        for place, m, s in distilled
-        if s.verdict == "gain"
-    ]
-    below = [
-        (place, m, _gain(m, s).removeprefix(f"{label(m)} "))
-        for place, m, s in distilled
-        if s.verdict == "loss"
-    ]
-    total = f"{len(distilled)} comparisons (method, benchmark, student)"
+    above, below = split([(name, s.gain) for name, s in tested])
+    total = f"{len(tested)} comparisons (method, benchmark, student)"
     found = [
         f"Does distillation help here? Of {total} with the undistilled student at equal steps, {len(above)} "
         f"are above it and {len(below)} below it by both 95 % intervals, each taken by itself"
-        + "".join(f"; {word}: {listed(own)}" for word, own in (("above", above), ("below", below)) if own)
+        + "".join(f"; {word}: {'; '.join(own)}" for word, own in (("above", above), ("below", below)) if own)
         + "."
     ]
-    matched = [(place, m, s) for place, m, s in distilled if s.over_matched.n]
-    if matched:
-        sides = [_side(s.matched_over_seeds) for _, _, s in matched]
+    if equal := [(name, s.equal) for name, s in tested if s.equal.paired.n]:
+        above, below = split(equal)
         found.append(
-            f"And at equal compute? Against {MATCHED}, the student alone trained longer, {sides.count(1)} of "
-            f"{len(matched)} are better over seeds, {sides.count(-1)} worse, {sides.count(0)} not told apart."
+            "And at equal compute? Against the student alone, trained longer and interpolated to the compute "
+            f"of the method, {len(above)} of {len(equal)} are above it by both intervals, {len(below)} "
+            f"below, {len(equal) - len(above) - len(below)} not told apart"
+            + (f"; {len(tested) - len(equal)} more have no value." if len(equal) < len(tested) else ".")
         )
-    tested = [(place, m, s.p_holm) for place, m, s in gains if s.p_holm is not None]
-    below_alpha = [(place, m, f"{p:.2g}") for place, m, p in tested if p < tables.ALPHA]
+    parts = []
+    for name, how in (("p_holm", "Holm's adjustment"), ("p_max", "the max-T test")):
+        least = [f"{at}: {p:.2g}" for at, s in tested if (p := getattr(s, name)) < tables.ALPHA]
+        listed = f" ({'; '.join(least)})" if least else ""
+        parts.append(f"{len(least)} of {len(tested)} below {tables.ALPHA:g} by {how}{listed}")
     found.append(
-        f"How sure is that? After Holm's adjustment for the comparisons of a table, {len(below_alpha)} of "
-        f"{len(tested)} sign-flip tests are below {tables.ALPHA:g}"
-        + (
-            f" ({listed(below_alpha)})"
-            if below_alpha
-            else ": with these numbers of seeds all of it is exploratory"
-        )
-        + "."
+        "How sure is that? Sign-flip tests, for the methods of a table together: " + "; ".join(parts) + "."
     )
     return found
 
 
 def sentences(results: Results, student: str) -> list[str]:
-    """Who is better than the undistilled student, who than longer training, and how sure that is."""
-    standings = {m: s for m, s in results.standings(student, results.methods).items() if s.scores}
+    """Which methods are better than the undistilled student, which than longer training, and how sure that
+    is."""
+    every, reference = results.standings(student, results.methods), results.reference
+    rows = [reference, *results.tested(results.methods)]
+    standings = {m: every[m] for m in rows if m in every and every[m].scores}
     if not standings:
         return [f"No cell of {student} has finished yet."]
     found = [_best(results, student, standings)]
-    others = {m: s for m, s in standings.items() if m != REFERENCE and s.gain.n}
+    others = {m: s for m, s in standings.items() if s.gain.paired.n}
+
+    def listed(gains: dict[str, Gain], verdict: str) -> str:
+        return ", ".join(
+            f"{results.label(m)} {_gain(gain)}" for m, gain in gains.items() if gain.verdict == verdict
+        )
+
     alone = ", each by itself" if len(others) > 1 else ""
     for verdict, text in (
-        ("gain", f"Above {REFERENCE} by both 95 % intervals{alone}"),
-        ("loss", f"Below {REFERENCE} by both 95 % intervals{alone}"),
-        ("undecided", f"Not told apart from {REFERENCE}"),
+        ("gain", f"Above {reference} by both 95 % intervals{alone}"),
+        ("loss", f"Below {reference} by both 95 % intervals{alone}"),
+        ("undecided", f"Not told apart from {reference}"),
     ):
-        if named := [_gain(m, s) for m, s in others.items() if s.verdict == verdict]:
-            found.append(f"{text}: {', '.join(named)}.")
-    found += _at_matched_compute(results, student, standings)
+        if named := listed({m: s.gain for m, s in others.items()}, verdict):
+            found.append(f"{text}: {named}.")
+    equal = {m: s.equal for m, s in others.items() if s.equal.paired.n}
+    words = (("gain", "above"), ("loss", "below"), ("undecided", "not told apart"))
+    parts = [f"{word}: {named}" for verdict, word in words if (named := listed(equal, verdict))]
+    parts += [f"no value: {results.label(m)}, {s.why}" for m, s in others.items() if m not in equal and s.why]
+    if equal:
+        text = f"Against {reference} alone, trained longer and interpolated to each method's own compute"
+        found.append(f"{text}, by both intervals: {'; '.join(parts)}.")
     if HEADLINE in others:
         means = sorted((results.mean(student, m) or 0.0 for m in standings), reverse=True)
         place = means.index(results.mean(student, HEADLINE) or 0.0) + 1
+        gain = others[HEADLINE].gain
         found.append(
-            f"{PAPER} is number {place} of {len(means)} by mean score: {_gain(HEADLINE, others[HEADLINE])} "
-            f"against {REFERENCE} over seeds, {between(others[HEADLINE].over_images)} over test images."
+            f"{PAPER} is number {place} of {len(means)} by mean score: {PAPER} {_gain(gain)} "
+            f"against {reference} over seeds, {between(gain.over_images)} over test images."
         )
     n = min(len(s.scores) for s in standings.values())
     found.append(f"For {tables.power(n)}.")
@@ -163,58 +171,26 @@ def _unlearnt(results: Results, student: str, methods: Sequence[str]) -> list[st
 
 def _best(results: Results, student: str, standings: dict[str, Standing]) -> str:
     best = next(m for m, s in standings.items() if s.place == "best")
-    near = [label(m) for m, s in standings.items() if s.place == "≈"]
+    near = [results.label(m) for m, s in standings.items() if s.place == "≈"]
     scores = results.mean(student, best)
-    text = f"Best mean test mIoU of {student}: {label(best)}, {scores:.2f}"
+    text = f"Best mean test mIoU of {student}: {results.label(best)}, {scores:.2f}"
     if len(standings) == 1:
         return f"{text}; no other method has a finished cell of today's settings."
     return text + (f"; not told apart from it: {', '.join(near)}." if near else "; all others are behind it.")
 
 
-def _at_matched_compute(results: Results, student: str, standings: dict[str, Standing]) -> list[str]:
-    """Against the student alone with as much compute as the dearest method."""
-    compared = {m: s for m, s in standings.items() if s.over_matched.n}
-    if not compared:
-        return []
-    above = [m for m, s in compared.items() if _side(s.matched_over_seeds) > 0]
-    below = [m for m, s in compared.items() if _side(s.matched_over_seeds) < 0]
-    rest = [m for m in compared if m not in above + below]
-
-    def listed(methods: list[str]) -> str:
-        return ", ".join(
-            f"{label(m)} {compared[m].over_matched.mean:+.2f} {between(compared[m].matched_over_seeds)}"
-            for m in methods
-        )
-
-    own, plain = results.mean(student, MATCHED, COMPUTE), results.mean(student, REFERENCE, COMPUTE)
-    times = f" ({own / plain:.2f} times that of {REFERENCE})" if own and plain else ""
-    text = f"Against {MATCHED}, the student alone with the training compute of the dearest method{times}, "
-    parts = [
-        f"{word}: {listed(methods)}"
-        for word, methods in (("better", above), ("worse", below), ("not told apart over seeds", rest))
-        if methods
-    ]
-    return [text + "; ".join(parts) + "."]
-
-
-def _side(interval: Interval | None) -> int:
-    """1 above 0, -1 below, 0 where the interval holds 0 or there is none."""
-    if interval is None or not interval.excludes_zero:
-        return 0
-    return 1 if interval.low > 0 else -1
-
-
-def _gain(method: str, standing: Standing) -> str:
-    return f"{label(method)} {standing.gain.mean:+.2f} {between(standing.over_seeds)}"
+def _gain(gain: Gain) -> str:
+    return f"{gain.paired.mean:+.2f} {between(gain.over_seeds)}"
 
 
 def _benchmark(results: Results) -> str:
     folder = f"reports/{results.benchmark}"
     lines = [f"### {results.benchmark}", ""]
     lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in tables.warnings(results)]
-    columns = ["student", "method", "n", "test mIoU", "≈ best", f"Δ {REFERENCE}", "over seeds", "p (Holm)"]
-    columns += ["over images", f"Δ {MATCHED}", f"compute (× {REFERENCE})", "status"]
-    lines += ["| " + " | ".join(columns) + " |", "|---|---|--:|--:|---|--:|--:|--:|--:|--:|--:|---|"]
+    columns = ["student", "method", "n", "test mIoU", "≈ best", f"Δ {results.reference}", "over seeds"]
+    columns += ["p (Holm)", "p (max-T)", "over images", "Δ at equal compute"]
+    columns += [f"compute (× {results.reference})", "status"]
+    lines += ["| " + " | ".join(columns) + " |", "|---|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|---|"]
     for row in tables.comparison(results).data.to_dict("records"):
         cells = [
             row["student"],
@@ -222,11 +198,12 @@ def _benchmark(results: Results) -> str:
             str(row["n"]),
             plus_minus(row["miou_mean"], row["miou_sd"]),
             row["near_best"],
-            tables.number(row["diff_none_mean"], "+.2f"),
+            tables.number(row["diff_mean"], "+.2f"),
             between(tables.interval(row, "over_seeds")),
             tables.number(row["p_holm"], ".2g"),
+            tables.number(row["p_max_t"], ".2g"),
             between(tables.interval(row, "over_images")),
-            tables.number(row["diff_matched_mean"], "+.2f"),
+            tables.equal_text(row),
             tables.number(row["compute_ratio"], ".2f"),
             row["status"],
         ]

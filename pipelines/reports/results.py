@@ -18,15 +18,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipelines.config import PAPER, TEACHER, Params
+from pipelines.config import OFFICIAL, PAPER, TEACHER, ConfigError, Params
 from pipelines.reports import statistics
 from pipelines.reports.statistics import ImageBootstrap, Interval, Paired
-from pipelines.runs import budget, exports, records
+from pipelines.runs import budget, exports, journal, records
 from pipelines.runs.fingerprint import outdated
 from pipelines.runs.records import Cell, Record
 
-REFERENCE = "none"  # the method that every other one is compared to: the undistilled student
-MATCHED = "none_matched"  # the same for as many FLOPs as the dearest method
 HEADLINE = f"{PAPER}-full"  # the variant that stands for the paper's method, as the row `acfd`
 SCORE = "test/miou"
 COMPUTE = "compute/flops"
@@ -36,28 +34,33 @@ RESAMPLING_SEED = 0
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How a method stands against the undistilled student and against the best, on one student."""
+class Gain:
+    """Differences of a method to something, by seed, with both uncertainties of their mean."""
 
-    scores: dict[int, float]  # test mIoU by seed
-    gain: Paired  # over REFERENCE
-    over_seeds: Interval | None  # 95 % t-interval of the mean gain
-    over_images: Interval | None  # 95 % bootstrap interval of the mean gain, the training seeds held fixed
-    p: float | None  # of the gain, exact sign-flip test
-    p_holm: float | None  # the same, adjusted for the methods of one table
-    over_matched: Paired  # gain over MATCHED
-    matched_over_seeds: Interval | None
-    place: str  # ``best`` on the seeds that all have, ``≈`` where not told apart from it, else nothing
+    paired: Paired = field(default_factory=lambda: Paired({}))
+    over_seeds: Interval | None = None  # 95 % t-interval
+    over_images: Interval | None = None  # 95 % bootstrap interval, the training seeds held fixed
 
     @property
     def verdict(self) -> str:
         """``gain`` or ``loss`` where the intervals over seeds and over images both exclude 0 on one side."""
-        if self.over_seeds and self.over_images and statistics.told_apart(self.over_seeds, self.over_images):
-            if min(self.over_seeds.low, self.over_images.low) > 0:
-                return "gain"
-            if max(self.over_seeds.high, self.over_images.high) < 0:
-                return "loss"
+        if self.over_seeds and statistics.told_apart(self.over_seeds, self.over_images):
+            return "gain" if self.over_seeds.low > 0 else "loss"
         return "undecided"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a method stands against the undistilled student and against the best, on one student."""
+
+    scores: dict[int, float]  # test mIoU by seed
+    gain: Gain  # over the reference, at equal steps
+    p: float | None  # of the gain, exact sign-flip test
+    p_holm: float | None  # the same, adjusted for the methods of one table
+    p_max: float | None  # adjusted for them by the max-T test
+    equal: Gain  # over the student alone at the method's own training compute
+    why: str  # seeds have no gain at equal compute; else nothing
+    place: str  # ``best`` on the seeds that all have, ``≈`` where not told apart from it, else nothing
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,14 @@ class Results:
 
     benchmark: str
     students: list[str]
-    methods: list[str]  # of the comparison: the baselines, then HEADLINE
+    reference: str  # the undistilled student, to which every method is compared
+    methods: list[str]  # of the comparison: the reference, its controls, the baselines, then HEADLINE
     variants: list[str]  # of the paper's method, HEADLINE among them
-    planned: list[str]  # the variants of the suite; others are shown where they have a cell
+    planned: list[str]  # what the suite runs; other methods are shown where they have a cell
     seeds: list[int]  # of the suite: a row without one of them is not complete; there may be more
     weights: dict[str, dict[str, Any]]  # per method: its loss weights in params.yaml
     cells: pd.DataFrame  # today's finished cells, in the form of tracking.frame
+    controls: dict[str, float] = field(default_factory=dict)  # the reference for so many times the steps
     finished: Sequence[Record] = ()
     failures: dict[Cell, str] = field(default_factory=dict)  # of the last training of a cell, and why
     stale: dict[Cell, list[str]] = field(default_factory=dict)  # left out of all these, and why
@@ -127,20 +132,83 @@ class Results:
             sorted({str(value) for value in found[column] if not pd.isna(value)}) if column in found else []
         )
 
-    def paired(self, student: str, method: str, metric: str = SCORE, reference: str = REFERENCE) -> Paired:
+    def tested(self, methods: Sequence[str]) -> list[str]:
+        """The family of the tests: of these rows neither the reference, nor its controls, which are no
+        methods, nor the methods with their authors' weights, which are descriptive."""
+        return [
+            m for m in methods if m != self.reference and m not in self.controls and not m.endswith(OFFICIAL)
+        ]
+
+    def label(self, method: str) -> str:
+        """The name of a row of the comparison."""
+        return label(method, self.controls)
+
+    def paired(self, student: str, method: str, metric: str = SCORE, reference: str | None = None) -> Paired:
         """Differences to the undistilled student (or another method), seed by seed."""
         return statistics.paired(
-            self.by_seed(student, method, metric), self.by_seed(student, reference, metric)
+            self.by_seed(student, method, metric), self.by_seed(student, reference or self.reference, metric)
         )
+
+    def gain(self, student: str, method: str, reference: str | None = None) -> Gain:
+        """The paired differences of test mIoU to the undistilled student, or to another method."""
+        reference, images = reference or self.reference, self.bootstraps.get(student)
+        found = self.paired(student, method, reference=reference)
+        return Gain(
+            found,
+            statistics.t_interval(list(found.by_seed.values())),
+            images.difference(method, reference) if images and found.n else None,
+        )
+
+    def at_equal_compute(self, student: str, method: str) -> tuple[Gain, str]:
+        """A method minus the student alone at the method's own training FLOPs, seed by seed; and why seeds
+        have no such difference.
+
+        The score of the student alone is interpolated linearly between the reference and its controls of the
+        same seed, and never beyond them. Both intervals are of these differences: over the seeds, and over
+        the resampled images with the same weights of the interpolation.
+        """
+        curve = [self.reference, *self.controls]
+        scores, flops = (
+            {m: self.by_seed(student, m, metric) for m in (method, *curve)} for metric in (SCORE, COMPUTE)
+        )
+        gains: dict[int, float] = {}
+        cells: dict[tuple[str, int], float] = {}
+        why: dict[str, list[int]] = {}
+        for seed in sorted(scores[method].keys() & flops[method].keys()):
+            points = {m: flops[m][seed] for m in curve if seed in scores[m] and seed in flops[m]}
+            own, lacks = flops[method][seed], [self.label(m) for m in curve if m not in points]
+            if not self.controls:
+                reason = "no controls"
+            elif lacks:
+                reason = f"without {', '.join(lacks)}"
+            elif (weights := statistics.interpolation(points, own)) is not None:
+                gains[seed] = scores[method][seed] - sum(w * scores[m][seed] for m, w in weights.items())
+                cells |= {(method, seed): 1.0} | {(m, seed): -w for m, w in weights.items()}
+                continue
+            else:
+                far = max(points, key=lambda m: points[m]) if own > max(points.values()) else self.reference
+                reason = f"{'more' if own > points[far] else 'less'} compute than {self.label(far)}"
+            why.setdefault(reason, []).append(seed)
+        images = self.bootstraps.get(student)
+        found = Gain(
+            Paired(gains),
+            statistics.t_interval(list(gains.values())),
+            images.combination({cell: w / len(gains) for cell, w in cells.items()}) if images else None,
+        )
+        named = (
+            reason + ("" if [*why] == [reason] and not gains else f" (seed {', '.join(map(str, seeds))})")
+            for reason, seeds in why.items()
+        )
+        return found, "; ".join(named)
 
     def lead(self, student: str) -> float | None:
         """Validation mIoU of the teacher minus the undistilled student's mean over its seeds."""
-        teacher, plain = self.teacher("val/miou"), self.mean(student, REFERENCE, "val/miou")
+        teacher, plain = self.teacher("val/miou"), self.mean(student, self.reference, "val/miou")
         return None if teacher is None or plain is None else teacher - plain
 
     def exported(self, student: str, method: str) -> dict[str, Any] | None:
         """The export record of a student, if it measured the weights of today's cells of both the method and
-        the reference."""
+        the reference; it measures few, as all students are one network."""
         if (record := self.exports.get(student)) is None:
             return None
         now = {
@@ -149,8 +217,10 @@ class Results:
             if (r.cell.student, r.cell.seed) == (student, record["seed"])
         }
         same = all(
-            key in now and now[key] == record["methods"].get(key, {}).get("weights_sha256")
-            for key in (method, REFERENCE)
+            key in now
+            and "ms" in (own := record["methods"].get(key, {}))
+            and now[key] == own["weights_sha256"]
+            for key in (method, self.reference)
         )
         return record if same else None
 
@@ -191,42 +261,35 @@ class Results:
         return next((len(record.test_names()) for record in self.finished), None)
 
     def standings(self, student: str, methods: Sequence[str]) -> dict[str, Standing]:
-        """How every method of one table stands; the family of Holm's adjustment is ``methods``."""
-        scores = {m: own for m in methods if (own := self.by_seed(student, m))}
-        shared = set.intersection(*map(set, scores.values())) if scores else set()
+        """How every row of one table stands; the family of the tests is :meth:`tested` of ``methods``, and
+        the best is one of them or the reference."""
+        family = self.tested(methods)
+        scores = {m: self.by_seed(student, m) for m in methods}
+        ranked = {m: own for m, own in scores.items() if own and m in (self.reference, *family)}
+        shared = set.intersection(*map(set, ranked.values())) if ranked else set()
         means = {  # of the seeds that all rows have: one with more of them may have drawn better ones
             m: statistics.mean([by_seed[seed] for seed in shared or by_seed]) or 0.0
-            for m, by_seed in scores.items()
+            for m, by_seed in ranked.items()
         }
         best = max(means, key=lambda m: means[m], default=None)
-        images = self.bootstraps.get(student)
-        gains = {m: self.paired(student, m) for m in methods if m != REFERENCE}
-        p = {
-            m: value
-            for m, gain in gains.items()
-            if (value := statistics.sign_flip_p(list(gain.by_seed.values()))) is not None
-        }
-        adjusted = statistics.holm(p)
+        gains = {m: self.gain(student, m) for m in methods if m != self.reference}
+        differences = {m: gains[m].paired.by_seed for m in family if gains[m].paired.n}
+        p = {m: statistics.sign_flip_p(list(own.values())) or 0.0 for m, own in differences.items()}
+        holm, joint = statistics.holm(p), statistics.max_t(differences)
         found = {}
         for method in methods:
-            gain = gains.get(method, Paired({}))
-            over_matched = self.paired(student, method, reference=MATCHED)
-            if method in (REFERENCE, MATCHED):
-                over_matched = Paired({})
-            to_best = self.paired(student, method, reference=best) if best else Paired({})
-            apart = best not in (None, method) and statistics.told_apart(
-                statistics.t_interval(list(to_best.by_seed.values())),
-                images.difference(method, best) if images and best else None,
-            )
+            to_best = self.gain(student, method, best) if best and method in means else Gain()
+            apart = method != best and statistics.told_apart(to_best.over_seeds, to_best.over_images)
+            alone = method == self.reference or method in self.controls
+            equal, why = (Gain(), "") if alone else self.at_equal_compute(student, method)
             found[method] = Standing(
-                scores=self.by_seed(student, method),
-                gain=gain,
-                over_seeds=statistics.t_interval(list(gain.by_seed.values())),
-                over_images=images.difference(method, REFERENCE) if images and gain.n else None,
+                scores=scores[method],
+                gain=gains.get(method, Gain()),
                 p=p.get(method),
-                p_holm=adjusted.get(method),
-                over_matched=over_matched,
-                matched_over_seeds=statistics.t_interval(list(over_matched.by_seed.values())),
+                p_holm=holm.get(method),
+                p_max=joint.get(method),
+                equal=equal,
+                why=why,
                 place="best" if method == best else "≈" if method in means and not apart else "",
             )
         return found
@@ -260,7 +323,8 @@ def gather(
     """Bring together the finished cells of a benchmark with the ones that there should be. Cells that were
     trained with other settings, data or another teacher than today's are left out.
 
-    :class:`~pipelines.config.ConfigError` when the methods were tuned with unequal numbers of trials.
+    :class:`~pipelines.config.ConfigError` when the methods were tuned with unequal numbers of trials, and
+    when the cells of a seed come from several kinds of machine.
     """
     students = records.students(params, benchmark, root)
     stale = outdated(finished, params)
@@ -276,15 +340,28 @@ def gather(
         }
         for key in params.method_keys
     }
+    today = cells[[key not in old for key in keys]]
+    if mixed := mixed_seeds(benchmark, today):
+        raise ConfigError(mixed[0])
+    rows = {*params.suite_methods, *cells["method"], *(cell.method for cell, note in notes.items() if note)}
+    order = [  # a method with its authors' weights beside the method
+        key
+        for base in params.method_keys
+        if not base.endswith(OFFICIAL)
+        for key in (base, f"{base}{OFFICIAL}")
+        if key in params.method_keys
+    ]
     return Results(
         benchmark=benchmark,
         students=students,
-        methods=[key for key in params.method_keys if key == HEADLINE or not records.is_variant(key)],
-        variants=[key for key in params.method_keys if records.is_variant(key)],
-        planned=[f"{PAPER}-{name}" for name in params.suite.variants],
+        reference=params.suite.reference,
+        methods=[key for key in order if key in rows and (key == HEADLINE or not records.is_variant(key))],
+        variants=[key for key in order if records.is_variant(key)],
+        planned=params.suite_methods,
         seeds=list(params.suite.seeds),
         weights=weights,
-        cells=cells[[key not in old for key in keys]],
+        cells=today,
+        controls=params.controls,
         finished=[record for record in finished if record.cell not in stale],
         failures={
             cell: " ".join(note.replace(f"{root}/", "").split()) for cell, note in notes.items() if note
@@ -302,8 +379,42 @@ def gather(
     )
 
 
-def label(method: str) -> str:
-    """The name of a row of the comparison."""
+def machines(cells: pd.DataFrame) -> dict[tuple[str, int], dict[str, list[str]]]:
+    """By student and seed, the kinds of machine that its cells were trained on, each with the methods.
+
+    A kind is what decides how sums are rounded: the GPU, or the processor and its threads, and torch.
+    """
+    found: dict[tuple[str, int], dict[str, list[str]]] = {}
+    for row in (
+        cells[cells["student"] != TEACHER].sort_values(["student", "seed", "method"]).to_dict("records")
+    ):
+        kind = str(row.get("tags.hardware.device"))
+        if kind == journal.CPU:
+            kind = f"{row.get('tags.hardware.processor')}, threads: {row.get('hardware/threads', 0):.0f}"
+        kind += f", torch {row.get('tags.versions.torch')}"
+        found.setdefault((row["student"], int(row["seed"])), {}).setdefault(kind, []).append(row["method"])
+    return found
+
+
+def mixed_seeds(benchmark: str, cells: pd.DataFrame) -> list[str]:
+    """A sentence for every seed whose cells come from several kinds of machine: a seed is a block, so that no
+    paired difference holds their rounding."""
+    return [
+        f"Seed {seed} of {student} on {benchmark} comes from different kinds of machine ("
+        + "; ".join(f"{', '.join(methods)}: {kind}" for kind, methods in kinds.items())
+        + "): delete the folders of one kind in runs/ and train them on the other."
+        for (student, seed), kinds in machines(cells).items()
+        if len(kinds) > 1
+    ]
+
+
+def label(method: str, controls: Mapping[str, float] | None = None) -> str:
+    """The name of a row: ``acfd``, ``none ×1.5`` for a control, ``kd (official weight)``."""
+    if controls and method in controls:
+        factor = f"{controls[method]:g}"
+        return f"{method.removesuffix(f'-x{factor}')} ×{factor}"
+    if method.endswith(OFFICIAL):
+        return f"{method.removesuffix(OFFICIAL)} (official weight)"
     return PAPER if method == HEADLINE else method
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipelines.config import PAPER, ROOT, TEACHER, Benchmark, Params
-from pipelines.reports.results import MATCHED, REFERENCE, label
+from pipelines.config import ROOT, TEACHER, Benchmark, Params
+from pipelines.reports.results import label
 from pipelines.reports.tables import Table, number, render
 from pipelines.runs import journal
 from pipelines.runs.journal import device, on_gpu
@@ -30,7 +30,7 @@ COLUMNS = [
     "what is trained",
     "ms a step",
     "quartiles",
-    f"× {REFERENCE}",
+    "× reference",
     "steps a second",
     "TFLOP/s",
     "memory (MB)",
@@ -92,15 +92,15 @@ def hours(benchmark: str, params: Params, root: Path = ROOT) -> tuple[float, str
 
 def _hours(entry: Mapping[str, Any], params: Params) -> float | None:
     own, rows = params.benchmark(entry["benchmark"]), entry["rows"]
-    methods = [*params.methods, *(f"{PAPER}-{variant}" for variant in params.suite.variants)]
-    if any(rows.get(name, {}).get("status") != "measured" for name in (TEACHER, *methods)):
+    trained = {  # a control takes the steps of the reference, more of them
+        name: params.suite.reference if name in params.controls else name for name in params.suite_methods
+    }
+    if any(rows.get(name, {}).get("status") != "measured" for name in (TEACHER, *trained.values())):
         return None
     seconds = own.teacher.training.steps * _step(rows[TEACHER]) * own.teacher.training.batch_size
-    for name in methods:
-        steps = float(own.training.steps)
-        if matched := [rows[key]["step_flops"] for key in rows[name]["matched"] if key in rows]:
-            steps = max(steps, steps * max(matched) / rows[name]["step_flops"])
-        seconds += len(params.suite.seeds) * steps * _step(rows[name]) * own.training.batch_size
+    for name, row in trained.items():
+        steps = params.schedule(entry["benchmark"], name).steps
+        seconds += len(params.suite.seeds) * steps * _step(rows[row]) * own.training.batch_size
     return float(seconds / entry["batch_size"] / 3600)
 
 
@@ -130,7 +130,7 @@ def table(params: Params, root: Path = ROOT) -> Table:
     data: list[dict[str, Any]] = []
     text: list[list[str]] = []
     for entry in read(root):
-        reference = entry["rows"].get(REFERENCE, {})
+        reference = entry["rows"].get(params.suite.reference, {})
         for name, own in entry["rows"].items():
             row = {
                 "benchmark": entry["benchmark"],
@@ -148,8 +148,7 @@ def table(params: Params, root: Path = ROOT) -> Table:
         "ms a step: the median. TFLOP/s: counted operations of a step over its time. memory: peak of the "
         "GPU, or of the process on the CPU. loading: by one process; processes to load: as many as a step "
         "of this time needs (`suite.workers`).",
-        f"{MATCHED} takes the same steps as {REFERENCE}, more of them: where the two differ here, it is the "
-        "noise of the machine.",
+        f"× reference: of {params.suite.reference}, whose controls take the same steps, more of them.",
     ]
     return Table("speed", "measured steps", pd.DataFrame(data, dtype=object), COLUMNS, text, notes)
 

@@ -80,7 +80,7 @@ def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
             row = {
                 "benchmark": cell.benchmark,
                 "device": device(entry),
-                "trained": f"{cell.student}, {label(cell.method)}",
+                "trained": f"{cell.student}, {label(cell.method, params.controls)}",
                 "seed": cell.seed,
                 "mode": mode,
                 "repeats": len(repeats),
@@ -123,7 +123,8 @@ def rounding(params: Params, root: Path = ROOT) -> str:
                 for mode in MODES
             )
             cell = _cell(entry)
-            found.append(f"{abs(fast - strict):.2f} ({cell.benchmark}, {cell.student}, {label(cell.method)})")
+            name = label(cell.method, params.controls)
+            found.append(f"{abs(fast - strict):.2f} ({cell.benchmark}, {cell.student}, {name})")
     return "; ".join(found)
 
 

@@ -3,8 +3,8 @@
 Scores are mIoU in percent, differences and interval bounds are in the same points. ± always means the sample
 standard deviation over n seeds (ddof 1). It is None for one seed, not 0.
 
-Uncertainty has two sources, which are never pooled: the seeds of the training (t_interval, sign_flip_p), and
-the choice of the test images with the trained networks held fixed (image_bootstrap).
+Uncertainty has two sources, which are never pooled: the seeds of the training (t_interval, sign_flip_p,
+max_t), and the choice of the test images with the trained networks held fixed (image_bootstrap).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, pairwise
 from math import inf, isfinite, sqrt
 from typing import TypeVar
 
@@ -85,6 +86,12 @@ class ImageBootstrap:
             return None
         return _percentiles(self._mean(a, seeds) - self._mean(b, seeds))
 
+    def combination(self, weights: Mapping[tuple[str, int], float]) -> Interval | None:
+        """95 % percentile interval of a weighted sum of cells' scores; None when a cell was not resampled."""
+        if not weights or not weights.keys() <= self.scores.keys():
+            return None
+        return _percentiles(np.sum([w * self.scores[cell] for cell, w in weights.items()], axis=0))
+
     def _seeds(self, method: str) -> set[int]:
         return {seed for name, seed in self.scores if name == method}
 
@@ -143,19 +150,66 @@ def sign_flip_p(differences: Sequence[float]) -> float | None:
     n = len(values)
     if n == 0:
         return None
-    if n <= EXACT:
-        # Flipping every sign keeps |sum|, so the last difference can keep its own.
-        flipped = (np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1
-    else:
-        flipped = np.random.default_rng(0).integers(0, 2, size=(FLIPS, n))
-    sums = np.abs((1 - 2 * flipped) @ values)
+    signs, observed = _signs(n)
+    sums = np.abs(signs @ values)
     reached = int((sums >= abs(values.sum()) - TIE * np.abs(values).sum()).sum())
-    return reached / len(sums) if n <= EXACT else (reached + 1) / (len(sums) + 1)
+    return (reached + observed) / (len(sums) + observed)
 
 
 def smallest_p(n: int) -> float:
     """The smallest two-sided p that a sign-flip test over ``n`` paired seeds can give: 2 / 2^n, at most 1."""
     return min(1.0, 2.0 / 2**n)
+
+
+def seeds_needed(comparisons: int, alpha: float) -> int:
+    """The fewest paired seeds with which a sign-flip p can stay below ``alpha`` after Holm's adjustment.
+
+    The smallest p, 2 / 2^n, is multiplied by the number m of comparisons: n = 1 + ⌈log2(m / α)⌉.
+    """
+    return next(n for n in count(1) if comparisons * smallest_p(n) <= alpha)
+
+
+def max_t(differences: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
+    """p values of several methods, adjusted together: step-down max-T over sign flips of the seeds.
+
+    ``differences``: by method, the paired differences by seed. A flip turns a seed's differences of all
+    methods at once, so that what they share (the reference above all) stays in the null distribution. The
+    i-th largest |t| is set against the largest of it and the smaller ones under every flip; no p is below the
+    one before (Westfall and Young 1993). |Σd| / √Σd² stands for |t|: for equal n it has the same order, and
+    it stays finite. Two-sided; the familywise error is kept if, where the methods do not differ from the
+    reference, their differences of a seed are symmetric about 0 together. The smallest p is 2 / 2^n, however
+    many methods there are. Enumerated or sampled as in :func:`sign_flip_p`, of which it is the same for one
+    method; methods without a difference are left out. ValueError if one is not finite.
+    """
+    names = [name for name, own in differences.items() if own]
+    if not names:
+        return {}
+    seeds = sorted(set().union(*(differences[name] for name in names)))
+    values = np.array([[differences[name].get(seed, 0.0) for name in names] for seed in seeds])
+    _check_finite(list(values.ravel()))
+    length = np.sqrt((values**2).sum(axis=0))
+    values = np.divide(values, length, out=np.zeros_like(values), where=length > 0)
+    signs, extra = _signs(len(seeds))
+    flipped, observed = np.abs(signs @ values), np.abs(values.sum(axis=0))
+    order = np.argsort(-observed, kind="stable")
+    adjusted, before = {}, 0.0
+    for place, column in enumerate(order):
+        largest = flipped[:, order[place:]].max(axis=1)
+        reached = int((largest >= observed[column] - TIE).sum())
+        before = adjusted[names[column]] = max(before, (reached + extra) / (len(signs) + extra))
+    return {name: adjusted[name] for name in names}
+
+
+def interpolation(points: Mapping[str, float], x: float) -> dict[str, float] | None:
+    """Weights of the points around ``x`` in a piecewise linear interpolation; None outside of them.
+
+    ``points``: the place of each on the line. The value at ``x`` is the weighted sum of the points' values.
+    """
+    for left, right in pairwise(sorted(points, key=lambda name: points[name])):
+        if points[left] <= x <= points[right]:
+            share = (x - points[left]) / ((points[right] - points[left]) or 1.0)
+            return {left: 1 - share, right: share}
+    return None
 
 
 def holm(mapping: Mapping[str, float]) -> dict[str, float]:
@@ -314,6 +368,15 @@ def probability_of_improvement(
         )
         drawn += ((shares_a @ wins) * shares_b).sum(axis=1) / len(blocks)
     return share, _percentiles(drawn)
+
+
+def _signs(n: int) -> tuple[np.ndarray, int]:
+    """Assignments of signs to ``n`` differences, (assignments, n) of ±1, and how often the observed one has
+    to be counted in: 0 where all are enumerated, 1 where they are a seeded sample."""
+    if n <= EXACT:
+        # Flipping every sign keeps |sum|, so the last difference can keep its own.
+        return 1 - 2 * ((np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1), 0
+    return 1 - 2 * np.random.default_rng(0).integers(0, 2, size=(FLIPS, n)), 1
 
 
 def _check_finite(values: Sequence[float]) -> None:

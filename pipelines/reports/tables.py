@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,13 @@ import pandas as pd
 from pipelines import files
 from pipelines.config import PAPER, TEACHER
 from pipelines.reports import statistics
-from pipelines.reports.results import (
-    COMPUTE,
-    MATCHED,
-    REFERENCE,
-    RESAMPLES,
-    SCORE,
-    Results,
-    Standing,
-    label,
-    variant,
-)
+from pipelines.reports.results import COMPUTE, RESAMPLES, SCORE, Results, Standing, machines, variant
 from pipelines.reports.statistics import Interval
 from pipelines.runs import exports
 from pipelines.runs.tracking import metric_name
 
 LEAD = 3.0  # mIoU by which a teacher has to beat the undistilled student before a comparison says much
 ALPHA = 0.05  # of a test
-SLACK = 0.01  # share of the dearest method's compute that MATCHED may fall short of
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -62,14 +51,14 @@ def comparison(results: Results) -> Table:
         standings = results.standings(student, results.methods)
         notes += _tests(results, student, results.methods)
         for method in results.methods:
-            row = {"student": student, "method": label(method)}
+            row = {"student": student, "method": results.label(method)}
             row |= _scores(results, student, method, standings[method])
             row |= _compute(results, student, method) | _deployed(results, student, method)
             row |= {"status": results.status(student, method)}
             data.append(row)
             texts = [*_score_text(row), *_compute_text(row), *_size_text(row), _ratio_text(row)]
-            text.append([student, label(method), *texts, row["status"]])
-    columns = ["student", "method", *SCORE_COLUMNS, *COMPUTE_COLUMNS, *SIZE_COLUMNS, RATIO_COLUMN, "status"]
+            text.append([student, results.label(method), *texts, row["status"]])
+    columns = ["student", "method", *_score_columns(results), *SIZE_COLUMNS, _ratio_column(results), "status"]
     notes += _deployed_notes(results)
     return Table(
         "comparison", "comparison of methods", pd.DataFrame(data, dtype=object), columns, text, notes
@@ -81,20 +70,20 @@ def cost(results: Results) -> Table:
     data, text = [], []
     for student in results.students:
         for method in results.methods:
-            row = {"student": student, "method": label(method)} | _deployed(results, student, method)
+            row = {"student": student, "method": results.label(method)} | _deployed(results, student, method)
             row |= _costs(results, student, method) | {"status": results.status(student, method)}
             data.append(row)
-            text.append([student, label(method), *_cost_text(row), row["status"]])
-    columns = ["student", "method", *COST_COLUMNS, "status"]
+            text.append([student, results.label(method), *_cost_text(row), row["status"]])
+    columns = ["student", "method", *SIZE_COLUMNS, "ONNX latency (ms)", _ratio_column(results), *COST_COLUMNS]
     notes = [
         *_deployed_notes(results),
         "GFLOPs a step, ms a step (median), training: teacher and method included, validation not.",
-        "times of training: median over seeds, under the load of the machine then. "
-        f"{REFERENCE} and {MATCHED} take the same step: where their times differ, it is that load, and other "
-        "differences of this size are too.",
+        f"times of training: median over seeds, under the load of the machine then. {results.reference} and "
+        "its controls take the same step: where their times differ, it is that load, and other differences "
+        "of this size are too.",
         "memory: peak of the training process, largest of the seeds.",
         "trials: of the search for the loss weights, the same number for every method (`make tune`)"
-        + "".join(f"; {label(m)}: {n} different ones" for m, n in results.different.items())
+        + "".join(f"; {results.label(m)}: {n} different ones" for m, n in results.different.items())
         + ".",
     ]
     return Table("cost", "cost of methods", pd.DataFrame(data, dtype=object), columns, text, notes)
@@ -105,7 +94,7 @@ def ablation(results: Results) -> Table:
     weights = list(dict.fromkeys(name for key in results.variants for name in results.weights[key]))
     data, text, notes = [], [], ["A weight of 0 switches a term off; the weights are those of params.yaml."]
     for student in results.students:
-        methods = [key for key in results.methods if key == REFERENCE] + results.shown(student)
+        methods = [key for key in results.methods if key == results.reference] + results.shown(student)
         notes += _tests(results, student, methods)
         standings = results.standings(student, methods)
         for method in methods:
@@ -117,7 +106,7 @@ def ablation(results: Results) -> Table:
             shown = [number(row[name], "g") for name in weights]
             texts = [*shown, *_score_text(row), *_compute_text(row)]
             text.append([student, variant(method), *texts, row["status"]])
-    columns = ["student", "variant", *weights, *SCORE_COLUMNS, *COMPUTE_COLUMNS, "status"]
+    columns = ["student", "variant", *weights, *_score_columns(results), "status"]
     return Table("ablation", f"ablation of {PAPER}", pd.DataFrame(data, dtype=object), columns, text, notes)
 
 
@@ -134,20 +123,20 @@ def per_class(results: Results) -> Table:
                     results.paired(student, method, metric),
                 )
                 mean, sd = statistics.mean(values), statistics.sd(values)
-                row = {"student": student, "method": label(method), "class": name, "n": len(values)}
-                difference = None if method == REFERENCE else paired.mean
-                data.append(row | _rounded({"iou_mean": mean, "iou_sd": sd, "diff_none_mean": difference}))
+                row = {"student": student, "method": results.label(method), "class": name, "n": len(values)}
+                difference = None if method == results.reference else paired.mean
+                data.append(row | _rounded({"iou_mean": mean, "iou_sd": sd, "diff_mean": difference}))
                 line.append(plus_minus(mean, sd))
             line.append(number(results.teacher(metric), ".2f"))
             text.append(line)
     for metric, name in names.items():
         score = results.teacher(metric)
         row = {"student": TEACHER, "method": "", "class": name, "n": int(score is not None)}
-        data.append(row | _rounded({"iou_mean": score, "iou_sd": None, "diff_none_mean": None}))
+        data.append(row | _rounded({"iou_mean": score, "iou_sd": None, "diff_mean": None}))
     columns = [
         "student",
         "class",
-        *(f"{label(m)} (n = {_seeds(results, m)})" for m in results.methods),
+        *(f"{results.label(m)} (n = {_seeds(results, m)})" for m in results.methods),
         TEACHER,
     ]
     notes = ["A class without a pixel in the test split has no IoU and is left out of the mean."]
@@ -186,21 +175,21 @@ def warnings(results: Results) -> list[str]:
     for tag, kind in (("data_sha256", "versions of the data"), ("teacher.sha256", "teachers")):
         if len(results.distinct(f"tags.{tag}", students_only=True)) > 1:  # there is no record of the teacher
             found.append(f"the cells were trained with different {kind}; run `make repro`.")
-    found += _unmatched(results)
     if results.untuned:
         found.append(
-            f"the weights of {', '.join(map(label, results.untuned))} in params.yaml are not those that "
-            "were chosen; run `make tune`."
+            f"the weights of {', '.join(map(results.label, results.untuned))} in params.yaml are not those "
+            "that were chosen; run `make tune`."
         )
-    ran = [m for m in results.methods if any(results.by_seed(student, m) for student in results.students)]
-    others = [label(m) for m in ran if results.weights[m] and m not in results.trials]
+    tested = results.tested(results.methods)  # the weights of the others are not to be searched
+    ran = [m for m in tested if any(results.by_seed(student, m) for student in results.students)]
+    others = [results.label(m) for m in ran if results.weights[m] and m not in results.trials]
     if results.trials and others:
         found.append(
             f"{', '.join(others)}: not tuned, while the others had {max(results.trials.values())} trials; "
             "put it into tuning.methods and run `make tune`."
         )
-    if len(_hardware(results)) > 1:
-        found.append("the cells ran on different hardware: times and memory are not comparable.")
+    if len({kind for kinds in machines(results.cells).values() for kind in kinds}) > 1:
+        found.append("seeds ran on different machines: compare times and memory of the same seeds only.")
     return found
 
 
@@ -208,9 +197,10 @@ def facts(results: Results) -> list[tuple[str, str]]:
     """The header of every table: what was measured, on what, and what each uncertainty means."""
     counts = sorted({len(results.by_seed(s, m)) for s in results.students for m in results.methods} - {0})
     val, test = (number(results.teacher(metric), ".2f") for metric in ("val/miou", SCORE))
-    leads = []
+    leads, reference = [], results.reference
+    controls = ", ".join(f"{factor:g}" for factor in results.controls.values()) or "no"
     for student in results.students:
-        n = len(results.by_seed(student, REFERENCE, "val/miou"))
+        n = len(results.by_seed(student, reference, "val/miou"))
         lead = results.lead(student)
         leads.append(
             f"over the undistilled {student}: "
@@ -230,8 +220,14 @@ def facts(results: Results) -> list[tuple[str, str]]:
         ("seeds", "; ".join(map(power, counts)) or "none has finished"),
         (
             "over seeds",
-            f"mean difference to {REFERENCE}, paired by seed; 95 % t-interval; exact two-sided sign-flip "
-            "p, then adjusted by Holm for the methods of this table (of one student)",
+            f"mean difference to {reference}, paired by seed; 95 % t-interval; exact two-sided sign-flip p",
+        ),
+        (
+            "p (Holm), p (max-T)",
+            "that p adjusted for the methods of this table (of one student): by Holm from each by itself; by "
+            "the step-down max-T test of Westfall and Young, which turns the signs of a seed for all methods "
+            f"at once. {reference} trained longer is no method, rows with official weights are descriptive: "
+            "neither is tested or counted",
         ),
         (
             "over images",
@@ -242,18 +238,23 @@ def facts(results: Results) -> list[tuple[str, str]]:
         ),
         (
             "≈ best",
-            "the best mean (best), and every method that cannot be told from it (≈): the interval over seeds "
-            "or the one over images of the difference to it holds 0",
+            f"the best mean (best) of {reference} and the tested methods, and every one of them that cannot "
+            "be told from it (≈): the interval over seeds or the one over images of the difference to it "
+            "holds 0",
         ),
         (
-            f"Δ {MATCHED}",
-            "difference to the student alone, trained for as many FLOPs as the dearest method; paired by "
-            "seed, 95 % t-interval over seeds",
+            "Δ at equal compute",
+            f"difference to {reference} alone at the method's own training compute, paired by seed; 95 % "
+            "t-interval over seeds, then the bootstrap interval over images. The score of the student alone "
+            f"is interpolated linearly in FLOPs, for each seed by itself, between {reference} and its "
+            f"controls ({controls} times the steps): the intervals are of these differences and hold the "
+            "noise of both neighbours, not the error of the straight line, which lies below a curve that "
+            "flattens and so favours the method. Nothing is extrapolated",
         ),
         ("training compute", "floating-point operations of all training steps, teacher and method included"),
         ("best val", "of each training, picked on the validation split; for information, no headline"),
         ("training", _training(results)),
-        ("hardware", "; ".join(_hardware(results)) or "unknown"),
+        ("machine of each seed", "; ".join(_machines(results)) or "unknown"),
     ]
     if results.tracking:
         found.append(("tracking", f"{results.tracking}: these numbers come straight from the run records"))
@@ -285,6 +286,8 @@ def render(table: Table, folder: Path, head: dict[str, Any]) -> None:
             comment_end_string="#>",
         )
         content = environment.get_template(f"table.{kind}.j2").render(table=table, **head)
+        if kind == "tex" and any(character > "\u024f" and character.isalpha() for character in content):
+            content = f"{SCRIPTS}\n{content}"
         files.write_bytes(folder / f"{table.name}.{kind}", content.encode())
 
 
@@ -310,6 +313,10 @@ def escape_tex(value: Any) -> str:
     return " ".join(str(value).split()).translate(TEX)
 
 
+# Above a table with letters that pdfLaTeX does not have.
+SCRIPTS = (
+    r"% Names in other scripts: XeLaTeX or LuaLaTeX, \usepackage{fontspec}, \setmainfont{one that has them}."
+)
 TEX = str.maketrans(
     {
         **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -327,27 +334,8 @@ TEX = str.maketrans(
     }
 )
 
-SCORE_COLUMNS = [
-    "n",
-    "test mIoU",
-    "≈ best",
-    "seed:test mIoU",
-    f"Δ {REFERENCE}",
-    "over seeds",
-    "p",
-    "p (Holm)",
-    "over images",
-    f"Δ {MATCHED}",
-    "val mIoU",
-    "best val mIoU",
-]
-COMPUTE_COLUMNS = ["training TFLOP", f"× {REFERENCE}"]
 SIZE_COLUMNS = ["student parameters (M)", "student GFLOPs"]
-RATIO_COLUMN = f"latency × {REFERENCE}"
 COST_COLUMNS = [
-    *SIZE_COLUMNS,
-    "ONNX latency (ms)",
-    RATIO_COLUMN,
     "torch latency (ms)",
     "largest difference",
     "steps",
@@ -356,36 +344,47 @@ COST_COLUMNS = [
     "training (s)",
     "memory (MB)",
     "trials",
+    "status",
 ]
 
 
+def _ratio_column(results: Results) -> str:
+    return f"latency × {results.reference}"
+
+
+def _score_columns(results: Results) -> list[str]:
+    columns = ["n", "test mIoU", "≈ best", "seed:test mIoU", f"Δ {results.reference}", "over seeds", "p"]
+    columns += ["p (Holm)", "p (max-T)", "over images", "Δ at equal compute", "val mIoU", "best val mIoU"]
+    return [*columns, "training TFLOP", f"× {results.reference}"]
+
+
 def _scores(results: Results, student: str, method: str, standing: Standing) -> dict[str, Any]:
-    scores, gain = standing.scores, standing.gain
-    known = method != REFERENCE
+    scores, gain, known = standing.scores, standing.gain, method != results.reference
     row: dict[str, Any] = {
         "n": len(scores),
         "miou_mean": statistics.mean(scores.values()),
         "miou_sd": statistics.sd(scores.values()),
         "seeds": " ".join(f"{seed}:{score:.2f}" for seed, score in scores.items()),
         "near_best": standing.place,
-        "diff_none_mean": gain.mean if known else None,
-        "diff_none_sd": gain.sd if known else None,
-        "diff_none_n": gain.n if known else None,
+        "diff_mean": gain.paired.mean if known else None,
+        "diff_sd": gain.paired.sd if known else None,
+        "diff_n": gain.paired.n if known else None,
     }
-    for name, interval in (("seeds", standing.over_seeds), ("images", standing.over_images)):
-        row |= {
-            f"over_{name}_low": interval.low if interval else None,
-            f"over_{name}_high": interval.high if interval else None,
-        }
-    matched = standing.matched_over_seeds
+    for prefix, own in (("", gain), ("equal_", standing.equal)):
+        for name, interval in (("seeds", own.over_seeds), ("images", own.over_images)):
+            row |= {
+                f"{prefix}over_{name}_low": interval.low if interval else None,
+                f"{prefix}over_{name}_high": interval.high if interval else None,
+            }
     return _rounded(
         row
         | {
             "p": standing.p,
             "p_holm": standing.p_holm,
-            "diff_matched_mean": standing.over_matched.mean,
-            "diff_matched_low": matched.low if matched else None,
-            "diff_matched_high": matched.high if matched else None,
+            "p_max_t": standing.p_max,
+            "equal_diff_mean": standing.equal.paired.mean,
+            "equal_n": standing.equal.paired.n,
+            "equal_why": standing.why,
             "val_miou_mean": results.mean(student, method, "val/miou"),
             "best_val_miou_mean": results.mean(student, method, "best_val/miou"),
         }
@@ -393,7 +392,7 @@ def _scores(results: Results, student: str, method: str, standing: Standing) -> 
 
 
 def _compute(results: Results, student: str, method: str) -> dict[str, Any]:
-    own, reference = (results.mean(student, key, COMPUTE) for key in (method, REFERENCE))
+    own, reference = (results.mean(student, key, COMPUTE) for key in (method, results.reference))
     return _rounded(
         {
             "training_tflop": None if own is None else own / 1e12,
@@ -429,7 +428,7 @@ def _deployed(results: Results, student: str, method: str) -> dict[str, Any]:
     }
     record = results.exported(student, method)
     for runtime in exports.RUNTIMES:
-        timing = exports.timing(record, method, REFERENCE, runtime) if record else None
+        timing = exports.timing(record, method, results.reference, runtime) if record else None
         spread = timing.interval if timing else None
         row |= {
             f"{runtime}_ms": timing.median if timing else None,
@@ -459,8 +458,9 @@ def _deployed_notes(results: Results) -> list[str]:
         f"student parameters and GFLOPs: of the exported student, one image of {size or '?'} pixels, without "
         "teacher, adapters and auxiliary head.",
         "latency: of single inferences of the exported student in float32 after a warm-up, all methods by "
-        "turns in every round, median [quartiles]; × none: ratio of the medians with onnxruntime, 95 % "
-        "bootstrap interval over rounds, noise of the machine where the ONNX graphs are equal; "
+        f"turns in every round, median [quartiles]; × {results.reference}: ratio of the medians with "
+        "onnxruntime, 95 % bootstrap interval over rounds, noise of the machine where the ONNX graphs are "
+        "equal; "
         f"{'; '.join(measured) or 'the stage `export` has not run'}.",
         "largest difference: of a logit between the trained network and its ONNX or torch.export form, over "
         "the largest absolute logit, on test images.",
@@ -493,21 +493,19 @@ def _ratio_text(row: Mapping[str, Any], runtime: str = "onnxruntime") -> str:
 
 
 def _score_text(row: dict[str, Any]) -> list[str]:
-    n = row["diff_none_n"]
+    n = row["diff_n"]
     return [
         str(row["n"]),
         plus_minus(row["miou_mean"], row["miou_sd"]),
         row["near_best"],
         row["seeds"] or "–",
-        number(row["diff_none_mean"], "+.2f") + (f" (n = {n})" if n and n < row["n"] else ""),
+        number(row["diff_mean"], "+.2f") + (f" (n = {n})" if n and n < row["n"] else ""),
         between(interval(row, "over_seeds")),
         number(row["p"], ".3g"),
         number(row["p_holm"], ".3g"),
+        number(row["p_max_t"], ".3g"),
         between(interval(row, "over_images")),
-        " ".join(
-            [number(row["diff_matched_mean"], "+.2f")]
-            + ([between(matched)] if (matched := interval(row, "diff_matched")) else [])
-        ),
+        equal_text(row),
         number(row["val_miou_mean"], ".2f"),
         number(row["best_val_miou_mean"], ".2f"),
     ]
@@ -515,6 +513,18 @@ def _score_text(row: dict[str, Any]) -> list[str]:
 
 def _compute_text(row: dict[str, Any]) -> list[str]:
     return [number(row["training_tflop"], "#.3g"), number(row["compute_ratio"], ".2f")]
+
+
+def equal_text(row: Mapping[Any, Any]) -> str:
+    """``+0.40 [-0.10, +0.90], images [+0.20, +0.60]`` at equal compute, and why seeds are not in it."""
+    text = number(row["equal_diff_mean"], "+.2f")
+    if over_seeds := interval(row, "equal_over_seeds"):
+        text += f" {between(over_seeds)}"
+    if over_images := interval(row, "equal_over_images"):
+        text += f", images {between(over_images)}"
+    if row["equal_n"] and row["equal_n"] < row["n"]:
+        text += f" (n = {row['equal_n']})"
+    return text + (f" ({row['equal_why']})" if row["equal_why"] else "")
 
 
 def _cost_text(row: dict[str, Any]) -> list[str]:
@@ -538,22 +548,6 @@ def interval(row: Mapping[Any, Any], name: str) -> Interval | None:
     return None if low is None else Interval(low, high)
 
 
-def _unmatched(results: Results) -> list[str]:
-    """Where the control of equal compute costs less than a method that it is listed beside."""
-    found = []
-    for student in results.students:
-        costs = {
-            m: value for m in results.methods if (value := results.mean(student, m, COMPUTE)) is not None
-        }
-        dearest = max(costs, key=lambda m: costs[m], default=None)
-        if dearest and MATCHED in costs and costs[MATCHED] < (1 - SLACK) * costs[dearest]:
-            found.append(
-                f"{MATCHED} of {student} had {costs[MATCHED] / costs[dearest]:.0%} of the compute of "
-                f"{label(dearest)}: name it in methods.{MATCHED}.match of params.yaml."
-            )
-    return found
-
-
 def power(n: int) -> str:
     """What so few seeds can show at all."""
     text = f"n = {n}: the smallest p that a sign-flip test can reach is {statistics.smallest_p(n):.2g}"
@@ -561,20 +555,26 @@ def power(n: int) -> str:
 
 
 def significance(results: Results, student: str, methods: Sequence[str]) -> str | None:
-    """Which methods of one table differ from the undistilled student after Holm's adjustment, and whether any
+    """Which methods of one table differ from the undistilled student after each adjustment, and whether any
     could; None where nothing was tested."""
-    tested = {m: s for m, s in results.standings(student, methods).items() if s.p_holm is not None}
+    tested = {m: s for m, s in results.standings(student, methods).items() if s.p is not None}
     if not tested:
         return None
-    below = [label(m) for m, s in tested.items() if s.p_holm is not None and s.p_holm < ALPHA]
-    n = max(s.gain.n for s in tested.values())
-    least = min(1.0, len(tested) * statistics.smallest_p(n))
+
+    def below(name: str) -> str:
+        found = [results.label(m) for m, s in tested.items() if getattr(s, name) < ALPHA]
+        return f"{', '.join(found) if found else 'nothing'} below {ALPHA:g}"
+
+    n = max(s.gain.paired.n for s in tested.values())
+    first, least = min(1.0, len(tested) * statistics.smallest_p(n)), statistics.smallest_p(n)
     text = (
         f"sign-flip test, adjusted by Holm for {len(tested)} comparison{'s' * (len(tested) > 1)}: "
-        f"{', '.join(below) if below else 'nothing'} below {ALPHA:g}; with n = {n} the first could reach "
-        f"{least:.2g}"
+        f"{below('p_holm')}; with n = {n} the first could reach {first:.2g}"
     )
-    return text + (", so no method can be significant with so few seeds" if least >= ALPHA else "")
+    if first >= ALPHA:
+        needed = statistics.seeds_needed(len(tested), ALPHA)
+        text += f", so no method can be significant by Holm with so few seeds (n = {needed} is needed)"
+    return text + f". By the max-T test over all of them: {below('p_max')}; it could reach {least:.2g}"
 
 
 def _tests(results: Results, student: str, methods: Sequence[str]) -> list[str]:
@@ -582,17 +582,19 @@ def _tests(results: Results, student: str, methods: Sequence[str]) -> list[str]:
     found = []
     if text := significance(results, student, methods):
         found.append(f"{student}, {text}.")
-    seeds = {tuple(s) for m in methods if (s := results.by_seed(student, m))}
+    ranked = (results.reference, *results.tested(methods))
+    seeds = {tuple(s) for m in ranked if (s := results.by_seed(student, m))}
     if len(seeds) > 1:
         shared = sorted(set.intersection(*map(set, seeds)))
         found.append(
-            f"{student}, the rows have different seeds: compare Δ {REFERENCE}, not the means; best is the "
-            f"highest mean over the seeds that all have ({', '.join(map(str, shared)) or 'none'})."
+            f"{student}, the rows have different seeds: compare Δ {results.reference}, not the means; best "
+            f"is the highest mean over the seeds that all have ({', '.join(map(str, shared)) or 'none'})."
         )
     return found
 
 
 def _training(results: Results) -> str:
+    plain = replace(results, cells=results.cells[~results.cells["method"].isin([*results.controls])])
     parts = []
     for name, key in (
         ("steps", "steps"),
@@ -600,20 +602,18 @@ def _training(results: Results) -> str:
         ("crop", "crop"),
         ("precision", "precision"),
     ):
-        if values := results.distinct(f"params.training.{key}", students_only=True):
+        if values := plain.distinct(f"params.training.{key}", students_only=True):
             parts.append(f"{name} {' or '.join(values)}")
     return "; ".join(parts) or "unknown"
 
 
-def _hardware(results: Results) -> list[str]:
-    found = results.cells[results.cells["student"] != TEACHER]
-    known = []
-    for row in found.to_dict("records"):
-        device, processor = row.get("tags.hardware.device"), row.get("tags.hardware.processor")
-        names = dict.fromkeys(str(value) for value in (device, processor) if not pd.isna(value))
-        threads = row.get("hardware/threads")
-        known.append(", ".join(names) + ("" if pd.isna(threads) else f", {threads:.0f} threads"))
-    return sorted(set(known))
+def _machines(results: Results) -> list[str]:
+    """Which seeds of each student come from which kind of machine."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for (student, seed), kinds in machines(results.cells).items():
+        for kind in kinds:
+            found.setdefault((student, kind), []).append(str(seed))
+    return [f"{student}, seed {', '.join(seeds)}: {kind}" for (student, kind), seeds in found.items()]
 
 
 def _seeds(results: Results, method: str) -> str:

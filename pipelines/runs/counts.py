@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of every network of params.yaml, as counted: ``runs/networks.json``."""
+"""What the networks and methods of params.yaml cost, as counted: ``runs/networks.json``."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ from typing import Any
 
 from pipelines import files
 from pipelines.config import ROOT, Network, Params
+from pipelines.runs.fingerprint import method_sum
 
 COUNTS = Path("runs") / "networks.json"
 # Size and classes: Cityscapes' training crop first, then those at which published counts were made
 SIZES = (((512, 1024), 19), ((512, 512), 150), ((1024, 2048), 150))
 COMMAND = "`dvc repro -s count`"
+# What a method adds to a step is counted between these encoders of PSPNet, at the paper's batch and SIZES[0]
+TEACHER_ENCODER, STUDENT_ENCODER, BATCH = "tu-resnet101", "tu-resnet18", 16
 
 
 def read(root: Path = ROOT) -> dict[str, Any]:
-    """``runs/networks.json``; without any network where it is not there or damaged: it can be made again."""
+    """``runs/networks.json``; empty where it is not there or damaged: it can be made again."""
     try:
         found = files.unseal((root / COUNTS).read_bytes())
-        return found if isinstance(found["networks"], dict) else {"networks": {}}
+        if isinstance(found["networks"], dict) and isinstance(found["methods"], dict):
+            return found
     except (OSError, ValueError, KeyError, TypeError):
-        return {"networks": {}}
+        pass
+    return {"networks": {}, "methods": {}}
 
 
 def networks(params: Params) -> dict[str, tuple[Network, list[str]]]:
@@ -48,3 +53,9 @@ def missing(params: Params, root: Path = ROOT) -> list[str]:
 def encoder_name(network: Network) -> str:
     """The encoder without the prefix of its library."""
     return network.encoder.removeprefix("tu-")
+
+
+def methods(params: Params) -> dict[str, str]:
+    """Every method of params.yaml but the reference, with a sum of its code and settings."""
+    keys = [key for key in params.method_keys if params.module_key(key) != params.suite.reference]
+    return {key: method_sum(params.module_key(key), params.method_values(key)) for key in keys}

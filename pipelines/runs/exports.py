@@ -1,8 +1,8 @@
-"""The record of an export, ``runs/<benchmark>/exports/<student>.json``: one student, deployed after every
-method.
+"""The record of an export, ``runs/<benchmark>/exports/<student>.json``: one student, deployed.
 
-It holds how far each runtime is from the trained network, parameters, FLOPs and the time of every inference;
-medians, quartiles and ratios are made from these here. It is sealed like run.json.
+It holds the tensors of the student after every method; for the reference and the paper's method also how far
+each runtime is from the trained network, parameters, FLOPs and the time of every inference. Medians,
+quartiles and ratios are made from these here. It is sealed like run.json.
 """
 
 from __future__ import annotations
@@ -84,22 +84,28 @@ def problems(record: Mapping[str, Any], reference: str) -> list[str]:
     """What a record itself says against the deployed students costing the same and computing the same."""
     methods = record["methods"]
     listed = [
-        f"{method}: {name} {own[name]:,}, {reference} has {methods[reference][name]:,}."
+        f"{method}: its student has other tensors than that of {reference}."
         for method, own in methods.items()
+        if own["tensors_sha256"] != methods[reference]["tensors_sha256"]
+    ]
+    measured = {method: own for method, own in methods.items() if "ms" in own}
+    listed += [
+        f"{method}: {name} {own[name]:,}, {reference} has {methods[reference][name]:,}."
+        for method, own in measured.items()
         for name in ("parameters", "flops")
         if own[name] != methods[reference][name]
     ]
     listed += [
         f"{method}: its ONNX graph is another than that of {reference}."
-        for method, own in methods.items()
+        for method, own in measured.items()
         if own["graph_sha256"] != methods[reference]["graph_sha256"]
     ]
     listed += [
         f"{method}: logits differ by {value:.3g} of their scale, more than {record['tolerance']:g}."
-        for method in methods
+        for method in measured
         if not (value := difference(record, method)) <= record["tolerance"]
     ]
-    counts = {len(own["ms"][runtime]) for own in methods.values() for runtime in RUNTIMES}
+    counts = {len(own["ms"][runtime]) for own in measured.values() for runtime in RUNTIMES}
     if counts != {record["rounds"]}:
         listed.append("not every method has the time of every round.")
     return listed

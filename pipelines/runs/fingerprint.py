@@ -99,13 +99,13 @@ def _network(params: Params, network: Network) -> dict[str, Any]:
     return written
 
 
-def method_sum(module: str) -> str:
-    """The sum of the files of a method: ``baselines/<module>.py``, or all of the paper's."""
+def method_sum(module: str, values: Mapping[str, Any] | None = None) -> str:
+    """The sum of the files of a method, ``baselines/<module>.py`` or all of the paper's, and of settings."""
     if module.startswith(f"{PAPER}-"):
         paths = tuple(sorted((ROOT / PAPER).glob("*.py")))
     else:
         paths = (ROOT / "baselines" / f"{module}.py",)
-    return _hash([code_sum(path) for path in paths])
+    return _hash([*(code_sum(path) for path in paths), *([] if values is None else [values])])
 
 
 def code_sum(path: Path) -> str:

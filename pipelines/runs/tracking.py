@@ -133,14 +133,19 @@ def uri(root: Path) -> str:
 def connect(root: Path) -> MlflowClient:
     """A client of the store of this checkout, which is created when there is none."""
     files.probe(root.resolve() / "mlflow.db")
+    return _client(uri(root))
+
+
+def _client(address: str) -> MlflowClient:
     os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):  # the import sets its own level
         logging.getLogger(name).setLevel(logging.ERROR)
-    return MlflowClient(tracking_uri=uri(root))
+    return MlflowClient(tracking_uri=address)
 
 
 def sync(
@@ -159,6 +164,33 @@ def sync(
             client.delete_run(run.info.run_id)
     for record in wanted.values():
         _write(client, experiment, record)
+
+
+def publish(address: str, records: Iterable[Record]) -> str | None:
+    """Report records to a team's MLflow server, one run a fingerprint; why it could not be done, or None.
+
+    A run that the server has of the same fingerprint is replaced if its record is another one, so that two
+    checkouts that report the same cells do not double them. Runs of others are left alone, and no table is
+    made from the server.
+    """
+    limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+    os.environ |= {key: os.environ.get(key, value) for key, value in limits.items()}
+    try:
+        client = _client(address)
+        for record in records:
+            found = client.get_experiment_by_name(record.cell.benchmark)
+            experiment = found.experiment_id if found else client.create_experiment(record.cell.benchmark)
+            same = f"tags.fingerprint = '{record.run['fingerprint']}'"
+            known = list(client.search_runs([experiment], filter_string=same))
+            current = [run for run in known if run.data.tags.get("record") == digest(record)]
+            for run in known:
+                if run not in current[:1]:
+                    client.delete_run(run.info.run_id)
+            if not current:
+                _write(client, experiment, record)
+    except Exception as error:  # a server that is away, refuses, or has another version
+        return f"MLflow's server could not be used ({type(error).__name__}: {_first_line(error)[:200]})"
+    return None
 
 
 def query(client: MlflowClient, benchmark: str) -> pd.DataFrame:

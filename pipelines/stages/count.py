@@ -1,7 +1,7 @@
-"""Stage ``count``: parameters and multiply-adds of every network of params.yaml (``runs/networks.json``).
+"""Stage ``count``: what the networks and methods of params.yaml cost (``runs/networks.json``).
 
-Counted on torch's meta device: nothing is computed, no weights are read. A network that was counted before,
-by the same code and libraries, is not counted again.
+Counted on torch's meta device: nothing is computed, no weights are read. What was counted before, by the same
+code and libraries, is not counted again.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 from pipelines import cli, config, files
 from pipelines.config import ROOT, Network, Params
 from pipelines.runs import counts
+from pipelines.runs.fingerprint import code_sum
 
+COUNTING = ("stages/count.py", "networks.py", "engine/cost.py")
 LIBRARIES = ("torch", "timm", "segmentation-models-pytorch")
 
 
@@ -32,7 +35,16 @@ def _count(params: Params, root: Path) -> None:
     old = counts.read(root)
     known = old["networks"] if old.get("mark") == mark else {}
     found = {key: known.get(key) or measure(network) for key, (network, _) in counts.networks(params).items()}
-    content = {"mark": mark, "versions": {name: version(name) for name in LIBRARIES}, "networks": found}
+    costs = old["methods"] if old.get("mark") == mark else {}
+    wanted = counts.methods(params)
+    due = [key for key, code in wanted.items() if costs.get(key, {}).get("code") != code]
+    costs |= measure_methods(params, due) if due else {}
+    content = {
+        "mark": mark,
+        "versions": {name: version(name) for name in LIBRARIES},
+        "networks": found,
+        "methods": {key: costs[key] | {"code": code} for key, code in wanted.items()},
+    }
     files.write_bytes(root / counts.COUNTS, files.json_bytes(files.sealed(content)))
 
 
@@ -56,12 +68,36 @@ def measure(network: Network) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_methods(params: Params, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What each method adds to a training step of PSPNet; see :func:`pipelines.engine.cost.method_cost`."""
+    from pipelines.engine.cost import method_cost
+    from pipelines.methods import configured, method_class
+    from pipelines.networks import SegmentationNetwork, tap_shapes
+
+    size, classes = counts.SIZES[0]
+
+    def shapes(encoder: str) -> Any:
+        network = Network(architecture="PSPNet", encoder=encoder, output_stride=8, weights=None)
+        return tap_shapes(SegmentationNetwork(network, classes).to("meta"), size)
+
+    student, teacher = shapes(counts.STUDENT_ENCODER), shapes(counts.TEACHER_ENCODER)
+    found = {}
+    for key in keys:
+        method, values = method_class(params.module_key(key)), configured(params, key)
+        cost = method_cost(method, values, student, teacher, (counts.BATCH, *size), classes)
+        found[key] = {
+            "flops": cost.flops,
+            "memory_mb": round(cost.memory_mb, 1),
+            "largest_mb": round(cost.largest_mb, 1),
+            "parameters": cost.parameters,
+        }
+    return found
+
+
 def _mark() -> str:
     """A hash of all that a count depends on beside the network."""
     parts = [*(version(name) for name in LIBRARIES), json.dumps(counts.SIZES)]
-    parts += [
-        (ROOT / "pipelines" / name).read_text(encoding="utf-8") for name in ("stages/count.py", "networks.py")
-    ]
+    parts += [code_sum(ROOT / "pipelines" / name) for name in COUNTING]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

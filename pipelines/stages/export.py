@@ -1,11 +1,13 @@
 """A distilled student for use elsewhere, and stage ``export``: what it costs there.
 
 With ``--method``, ``--seed`` and ``--output``: one trained student as ``student.onnx``, ``student.pt2`` (a
-``torch.export`` program) and ``student.json``, which says what goes in and what comes out. Without them, the
-stage: the student of every method, at the first seed of the suite, is exported into a temporary folder, its
-outputs are compared, its parameters, FLOPs and latency measured. That makes the record
-``runs/<benchmark>/exports/<student>.json``.
-Latencies are those of the CPU, with ``suite.threads`` threads and in float32.
+``torch.export`` program) and ``student.json``, which says what goes in and what comes out.
+
+Without them, the stage, at the first seed of the suite: the students of all methods must consist of the same
+tensors; that of the reference and that of the paper's method are exported into a temporary folder, their
+outputs are compared, their parameters, FLOPs and latency measured. That makes the record
+``runs/<benchmark>/exports/<student>.json``. Latencies are those of the CPU, with ``suite.threads`` threads
+and in float32.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import cli, config, files
-from pipelines.config import PAPER, ROOT, ConfigError, Params, Size
+from pipelines.config import ROOT, ConfigError, Params, Size
 from pipelines.files import json_bytes, sha256, write_bytes
 from pipelines.methods import checked
-from pipelines.reports.results import REFERENCE
+from pipelines.reports.results import HEADLINE
 from pipelines.runs import exports, records
 from pipelines.runs.records import Cell, Record
 
@@ -107,37 +109,39 @@ def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str
     data = root / "data" / benchmark
     description = data_folder.describe(data)
     size = description.size or protocol.crop
-    seed, threads = params.suite.seeds[0], params.suite.threads
+    seed, threads, reference = params.suite.seeds[0], params.suite.threads, params.suite.reference
     names, images = deploy.samples(data_folder.load(data, "test"), size)
     found: dict[str, dict[str, Any]] = {}
     deployed: dict[str, tuple[deploy.Deployed, Path]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        for method in (*params.methods, *(f"{PAPER}-{variant}" for variant in params.suite.variants)):
+        for method in params.suite_methods:
             cell = Cell(benchmark, student, method, seed)
             try:
                 record = _record(cell, root)
             except UnfinishedError as error:
-                if method == REFERENCE:
+                if method == reference:
                     raise
                 log.warning("%s It is left out.", error)
                 continue
+            weights = record.folder / "weights.safetensors"
+            known = found.setdefault(method, {"weights_sha256": record.run["weights_sha256"]})
+            known["tensors_sha256"] = deploy.tensors_sha256(weights)
+            if method not in (reference, HEADLINE):  # the same network: what holds for one holds for all
+                continue
             place = Path(temporary) / method
             place.mkdir()
-            own = deploy.Deployed(deploy.load(record.run, record.folder / "weights.safetensors"))
+            own = deploy.Deployed(deploy.load(record.run, weights))
             deploy.export(own, size, place)
-            found[method] = {
-                "weights_sha256": record.run["weights_sha256"],
+            known |= {
                 "graph_sha256": deploy.graph_sha256(place / deploy.ONNX),
                 **deploy.count(deploy.program(place / deploy.PROGRAM), size),
                 "logits": deploy.differences(own, place, images, threads),
             }
             deployed[method] = own, place
-        if REFERENCE not in found:
-            raise ConfigError(f"params.yaml has no method '{REFERENCE}' to compare with: add it.")
         taken = deploy.latencies(deployed, images[:1], threads)
     for method, times in taken.items():
         found[method]["ms"] = times
-    rounds = len(taken[REFERENCE]["torch"])
+    rounds = len(taken[reference]["torch"])
     content = {
         "benchmark": benchmark,
         "student": student,
@@ -154,7 +158,7 @@ def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str
         "versions": versions() | {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")},
         "git": git_state(),
     }
-    if wrong := exports.problems(content, REFERENCE):
+    if wrong := exports.problems(content, reference):
         raise ConfigError(f"{benchmark}, {student}: {' '.join(wrong)}")
     exports.write(content, root)
     log.info("%s, %s: %d methods compared, %d rounds.", benchmark, student, len(found), rounds)

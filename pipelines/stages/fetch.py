@@ -5,37 +5,45 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines import cli, config, files
 from pipelines.config import ConfigError
 from pipelines.datasets import folder
-from pipelines.methods import checked
 
 
-def fetch(data: Path, benchmark: str, settings: config.Benchmark) -> folder.Description:
+def fetch(
+    data: Path, benchmark: str, settings: config.Benchmark, students: Sequence[config.Network] = ()
+) -> folder.Description:
     """Build ``data/<benchmark>`` beside its place, check it, then rename it into place.
 
     An older folder stays until the new one is complete. Whatever goes wrong raises and leaves no half of
     either; what a killed run left behind is cleared by the next. The mirror named by ``ACFD_MIRROR`` is
-    passed to the data set.
+    passed to the data set. The images to be scored must suit the teacher and the ``students``.
     """
     module, checked = config.dataset(settings.data, benchmark)
     mirror = Path(os.environ["ACFD_MIRROR"]).expanduser() if os.environ.get("ACFD_MIRROR") else None
+    networks = [*students, *([settings.teacher.network] if "teacher" in settings.model_fields_set else [])]
+    smallest = max((network.smallest for network in networks), default=1)
     with files.hold(data.parent / ".scratch" / "locks" / f"data--{benchmark}.lock", f"data/{benchmark}"):
-        return _build(data, benchmark, module, checked, mirror)
+        return _build(data, benchmark, module, checked, mirror, smallest)
 
 
-def _build(data: Path, benchmark: str, module: Any, checked: Any, mirror: Path | None) -> folder.Description:
+def _build(
+    data: Path, benchmark: str, module: Any, checked: Any, mirror: Path | None, smallest: int
+) -> folder.Description:
     target = data / benchmark
     part = data / f"{benchmark}.part-{os.getpid()}"
     clear_leftovers(data, benchmark)
     try:
         part.mkdir(parents=True)
-        module.prepare(checked, part, mirror)
-        folder.write_description(part, module.meta(checked))
-        description = folder.check(part, published=hasattr(module, "TEST"))
+        names = module.prepare(checked, part, mirror)
+        folder.write_description(part, module.meta(checked), names)
+        description = folder.check(part, hasattr(module, "TEST"), smallest)
+        if description.absent:
+            description = folder.write_description(part, module.meta(checked), names, description.absent)
         if target.exists():
             target.rename(f"{part}-old")  # a rename cannot be interrupted half way, a removal can
         part.rename(target)
@@ -64,7 +72,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="pipelines.stages.fetch", description=__doc__)
     parser.add_argument("--benchmark", required=True)
     benchmark = parser.parse_args().benchmark
-    fetch(config.ROOT / "data", benchmark, checked(config.load()).benchmark(benchmark))
+    from pipelines.methods import checked  # needs torch, which the rest here has no use for
+
+    params = checked(config.load())
+    students = [params.student(key) for key in params.suite.students]
+    fetch(config.ROOT / "data", benchmark, params.benchmark(benchmark), students)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The last stage: records → MLflow → tables, figures, claims and the results in the README.
+"""The last stage: records → MLflow → tables, figures and claims.
 
 Needs the small files of ``runs/`` and nothing else: no weights, no GPU, no torch.
 """
@@ -6,7 +6,9 @@ Needs the small files of ``runs/`` and nothing else: no weights, no GPU, no torc
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import logging
+import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -17,9 +19,9 @@ from pipelines.reports import (
     benchmark_table,
     claims,
     figures,
+    method_table,
     network_table,
     ranks,
-    readme,
     speed_table,
     spread_table,
     tables,
@@ -27,6 +29,8 @@ from pipelines.reports import (
 from pipelines.reports.results import Results, gather
 from pipelines.runs import records, tracking
 from pipelines.runs.records import Record
+
+log = logging.getLogger(__name__)
 
 
 def finished(params: Params, root: Path) -> dict[str, list[Record]]:
@@ -39,17 +43,21 @@ def finished(params: Params, root: Path) -> dict[str, list[Record]]:
     return found
 
 
-def report(params: Params, root: Path = config.ROOT) -> None:
-    """Write everything that is made from the records: ``reports/`` and the results in README.md."""
+def report(params: Params, root: Path = config.ROOT, only: Collection[str] | None = None) -> None:
+    """Write everything that is made from the records, ``reports/``; from those of the benchmarks ``only``, if
+    given."""
     with files.hold(root / ".scratch" / "locks" / "report.lock", "The report"):
-        _report(params, root)
+        _report(params, root, only)
 
 
-def _report(params: Params, root: Path) -> None:
+def _report(params: Params, root: Path, only: Collection[str] | None) -> None:
     files.clear_parts(root / "reports")
-    files.clear_parts(root, below=False)  # of README.md
-    found = finished(params, root)
+    found = {name: own for name, own in finished(params, root).items() if only is None or name in only}
     frames, problem = tracking.collect(root, found)
+    if server := os.environ.get("MLFLOW_TRACKING_URI"):
+        trouble = tracking.publish(server, [record for own in found.values() for record in own])
+        if trouble:
+            log.warning("%s: the reports are made all the same.", trouble)
     every = gather_all(params, root, found, frames, problem)
     write_texts(params, every, root, root)
     for results in every:
@@ -70,28 +78,21 @@ def gather_all(
 
 
 def write_texts(params: Params, every: Sequence[Results], root: Path, target: Path) -> None:
-    """Write all tables and the README's results below ``target``; what is published is read in ``root``."""
+    """Write all tables below ``target``; what is published is read in ``root``."""
     folder = target / "reports"
     for results in every:
         tables.write(results, folder / results.benchmark)
     if ranked := ranks.rank(every):
         ranks.write(ranked, folder)
-    said = []
     if every and (root / claims.FILE).is_file():
         published = claims.load(root / claims.FILE)
         claims.write(published, every, params, folder)
-        said = claims.sentences(published, every, params)
     if (root / network_table.PUBLISHED).is_file():
         network_table.write(network_table.load(root / network_table.PUBLISHED), params, folder, root)
+        method_table.write(params, folder, root)
         speed_table.write(params, folder, root)
         benchmark_table.write(params, folder, root)
     spread_table.write(params, every, folder, root)
-    readme.update(
-        target / "README.md",
-        readme.RESULTS,
-        readme.block(every, ranked, said, spread_table.rounding(params, root)),
-    )
-    readme.update(target / "README.md", readme.PLANS, benchmark_table.overview(params, every, root))
 
 
 def main() -> None:

@@ -17,11 +17,13 @@ log = logging.getLogger(__name__)
 
 def bar() -> Any:
     """A bar for a training that runs by itself: called as ``tell``."""
-    shown = tqdm(unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+    shown: Any = None
 
     def tell(cell: str, step: int, steps: int, loss: float) -> None:
-        shown.total = steps
-        shown.set_description(cell, refresh=False)
+        nonlocal shown
+        if shown is None:  # not before there is something to show
+            every = 0.5 if sys.stderr.isatty() else 30
+            shown = tqdm(desc=cell, total=steps, initial=step, unit="step", mininterval=every)
         shown.set_postfix(loss=f"{loss:.3f}", refresh=False)
         shown.update(step - shown.n)
 

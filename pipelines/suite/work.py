@@ -67,7 +67,9 @@ def fetch(expected: Identity, benchmark: str) -> Outcome:
     from pipelines.stages.fetch import fetch as run
 
     def act(root: Path, outcome: Outcome) -> None:
-        run(root / "data", benchmark, _params(root).benchmark(benchmark))
+        params = _params(root)
+        students = [params.student(key) for key in params.suite.students]
+        run(root / "data", benchmark, params.benchmark(benchmark), students)
 
     return _do(expected, act)
 

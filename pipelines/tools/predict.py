@@ -1,34 +1,46 @@
 """Coloured masks for images of one's own: weights + an image or a folder → mask, overlay and legend as PNG.
 
 ``<image>_mask.png`` holds class indices with the data set's palette, in the size of the image;
-``<image>_overlay.png`` the image under these colours; ``legend.png`` says which colour is which class.
+``<image>_overlay.png`` the image under these colours; ``legend.png`` says which colour is which class. Of a
+stack or a video every frame: ``<image>_00000_mask.png``, … Images are read as those that are trained on
+(:mod:`pipelines.datasets.pixels`). One that is too large to be seen whole is seen through windows that
+overlap: those of the benchmark's ``sliding``, else of ``WINDOW`` pixels.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import logging
-import warnings
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
-from pipelines import cli, config, files
-from pipelines.config import ROOT, ConfigError, Size
-from pipelines.datasets import folder
+from pipelines import cli, config, files, fonts
+from pipelines.config import ROOT, ConfigError, Size, Sliding
+from pipelines.datasets import folder, pixels
 from pipelines.datasets.folder import Meta
 from pipelines.files import write_bytes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipelines.networks import SegmentationNetwork
 
-PIXELS = 2**24  # that the network sees at most: its feature maps take some 100 values a pixel
-LOGITS = 2**30  # values at most, classes × pixels of the image
+PIXELS = 2**24  # that the network sees at once at most: its feature maps take some 100 values a pixel
+LOGITS = 2**30  # values at most, classes × pixels of an image that is seen at once
+WINDOW = 1024  # pixels a side, of which a quarter overlaps
+BLOCK = 2**27  # values of the logits that are in memory where there are windows
+BYTES = 16  # of a pixel: the image, its mask and overlay, and what encoding them takes
+ROWS = 256
+LONGEST = 200  # bytes of a file's name, to which something is added, of the 255 that are possible
+VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
 STRENGTH = 0.55  # of the colours in an overlay
 OUTLINE = 500  # of the image's shorter side: 1/OUTLINE is the width of a class's outline
 LEGEND_ROWS = 20
@@ -74,10 +86,11 @@ def read_meta(run: dict[str, Any], root: Path = ROOT) -> Meta:
 
 
 def listed(images: Path) -> list[Path]:
-    """The file, or all images in the folder (not below it) by name. ConfigError if there is none."""
+    """The file, or all images and videos in the folder (not below it) by name. ConfigError if there is
+    none."""
     if images.is_file():
         return [images]
-    known = Image.registered_extensions()
+    known = (*pixels.endings(), *VIDEOS)
     if images.is_dir():
         found = sorted(
             file
@@ -90,73 +103,130 @@ def listed(images: Path) -> list[Path]:
     raise ConfigError(f"There is no image or folder {images}: correct --images.")
 
 
-def read_image(file: Path) -> Image.Image:
-    """An image as 8-bit RGB, upright as its EXIF orientation says, transparency over white.
+def frames(file: Path) -> tuple[int, Iterator[Image.Image]]:
+    """How many frames a file has (0: not known), and each as 8-bit RGB, upright. ConfigError, one sentence,
+    when it cannot be read or claims an absurd size, at the first frame or at the one that is damaged."""
+    if file.suffix.lower() in VIDEOS:
+        return 0, _video(file)
+    opened = pixels.opened(file, file.name, most=_most())
+    count = pixels.frames(opened)
+    return count, _pages(opened, count, file.name)
 
-    The first frame of several. Values of more than 8 bits are scaled from 16 bits (floats from 0 to 1 where
-    none is above 1). ConfigError, one sentence, when it cannot be read or claims an absurd size.
-    """
+
+def _pages(opened: Image.Image, count: int, name: str) -> Iterator[Image.Image]:
+    with opened:
+        for index in range(count):
+            try:
+                opened.seek(index)
+            except Exception as error:  # Pillow has no one family of errors
+                raise pixels.broken(f"Frame {index} of {name}", error) from None
+            if opened.width * opened.height > (most := _most()):
+                raise pixels.too_large(f"Frame {index} of {name}", most)
+            yield pixels.rgb(opened, name)
+
+
+def _video(file: Path) -> Iterator[Image.Image]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as opened:
-                image: Image.Image = ImageOps.exif_transpose(opened)
-                image.load()
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            values = np.nan_to_num(np.asarray(image, np.float64))
-            white = 1 if image.mode == "F" and values.max() <= 1 else 255 if values.max() <= 255 else 65535
-            white = 65535 if image.mode.startswith("I;") else white
-            return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8)).convert(
-                "RGB"
-            )
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        import av
+    except ImportError:
         raise ConfigError(
-            f"{file.name} claims more than {limit:.0f} million pixels: cut it into smaller images."
+            f"{file.name} is a video, which needs PyAV: `pip install av`, or save its frames as images."
         ) from None
-    except Exception as error:  # each format has its own family of errors for a damaged file
-        reason = "not an image that can be read" if "cannot identify" in str(error) else str(error)
-        raise ConfigError(f"{file.name} cannot be read: {reason.rstrip('.')}.") from None
+    try:
+        with av.open(str(file)) as container:
+            for frame in container.decode(video=0):
+                image = frame.to_image()
+                yield image.rotate(turn, expand=True) if (turn := getattr(frame, "rotation", 0)) else image
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise ConfigError(f"{file.name} is no whole video: {error}.") from None
 
 
-def segment(network: SegmentationNetwork, image: Image.Image, size: Size | None) -> np.ndarray:
+def _most() -> int:
+    """Pixels of an image that this machine can hold, in some copies."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // BYTES
+    except (ValueError, OSError, AttributeError):  # a system that does not say
+        return 2**28
+
+
+def segment(
+    network: SegmentationNetwork, image: Image.Image, size: Size | None, sliding: Sliding | None = None
+) -> np.ndarray:
     """Class of every pixel of an RGB image, (H, W) uint8.
 
-    The network sees the image resized to ``size`` (H, W) if that is given; its logits are upsampled to the
-    image's own size. ConfigError when that would need too much memory.
+    The network sees the image resized to ``size`` (H, W) if that is given, and its logits are upsampled to
+    the image's own size; else whole, or through the windows of ``sliding``. A large image is seen through
+    windows in any case. ConfigError when a ``size`` would need too much memory.
     """
     import torch
 
     from pipelines.datasets.transforms import normalise
     from pipelines.networks import upsample
 
-    height, width = size or (image.height, image.width)
-    classes = int(network.head.out_channels)
-    if image.height * image.width > LOGITS // classes:
-        raise ConfigError(
-            f"it has {image.width}×{image.height} pixels, at most {LOGITS / classes / 1e6:.1f} million fit "
-            f"with {classes} classes: make it smaller"
-        )
-    if height * width > PIXELS:
-        raise ConfigError(
-            f"the network would see {width}×{height} pixels, at most {PIXELS / 1e6:.1f} million fit: give a "
-            "smaller --size H W"
-        )
+    classes, shape = int(network.head.out_channels), (image.height, image.width)
+    height, width = size or shape
+    if size and (height * width > PIXELS or shape[0] * shape[1] > LOGITS // classes):
+        raise ConfigError("that is too much for one --size: give a smaller one, or none, for windows")
+    if size is None and (height * width > PIXELS or height * width > LOGITS // classes):
+        sliding = sliding or Sliding(window=(WINDOW, WINDOW), stride=(WINDOW * 3 // 4, WINDOW * 3 // 4))
     device = next(network.parameters()).device
-    seen = image.resize((width, height), Image.Resampling.BILINEAR) if size else image
-    pixels = torch.from_numpy(np.array(seen).transpose(2, 0, 1)[None]).to(device)
-    images = normalise(pixels).contiguous(memory_format=torch.channels_last)
+    seen = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR) if size else image)
+
+    def logits(part: np.ndarray, to: tuple[int, int]) -> Tensor:
+        pixels = torch.from_numpy(part.transpose(2, 0, 1)[None].copy()).to(device)
+        images = normalise(pixels).contiguous(memory_format=torch.channels_last)
+        return upsample(network(images)["logits"].float(), to)[0]
+
     with torch.inference_mode():
         try:
-            logits = upsample(network(images)["logits"].float(), (image.height, image.width))
-            return np.asarray(logits.argmax(1)[0].to(torch.uint8).cpu())
+            if sliding is None:
+                return np.asarray(logits(seen, shape).argmax(0).to(torch.uint8).cpu())
+            return _windows(seen, classes, sliding, logits)
         except RuntimeError as error:  # out of memory, or too small for the network
             reason = str(error).splitlines()[0].rstrip(".")
             raise ConfigError(f"the network failed on it ({reason}): try --size H W") from None
+
+
+def _windows(
+    image: np.ndarray, classes: int, sliding: Sliding, logits: Callable[[np.ndarray, tuple[int, int]], Tensor]
+) -> np.ndarray:
+    """As :func:`pipelines.engine.evaluate.slide`, block by block: the logits of a block alone are in memory,
+    and the windows on its borders are seen once for each block."""
+    import torch
+    from tqdm import tqdm
+
+    shape = image.shape[:2]
+    window = [min(wanted, have) for wanted, have in zip(sliding.window, shape, strict=True)]
+    starts = [
+        [*range(0, have - own, stride), have - own]
+        for have, own, stride in zip(shape, window, sliding.stride, strict=True)
+    ]
+    side = max(1, int((BLOCK / classes) ** 0.5))
+    blocks = [(top, left) for top in range(0, shape[0], side) for left in range(0, shape[1], side)]
+    mask = np.empty(shape, np.uint8)
+    for top, left in tqdm(blocks, unit="block", leave=False, disable=len(blocks) == 1):
+        bottom, right = min(top + side, shape[0]), min(left + side, shape[1])
+        total, seen = (
+            torch.zeros(classes, bottom - top, right - left),
+            torch.zeros(bottom - top, right - left),
+        )
+        for y in starts[0]:
+            for x in starts[1]:
+                rows = slice(max(y, top), min(y + window[0], bottom))
+                columns = slice(max(x, left), min(x + window[1], right))
+                if rows.start >= rows.stop or columns.start >= columns.stop:
+                    continue
+                found = logits(image[y : y + window[0], x : x + window[1]], (window[0], window[1])).cpu()
+                at = (
+                    slice(rows.start - top, rows.stop - top),
+                    slice(columns.start - left, columns.stop - left),
+                )
+                total[:, *at] += found[
+                    :, rows.start - y : rows.stop - y, columns.start - x : columns.stop - x
+                ]
+                seen[at] += 1
+        mask[top:bottom, left:right] = (total / seen).argmax(0).numpy()
+    return mask
 
 
 def mask_png(mask: np.ndarray, meta: Meta) -> bytes:
@@ -168,24 +238,28 @@ def mask_png(mask: np.ndarray, meta: Meta) -> bytes:
 
 def overlay_png(image: Image.Image, mask: np.ndarray, meta: Meta) -> bytes:
     """The image under the colours of its mask, with the outlines of the classes."""
-    colours = np.asarray(meta.palette, np.float32)[mask]
-    mixed = (1 - STRENGTH) * np.asarray(image, np.float32) + STRENGTH * colours
     edge = np.zeros(mask.shape, bool)
     for step in range(1, max(1, round(min(mask.shape) / OUTLINE)) + 1):
         edge[step:] |= mask[step:] != mask[:-step]
         edge[:, step:] |= mask[:, step:] != mask[:, :-step]
-    mixed[edge] = (mixed[edge] + 255) / 2
-    return _png(Image.fromarray(mixed.round().astype(np.uint8)))
+    palette, pixels = np.asarray(meta.palette, np.float32), np.array(image)
+    for top in range(0, len(mask), ROWS):  # floats of some rows at a time
+        rows = slice(top, top + ROWS)
+        mixed = (1 - STRENGTH) * pixels[rows].astype(np.float32) + STRENGTH * palette[mask[rows]]
+        mixed[edge[rows]] = (mixed[edge[rows]] + 255) / 2
+        pixels[rows] = mixed.round()
+    return _png(Image.fromarray(pixels))
 
 
 def legend_png(meta: Meta) -> bytes:
     """Colour, index and name of every class, in columns."""
-    font = ImageFont.truetype(_font(), 22)
+    font, *own = (ImageFont.truetype(fonts.best(text), 22) for text in ("0", *meta.classes))
     columns = -(-len(meta.classes) // LEGEND_ROWS)
     rows = -(-len(meta.classes) // columns)
     numbers, swatch, line, margin = int(font.getlength("000")), 44, 40, 24
     before = swatch + 10 + numbers + 14  # of a name
-    each = before + int(max(map(font.getlength, meta.classes))) + 2 * margin
+    width = max(shape.getlength(name) for shape, name in zip(own, meta.classes, strict=True))
+    each = before + int(width) + 2 * margin
     image = Image.new("RGB", (columns * each, rows * line + 2 * margin), "white")
     draw = ImageDraw.Draw(image)
     for index, (name, colour) in enumerate(zip(meta.classes, meta.palette, strict=True)):
@@ -193,7 +267,7 @@ def legend_png(meta: Meta) -> bytes:
         draw.rectangle((left, top + 5, left + swatch, top + line - 5), fill=colour, outline="silver")
         middle, end = top + line // 2, left + swatch + 10 + numbers
         draw.text((end, middle), str(index), fill="gray", font=font, anchor="rm")
-        draw.text((left + before, middle), name, fill="black", font=font, anchor="lm")
+        draw.text((left + before, middle), name, fill="black", font=own[index], anchor="lm")
     return _png(image)
 
 
@@ -216,40 +290,44 @@ def predict(
     network = deploy.load(run, weights).to(memory_format=torch.channels_last)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     write_bytes(output / "legend.png", legend_png(meta))
+    window = run["config"]["training"].get("sliding")
+    sliding = Sliding.model_validate(window) if window else None
     failed = []
     for file, name in tqdm(list(zip(files, _names(files), strict=True)), unit="image"):
         try:
-            image = read_image(file)
-            try:
-                mask = segment(network, image, size)
-            except ConfigError as error:
-                raise ConfigError(f"{file.name}: {error}.") from None
+            count, images_of = frames(file)
+            for index, image in enumerate(
+                tqdm(images_of, file.name, count or None, False, disable=count == 1)
+            ):
+                one = name if count == 1 else f"{name}_{index:05d}"
+                mask = segment(network, image, size, sliding)
+                write_bytes(output / f"{one}_mask.png", mask_png(mask, meta))
+                write_bytes(output / f"{one}_overlay.png", overlay_png(image, mask, meta))
         except ConfigError as error:
-            failed.append(str(error))
-            continue
-        write_bytes(output / f"{name}_mask.png", mask_png(mask, meta))
-        write_bytes(output / f"{name}_overlay.png", overlay_png(image, mask, meta))
+            text = str(error)
+            failed.append(text if file.name in text else f"{file.name}: {text}.")
     log.info("%d of %d images done, in %s.", len(files) - len(failed), len(files), output)
     return failed
 
 
 def _names(files: Iterable[Path]) -> list[str]:
-    """What the output of each file is called: its name without the extension, unless two would be one."""
+    """What the output of each file is called: its name without the extension, unless two would be one. A name
+    to which nothing can be added is cut."""
     files = list(files)
     stems = Counter(file.stem for file in files)
-    return [file.stem if stems[file.stem] == 1 else file.name for file in files]
+    names = [file.stem if stems[file.stem] == 1 else file.name for file in files]
+    return [name if len(os.fsencode(name)) <= LONGEST else _cut(name) for name in names]
+
+
+def _cut(name: str) -> str:
+    raw = os.fsencode(name)
+    return f"{raw[: LONGEST // 2].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:12]}"
 
 
 def _png(image: Image.Image) -> bytes:
     content = io.BytesIO()
     image.save(content, "PNG", optimize=True)
     return content.getvalue()
-
-
-def _font() -> str:
-    import matplotlib
-
-    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
 
 def main() -> None:

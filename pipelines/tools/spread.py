@@ -22,7 +22,6 @@ from pipelines import cli, config, files
 from pipelines.config import ROOT, ConfigError, Params
 from pipelines.methods import checked, configured
 from pipelines.reports import spread_table
-from pipelines.reports.results import REFERENCE
 from pipelines.runs import records
 from pipelines.runs.records import Cell, teacher_cell
 
@@ -139,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--benchmark", required=True, help="an entry of benchmarks in params.yaml")
     parser.add_argument(
-        "--method", default=REFERENCE, help="kd, acfd-full, …; the undistilled student if not given"
+        "--method", help="a key of `methods`, acfd-full, …; the undistilled student if not given"
     )
     parser.add_argument("--repeats", type=int, default=3, help="trainings in each mode")
     for hidden, kind in (("--mode", str), ("--place", Path), ("--params", Path)):
@@ -148,10 +147,11 @@ def main() -> None:
     if arguments.repeats < 2:
         raise ConfigError(f"--repeats {arguments.repeats} is not allowed: give 2 or more.")
     params = checked(config.load(arguments.params))
+    method = arguments.method or params.suite.reference
     if arguments.place:
-        repeat(params, arguments.benchmark, arguments.method, arguments.mode, arguments.place)
+        repeat(params, arguments.benchmark, method, arguments.mode, arguments.place)
     else:
-        spread(params, arguments.benchmark, arguments.method, arguments.repeats)
+        spread(params, arguments.benchmark, method, arguments.repeats)
 
 
 if __name__ == "__main__":

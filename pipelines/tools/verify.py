@@ -25,12 +25,13 @@ from pipelines import config
 from pipelines.config import EXPORTS, ROOT, TEACHER, ConfigError, Params
 from pipelines.datasets.folder import DESCRIPTION
 from pipelines.reports import figures, network_table, ranks
-from pipelines.reports.results import REFERENCE, Results
+from pipelines.reports.results import Results
 from pipelines.runs import budget, counts, exports, tracking
 from pipelines.runs.confusion import summary
 from pipelines.runs.fingerprint import outdated
 from pipelines.runs.records import RECORD_FILES, Record
 from pipelines.stages import report
+from pipelines.tools import readme
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
     frames = {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
     try:
         every = report.gather_all(params, root, found, frames)
-    except ConfigError:  # methods with unequal budgets, which is in the list already
-        return listed
+    except ConfigError as error:  # a seed of two machines; of unequal budgets, it is in the list already
+        return list(dict.fromkeys([*listed, str(error)]))
     try:
         return listed + list(_texts(params, every, root)) + list(_figures(every, root))
     except ConfigError as error:  # a damaged README
@@ -193,7 +194,7 @@ def _exports(params: Params, found: Mapping[str, list[Record]], root: Path) -> I
             if r.cell.student == student and r.cell.seed == record.get("seed")
         }
         try:
-            yield from (f"{name}: {text}" for text in exports.problems(record, REFERENCE))
+            yield from (f"{name}: {text}" for text in exports.problems(record, params.suite.reference))
             for method, measured in record["methods"].items():
                 if method not in params.method_keys:  # since then taken out, and in no table
                     continue
@@ -202,7 +203,7 @@ def _exports(params: Params, found: Mapping[str, list[Record]], root: Path) -> I
                     yield f"{name}: {method} has other weights than its cell now: run `make repro`."
                 elif run["data_sha256"] != record["data_sha256"]:
                     yield f"{name}: {method} was compared on other data than that of its cell."
-                elif run["student"]["input"] == record["input"]:
+                elif run["student"]["input"] == record["input"] and "ms" in measured:
                     for key in ("parameters", "flops"):
                         if run["student"][key] != measured[key]:
                             yield f"{name}: {method} has other {key} than its cell."
@@ -310,6 +311,7 @@ def _texts(params: Params, every: Sequence[Results], root: Path) -> Iterator[str
         if (root / "README.md").is_file():
             shutil.copy(root / "README.md", target)
         report.write_texts(params, every, root, target)
+        readme.write(params, root, target)
         wanted = {p.relative_to(target): p.read_bytes() for p in sorted(target.rglob("*")) if p.is_file()}
     kinds = (".md", ".csv", ".tex")
     have = {p.relative_to(root) for p in (root / "reports").rglob("*") if p.suffix in kinds}

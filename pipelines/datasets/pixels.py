@@ -1,0 +1,156 @@
+"""The pixels of image files as people have them: one conversion for training and prediction, one for labels.
+
+Images become 8-bit RGB: samples of 16 bits are scaled to 8, floats from 0 to 1 likewise, transparency is laid
+over white, and a picture is turned as its EXIF orientation says. How one pixel is scaled never depends on the
+others. Labels keep the values of their samples, whatever their depth: 1 is 1 in a mask of 1, 2, 4, 8 or 16
+bits, the index in one with a palette.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from pipelines.config import ConfigError
+from pipelines.datasets.folder import PIXELS, PNG_START, whole_png
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF", "TGA", "PCX", "SGI")
+LOSSLESS = ("PNG", "TIFF", "BMP")  # what a label may be
+WHITE = 255  # what lies behind transparent pixels
+
+Image.MAX_IMAGE_PIXELS = None  # `opened` says how many are too many, before one is decoded
+
+
+@functools.cache
+def endings(formats: tuple[str, ...] = FORMATS) -> tuple[str, ...]:
+    """The endings of files of these formats, in lower case."""
+    return tuple(end for end, kind in Image.registered_extensions().items() if kind in formats)
+
+
+def opened(
+    source: bytes | Path, origin: str, formats: tuple[str, ...] = FORMATS, most: int = PIXELS
+) -> Image.Image:
+    """An image of at most ``most`` pixels that is not decoded yet. ConfigError, which calls it ``origin``."""
+    if isinstance(source, bytes) and source.startswith(PNG_START) and "PNG" in formats:
+        source = source[: whole_png(source, origin)]
+    with _reading(origin):
+        # not by its path: Pillow would map the file, and read one that is turned as if it were not
+        file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+        image = Image.open(file, formats=formats)
+    if image.width * image.height > most:
+        raise too_large(origin, most)
+    return image
+
+
+@contextlib.contextmanager
+def _reading(origin: str) -> Iterator[None]:
+    """What Pillow raises for broken pixels, as one sentence: it has no one family of errors for them."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise broken(origin, error) from None
+
+
+def rgb(image: Image.Image, origin: str, upright: bool = True) -> Image.Image:
+    """The frame that an opened image shows as 8-bit RGB; ``upright`` turns it as its EXIF says."""
+    depth, clear = bits(image), image.info.get("transparency")
+    with _reading(origin):
+        image = ImageOps.exif_transpose(image) if upright else image
+        image.load()
+        if image.mode in ("P", "PA") and not (image.palette and image.palette.palette):
+            raise ValueError("it has no palette")
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):
+            values = np.asarray(image, np.float64)
+            white = 1 if image.mode == "F" else 4095 if depth == 12 else 65535
+            if not (values.min() >= 0 and values.max() <= white):  # so is NaN
+                raise ConfigError(
+                    f"{origin} has values from {values.min():g} to {values.max():g}: scale them to 0 to "
+                    f"{white} ({'floats' if white == 1 else 'whole numbers'}), or save it with 8 bits."
+                )
+            gray = (values / white * 255).round().astype(np.uint8)
+            if isinstance(clear, int):
+                gray[values == clear] = WHITE
+            return Image.fromarray(gray).convert("RGB")
+        if image.has_transparency_data:
+            if (
+                depth != 8 and isinstance(clear, int | tuple) and image.mode != "P"
+            ):  # it is in the file's bits
+                known = clear if isinstance(clear, tuple) else (clear,)
+                eight = tuple(value >> 8 if depth == 16 else value * 255 // (2**depth - 1) for value in known)
+                image.info["transparency"] = eight if isinstance(clear, tuple) else eight[0]
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (WHITE,) * 3), image)
+        return image.convert("RGB")
+
+
+def samples(image: Image.Image, origin: str, upright: bool = True) -> np.ndarray:
+    """The values of an opened label, (H, W), or its colours (H, W, 3) uint8 where it has three channels."""
+    depth = bits(image)
+    with _reading(origin):
+        image = ImageOps.exif_transpose(image) if upright else image
+        image.load()
+        if image.mode in ("RGBA", "LA", "PA") and depth == 8:
+            if image.getchannel("A").getextrema() != (255, 255):
+                raise ConfigError(
+                    f"{origin} has transparent pixels, whose class is not known: save it without "
+                    "transparency."
+                )
+            image = image.convert("RGB")
+        if image.mode in ("1", "L") and depth <= 8:
+            return np.asarray(image).astype(np.uint8) // (1 if depth == 1 else 255 // (2**depth - 1))
+        if image.mode in ("P", "I") or image.mode.startswith("I;") or (image.mode == "RGB" and depth == 8):
+            return np.asarray(image)
+    raise ConfigError(
+        f"{origin} has the mode {image.mode} with {depth} bits; a label must have one channel, its values "
+        "or a palette, or the colours of the classes in RGB with 8 bits."
+    )
+
+
+def orientation(image: Image.Image) -> int:
+    """How the camera was held, 1 to 8: 1 is upright. Asked last: a PNG may be decoded for it."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF, which nothing else needs
+        return 1
+
+
+def frames(image: Image.Image) -> int:
+    """How many pictures a file shows; the preview that cameras add to a JPEG is none."""
+    try:
+        return 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+    except Exception:  # damaged behind the first, which is all that there is to show
+        return 1
+
+
+def broken(origin: str, error: Exception) -> ConfigError:
+    """What is said of a file that cannot be read, with the reason where there is more than an address."""
+    text = "" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())[:200].rstrip(".")
+    return ConfigError(f"{origin} is no whole image{': ' if text else ''}{text}.")
+
+
+def too_large(origin: str, most: int) -> ConfigError:
+    return ConfigError(f"{origin} claims more than {most:,} pixels: it is damaged, or scale it down.")
+
+
+def _raw(image: Image.Image) -> str:
+    """How samples lie in the file, in Pillow's words: ``L;4``, ``RGB;16B``; known as long as it is not
+    decoded."""
+    tiles: Any = getattr(image, "tile", None)
+    found = tiles[0].args if tiles else ""
+    return found if isinstance(found, str) else str(found[0]) if found else ""
+
+
+def bits(image: Image.Image) -> int:
+    """The bits of a sample in the file. Pillow opens 16-bit colour as 8-bit RGB and 4-bit gray as L."""
+    found = re.search(r";(\d+)", _raw(image))
+    return 1 if image.mode == "1" else int(found[1]) if found else 8

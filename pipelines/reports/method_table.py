@@ -1,0 +1,51 @@
+"""What each method adds to a training step, before anybody rents a GPU: ``reports/methods.md``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipelines.config import ROOT, Params
+from pipelines.reports.results import label
+from pipelines.reports.tables import Table, number, render
+from pipelines.runs import counts
+
+MANY = 1024.0  # MB, from which on a cost is worth a look
+
+
+def table(params: Params, root: Path = ROOT) -> Table:
+    """One row a method of params.yaml that was counted."""
+    known, (size, classes) = counts.read(root)["methods"], counts.SIZES[0]
+    shown = [key for key in counts.methods(params) if key in known and not key.endswith("-official")]
+    data: list[dict[str, Any]] = [{"method": key} | known[key] for key in shown]
+    rows = [
+        [
+            label(row["method"], params.controls),
+            number(row["flops"] / 1e12, ".2f"),
+            number(row["memory_mb"] / 1024, ".2f"),
+            number(row["largest_mb"] / 1024, ".2f"),
+            number(row["parameters"] / 1e6, ".2f"),
+        ]
+        for row in data
+    ]
+    notes = [
+        f"Counted, not measured, for PSPNet-ResNet101 to PSPNet-ResNet18 at {size[0]}×{size[1]}, "
+        f"{counts.BATCH} images, {classes} classes: the method's own terms, their gradients and its own "
+        "optimiser's step, without student and teacher.",
+        "TFLOP: 10¹² operations of convolutions and matrix products, 2 per multiply-add; distances and "
+        "correlations by elements are not in it. Memory: what is kept for the backward pass, the teacher's "
+        "taps and the method's parameters with their gradients. The largest tensor exists for a moment on "
+        "top.",
+        "Parameters are trained with the student and not exported.",
+    ]
+    columns = ["method", "TFLOP a step", "memory (GiB)", "largest tensor (GiB)", "parameters (M)"]
+    return Table("methods", "what each method adds to a step", pd.DataFrame(data), columns, rows, notes)
+
+
+def write(params: Params, folder: Path, root: Path = ROOT) -> None:
+    """Write ``folder/methods.{md,csv,tex}``."""
+    absent = [key for key in counts.methods(params) if key not in counts.read(root)["methods"]]
+    warnings = [f"not counted yet, run {counts.COMMAND}: {', '.join(absent)}."] if absent else []
+    render(table(params, root), folder, {"benchmark": "all methods", "facts": [], "warnings": warnings})
