@@ -6,7 +6,10 @@ A short version runs with the other tests; ``make torture`` sets ACFD_TORTURE an
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import csv
+import http.client
 import json
 import os
 import random
@@ -17,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +29,6 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 from conftest import ROOT, TALLY, read_params, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,6 +41,7 @@ from suites import (
     dvc,
     environment,
     git,
+    lockfile,
     mlflow_runs,
     new_suite,
     processes_in,
@@ -53,6 +57,7 @@ from suites import (
 
 from pipelines import config, files
 from pipelines.config import ConfigError
+from pipelines.engine import machine
 from pipelines.engine.pack import run_pack
 from pipelines.methods import checked
 from pipelines.runs import records
@@ -93,8 +98,10 @@ def serial(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return root
     shutil.copytree(tiny_root / "data", root / "data")
     params = checked(config.load(root / "params.yaml"))
-    for cell in (teacher_cell(params, "streets"), *plan.suite_cells(params, "streets")):
-        assert run_pack([cell], params, root) == {cell: None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "cores", cluster.cores)  # as in a process of its own
+        for cell in (teacher_cell(params, "streets"), *plan.suite_cells(params, "streets")):
+            assert run_pack([cell], params, root) == {cell: None}
     report.report(params, root)
     return root
 
@@ -173,15 +180,15 @@ def test_a_second_run_finds_nothing_to_do(parallel: Path) -> None:
         )
         assert done.returncode == 0, done.stderr[-2000:]
         assert not re.search(r"\| +(torch|distributed|mlflow)$", done.stderr, re.M)
-        assert stamps(parallel) == before and clean(parallel)
+        assert stamps(parallel) == before
 
     run()
     file = parallel / "baselines" / "none.py"
     text = file.read_text()
     file.write_text(f"{text}\n# a comment\n")
     try:
-        assert not clean(parallel)
         run()  # DVC is told, nothing is trained
+        assert clean(parallel)
     finally:
         file.write_text(text)
     run()
@@ -281,15 +288,18 @@ def test_a_killed_worker_ctrl_c_and_a_failing_cell_lose_nothing(copy: Path) -> N
     assert processes_in(copy) == []
     assert state.is_file() and records.read(SLOW, copy) is None
 
-    said = repro(copy, "--jobs", "1", status=1)
-    assert "1 failed; the others are done." in said
-    assert f"{BAD.path}: RuntimeError: the paper left this out" in said
-    assert "RuntimeError: the paper left this out" in statuses(copy)["bad"]
-    assert statuses(copy)["slow"] == "complete"
+    assert records.failure(BAD, copy) == "RuntimeError: the paper left this out"
+    if TORTURE:
+        said = repro(copy, "--jobs", "1", status=1)
+        assert "1 failed; the others are done." in said
+        assert f"{BAD.path}: RuntimeError: the paper left this out" in said
+        assert "RuntimeError: the paper left this out" in statuses(copy)["bad"]
+        assert statuses(copy)["slow"] == "complete"
     kept = weights(copy)
     add(copy, "bad", "pass")
     repro(copy, "--jobs", "1")
-    assert statuses(copy)["bad"] == "complete" and records.failure(BAD, copy) is None
+    assert statuses(copy)["bad"] == statuses(copy)["slow"] == "complete"
+    assert records.failure(BAD, copy) is None
     assert before.items() <= stamps(copy).items() and kept.items() <= weights(copy).items()
     assert clean(copy)
 
@@ -489,12 +499,15 @@ def test_a_damaged_dvc_lock_loses_no_training(serial: Path, copy: Path) -> None:
     conflict = (
         b"<<<<<<< HEAD\n" + content[:500] + b"=======\n" + content[:700] + b">>>>>>> theirs\n" + content
     )
-    damages = [content[: len(content) // 2] + b"\n- 'x", conflict, b"", content[: len(content) // 3]]
+    line = content.index(b"\n", len(content) // 2) + 1
+    damages = [content[: len(content) // 2] + b"\n- 'x", conflict, b"", content[:line]]
     for damage in damages:
         lock.write_bytes(damage)
         (copy / ".dvc" / "tmp" / "rwlock").write_text("{")
-        assert "dvc.lock is damaged" in repro(copy)
-        assert (copy / "dvc.lock.damaged").read_bytes() == damage
+        text = repro(copy)
+        if damage != content[:line]:  # a file with fewer entries
+            assert "dvc.lock is damaged" in text
+            assert (copy / "dvc.lock.damaged").read_bytes() == damage
         assert stamps(copy) == before
         same(copy, serial)
     TALLY.append(
@@ -539,21 +552,12 @@ def test_a_record_that_dvc_takes_for_todays_and_is_not_is_made_anew(copy: Path) 
     TALLY.append("stale state, DVC takes an old record for today's: the cell is trained again, once")
 
 
-@pytest.fixture(scope="module")
-def lock(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A dvc.lock of a dozen stages."""
-    found = yaml.safe_load((ROOT / "dvc.lock").read_text())
-    stages = dict(list(found["stages"].items())[:12])
-    return yaml.safe_dump({"schema": "2.0", "stages": stages}, sort_keys=False).encode()
-
-
 @pytest.mark.parametrize("kept", ["by git", "by nobody"])
-def test_a_damaged_dvc_lock_is_put_aside(
-    kept: str, lock: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_dvc_lock_is_put_aside(kept: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Cut off anywhere, flipped, with marks of a merge; most beginnings of a YAML file are YAML."""
     place, aside, busy = (tmp_path / name for name in ("dvc.lock", "dvc.lock.damaged", ".dvc/tmp/rwlock"))
     busy.parent.mkdir(parents=True)
+    lock = lockfile(12)
     git(tmp_path, "init", "-q")
     place.write_bytes(lock)
     if kept == "by git":
@@ -563,12 +567,11 @@ def test_a_damaged_dvc_lock_is_put_aside(
         place.write_bytes(whole)
         pipeline.heal(tmp_path)
         assert place.read_bytes() == whole and not aside.exists() and not caplog.text
-    draw, marked = (
-        random.Random(0),
-        lock.replace(b"  deps:\n", b"<<<<<<< ours\n  deps:\n=======\n>>>>>>> x\n", 1),
-    )
+    marked = lock.replace(b"    deps:\n", b"<<<<<<< ours\n    deps:\n=======\n>>>>>>> x\n", 1)
+    draw = random.Random(0)
     broken = [marked, b"", lock[: len(lock) // 2] + b"\xff"]
-    broken += [lock[: draw.randrange(40, len(lock) - 1)] for _ in range(5 * KILLS)]
+    cuts = [lock[: draw.randrange(40, len(lock) - 1)] for _ in range(10 * KILLS)]
+    broken += [cut for cut in cuts if not cut.endswith(b"\n")]  # which is a file with fewer entries
     for text in broken:
         place.write_bytes(text)
         busy.write_text('{"write": {')
@@ -733,7 +736,8 @@ def listening() -> set[str]:
 
 def test_the_local_cluster_is_for_this_suite_alone(tmp_path: Path) -> None:
     """Only this machine can reach its ports, only with its credentials; each worker has a GPU of its own."""
-    from distributed import Client, Security
+    from distributed import Security
+    from distributed.comm import connect
 
     before = listening()
     with cluster.local(2, ["a", "b"], False, tmp_path) as client:
@@ -743,20 +747,19 @@ def test_the_local_cluster_is_for_this_suite_alone(tmp_path: Path) -> None:
         assert listening() - before <= {"127.0.0.1"}
         seen = client.run(lambda: (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]))
         assert sorted(seen.values()) == [("a", "1"), ("b", "1")]
-        for stranger, where in (
-            (None, address),
-            (None, address.replace("tls", "tcp")),
-            (Security.temporary(), address),
-        ):
-            with pytest.raises((OSError, TypeError, ValueError)):
-                Client(where, security=stranger, timeout="2s", set_as_default=False)
-        port = address.rpartition(":")[2]
-        with pytest.raises(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5)
         (worker, *_) = client.scheduler_info()["workers"].values()
-        with pytest.raises((OSError, TypeError, ValueError)):
-            Client(worker["nanny"], timeout="2s", set_as_default=False)
-        assert client.scheduler_info()["services"] == {}
+        plain = address.replace("tls", "tcp")
+        strangers = [(plain, {}), (worker["nanny"].replace("tls", "tcp"), {})]
+        other = Security.temporary()  # of somebody else's cluster
+        strangers += [(to, other.get_connection_args("client")) for to in (address, worker["nanny"])]
+        for to, credentials in strangers:
+            with pytest.raises(OSError):
+                asyncio.run(connect(to, timeout=3, **credentials))
+        own = client.security.get_connection_args("client")
+        asyncio.run(connect(address, timeout=3, **own))  # as it is meant
+        for port in {c.laddr.port for c in psutil.Process().net_connections() if c.status == "LISTEN"}:
+            with contextlib.suppress(urllib.error.HTTPError, OSError, http.client.HTTPException):
+                pytest.fail(urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=5).read())
     assert listening() == before
     with cluster.local(1, [], True, tmp_path) as client:
         link = client.dashboard_link

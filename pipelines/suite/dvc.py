@@ -95,9 +95,10 @@ def heal(root: Path = ROOT) -> None:
     busy, lock = root / ".dvc" / "tmp" / "rwlock", root / "dvc.lock"
     if busy.is_file() and not _is_json(busy):
         busy.unlink(missing_ok=True)
-    if not lock.is_file() or (text := lock.read_bytes()) == (committed := _committed(root)):
+    if not lock.is_file():
         return
-    if _loads(text) and text.endswith(b"\n"):
+    text, committed = lock.read_bytes(), _committed(root)
+    if text.endswith(b"\n") and (text == committed or _loads(text)):
         return
     aside = lock.with_name("dvc.lock.damaged")
     files.write_bytes(aside, text)
