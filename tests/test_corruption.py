@@ -50,7 +50,7 @@ def whole(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(tiny_root, root, dirs_exist_ok=True)
     (root / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
     raw = read_params(root)
-    raw["tuning"].update(benchmark="streets", methods=["kd"], trials=1, steps=2)
+    raw["tuning"].update(benchmark="streets", student="pspnet-resnet18", methods=["kd"], trials=1, steps=2)
     write_params(root, raw)
     tune.tune(checked(config.load(root / "params.yaml")), root)
     for cell in (NONE, KD):

@@ -571,7 +571,7 @@ def test_damaged_lists_of_camvid(lists: str, tmp_path: Path, monkeypatch: pytest
     before = sorted(tmp_path.rglob("*"))
     settings_ = (
         checked(config.load())
-        .benchmark("camvid-small")
+        .benchmark("camvid-half")
         .model_copy(update={"data": {"dataset": "camvid", "size": None, "mirror": None}})
     )
     with pytest.raises(ConfigError, match=r"train\.txt") as error:
@@ -773,8 +773,8 @@ from pipelines.runs.records import Cell, teacher_cell
 root = Path(sys.argv[1])
 params = checked(config.load(root / "params.yaml"))
 camvid.MANIFEST = root / "camvid.sha256"
-small = params.benchmark("camvid-small")
-fetch(root / "data", "camvid-small", small)
+small = params.benchmark("camvid-half")
+fetch(root / "data", "camvid-half", small)
 fetch(root / "data", "streets", params.benchmark("streets"))
 run_cell(teacher_cell(params, "streets"), params, root)
 tune.tune(params, root)
@@ -803,8 +803,8 @@ except ConfigError as error:
 def test_everything_works_with_sockets_blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = camvid_of(tmp_path, monkeypatch, "x/train/0.png x/trainannot/0.png\n")
     raw = tiny(read_params())
-    raw["benchmarks"]["camvid-small"]["data"]["size"] = None
-    raw["tuning"].update(benchmark="streets", methods=["kd"], trials=1, steps=2)
+    raw["benchmarks"]["camvid-half"]["data"]["size"] = None
+    raw["tuning"].update(benchmark="streets", student="pspnet-resnet18", methods=["kd"], trials=1, steps=2)
     raw["methods"], raw["official"] = {key: raw["methods"][key] for key in ("none", "kd")}, {}
     raw["suite"] |= {"methods": ["none", "kd"], "variants": []}
     own = tmp_path / raw["weights"]["resnet18"]["file"]

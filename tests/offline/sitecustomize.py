@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = {"127.0.0.1", "localhost", b"127.0.0.1", b"localhost"}
+ANY = {None, "", "0.0.0.0"}  # to listen at
 
 
 def _note(what: Any) -> OSError:
@@ -26,7 +27,7 @@ def _checked(connect: Any) -> Any:
 
 
 def _only_here(host: Any, *more: Any, **named: Any) -> Any:
-    if host in HERE:
+    if host in HERE | ANY:
         return _look_up(host, *more, **named)
     raise _note(host)
 
