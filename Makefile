@@ -29,8 +29,8 @@ verify: $(READY)  ## whether the run records support every number of the reports
 tune: $(READY)  ## the same trials of loss weights for every method, on the validation split
 	python -m pipelines.tools.tune
 
-bench: $(READY)  ## time and memory of the default benchmark from nothing, in a temporary clone
-	python tests/bench.py
+bench: $(READY)  ## time and memory of the default benchmark from nothing, in a temporary clone; PACKS=1: of packs, for PAIR=teacher,student
+	python tests/bench.py $(if $(PACKS),--packs) $(if $(PAIR),--pair $(PAIR))
 
 speed: $(READY)  ## steps a second and memory of BENCHMARK's protocol on this machine, without its data
 	python -m pipelines.tools.speed --benchmark $(BENCHMARK) $(if $(BATCH),--batch-size $(BATCH)) $(if $(SIZE),--size $(SIZE))
@@ -41,9 +41,9 @@ spread: $(READY)  ## how far a cell of BENCHMARK moves when it is trained again 
 smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
 	python -m pytest -m smoke
 
-torture: $(READY)  ## kills, parallel runs, damaged files, hostile input: many times each; figures to RELIABILITY.md
+torture: $(READY)  ## kills, clusters, damaged files, hostile input: many times each; figures to RELIABILITY.md
 	ACFD_TORTURE=RELIABILITY.md python -m pytest -n auto --maxprocesses 4 --dist worksteal \
-	  tests/test_reliability.py tests/test_launcher.py tests/test_corruption.py tests/test_hostile.py
+	  tests/test_reliability.py tests/test_suite.py tests/test_corruption.py tests/test_hostile.py
 
 ui: $(READY)  ## MLflow's web page
 	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db

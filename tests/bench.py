@@ -1,49 +1,180 @@
-"""`make bench`: what the default benchmark costs from nothing, in a temporary clone. Asserts nothing."""
+"""`make bench`: what the default benchmark costs from nothing, in a temporary clone. Asserts nothing.
+
+``--packs``: the seconds of a step of a pack beside those of its cells alone and beside what is possible, on
+random images.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import copy_repository
+from conftest import copy_repository, read_params
+from suites import change
+
+PARTS = {
+    "data": "data of .* took",
+    "teacher": "/teacher done in",
+    "packs": "streets: (?!.*/teacher).* done in",
+    "count": "count of networks took",
+    "export": "export of .* took",
+    "commit": "the commit to DVC took",
+    "report": "the report took",
+}
+
+
+def busy() -> float:
+    """Seconds that the cores of this machine have worked since it started."""
+    return sum(map(int, Path("/proc/stat").read_text().split()[1:4])) / os.sysconf("SC_CLK_TCK")
+
+
+class Run:
+    """`make repro` in a clone: its lines, when they came and what the cores had done until then."""
+
+    def __init__(self, root: Path, bin_: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(root), "DVC_NO_ANALYTICS": "1"}
+        environment.pop("OMP_NUM_THREADS", None)  # the tests' one thread is not what a user has
+        environment["PATH"] = f"{bin_}{os.pathsep}{environment['PATH']}"
+        command, start = [str(bin_ / "python"), "-m", "pipelines.suite.repro"], time.perf_counter()
+        self.lines: list[tuple[float, float, str]] = []
+        with subprocess.Popen(
+            command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True
+        ) as process:
+            for line in process.stderr or ():
+                self.lines.append((time.perf_counter() - start, busy(), line.rstrip()))
+                print(f"  {self.lines[-1][0]:6.1f} s  {self.lines[-1][2]}")
+        self.seconds = time.perf_counter() - start
+        if process.returncode:
+            sys.exit(process.returncode)
+
+    def part(self, pattern: str) -> float:
+        """The sum of the seconds that the lines of a kind of task name."""
+        found = (re.search(rf"{pattern} ([\d.]+) s", line) for _, _, line in self.lines)
+        return sum(float(match[1]) for match in found if match)
+
+    def share(self, *patterns: str) -> float:
+        """Of the cores, how much worked between two lines."""
+        (began, before, _), (ended, after, _) = (
+            next(entry for entry in self.lines if re.search(pattern, entry[2])) for pattern in patterns
+        )
+        return (after - before) / (ended - began) / len(os.sched_getaffinity(0))
+
+
+def suite(install: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root, bin_, installing = copy_repository(Path(folder)), Path(sys.executable).parent, 0.0
+        for record in root.glob("runs/*/**/run.json"):  # from nothing: no committed record
+            record.unlink()
+        (root / "dvc.lock").unlink(missing_ok=True)
+        if install:
+            start, bin_ = time.perf_counter(), root / ".venv" / "bin"
+            subprocess.run(["make", str(root / ".venv" / ".installed")], cwd=root, check=True)
+            installing = time.perf_counter() - start
+        whole, again = Run(root, bin_), Run(root, bin_)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        runs = [json.loads(path.read_text())["seconds"] for path in root.glob("runs/streets/**/run.json")]
+        (root / "baselines" / "new.py").write_bytes((root / "baselines" / "kd.py").read_bytes())
+        change(root, lambda raw: raw["methods"].update(new=dict(raw["methods"]["kd"])))
+        change(root, lambda raw: raw["suite"].update(methods=[*raw["suite"]["methods"], "new"]))
+        added = Run(root, bin_)
+        new = [json.loads(path.read_text())["seconds"] for path in root.glob("runs/*/*/new/*/run.json")]
+    print(f"\nmake repro from nothing: {installing + whole.seconds:.0f} s, {len(runs)} trainings")
+    parts = {"installation": installing, **{name: whole.part(pattern) for name, pattern in PARTS.items()}}
+    print(*(f"  {name:14} {seconds:4.0f} s" for name, seconds in parts.items()), sep="\n")
+    print("  (data, packs, count and export side by side: seconds of workers)")
+    print(f"cores busy, teacher to report: {whole.share(PARTS['data'], PARTS['report']):.0%}")
+    print(f"peak memory of a process:      {peak:.0f} MB")
+    print(f"a second make repro:           {again.seconds:.1f} s")
+    print(
+        f"a new method:                  {added.seconds:.0f} s, {added.part(PARTS['packs']):.0f} s of packs"
+    )
+    print(f"  as if alone                  {sum(one['wall'] for one in new):.0f} s")
+
+
+def packs(pair: str) -> None:
+    """In the protocol of `streets`, all in this process."""
+    from pipelines import config
+    from pipelines.datasets import folder
+    from pipelines.engine import machine, train
+    from pipelines.engine.pack import plan
+    from pipelines.networks import SegmentationNetwork, tap_shapes
+    from pipelines.runs.records import Cell
+    from pipelines.tools.speed import write_images
+
+    raw: dict[str, Any] = read_params()
+    own, name = raw["benchmarks"]["streets"], raw["suite"]["students"][0]
+    for network, wanted in zip(
+        (own["teacher"]["network"], raw["students"][name]), pair.split(","), strict=True
+    ):
+        architecture, depth = wanted.split("-R")
+        network |= {"architecture": architecture, "encoder": f"tu-resnet{depth}"}
+    own["training"] |= {"steps": 12, "warmup_steps": 0, "validate_every": 100, "lr": 1e-6}
+    params = config.Params.model_validate(raw)
+    machine.set_up(params.suite)
+    planned = plan(params, Cell("streets", name, "kd", 0))
+    with tempfile.TemporaryDirectory() as place:
+        write_images(params.benchmark("streets"), "streets", Path(place), 32)
+        data, classes = folder.load(Path(place), "train"), len(folder.describe(Path(place)).classes)
+    about = plan(params, Cell("streets", "teacher", "teacher", 0)).network
+    teacher = SegmentationNetwork(about, classes, True).eval().requires_grad_(False)
+    crop, passes, real = planned.training.crop, list[float](), train.teacher_taps
+
+    def timed(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        taps = real(*arguments)
+        passes.append(time.perf_counter() - start)
+        return taps
+
+    train.teacher_taps = timed
+
+    def step(size: int) -> tuple[float, float]:
+        """The median seconds of a step of a pack, and of its pass of the teacher."""
+        trainees, stamps, absent = [], list[float](), Path(tempfile.gettempdir(), f"absent-{os.getpid()}")
+        for number in range(size):
+            student = SegmentationNetwork(planned.network, classes, True)
+            method = planned.method(planned.config, tap_shapes(student, crop), tap_shapes(teacher, crop))
+            about = (str(number), student, method, planned.training, None, 0, absent, "", lambda: 0.0)
+            trainees.append(train.Trainee(*about))
+
+        def tell(label: str, *_: object) -> None:
+            if label == "0":
+                stamps.append(time.perf_counter())
+
+        passes.clear()
+        train.train(trainees, teacher.to(machine.device()), data, classes, 255, lambda _: None, tell)
+        if failed := [one.failure for one in trainees if one.failure]:
+            raise failed[0]
+        return statistics.median(b - a for a, b in pairwise(stamps[2:])), statistics.median(passes[3:])
+
+    print(f"{pair}, kd, batch {planned.training.batch_size}, {crop[0]}x{crop[1]}:")
+    alone, teaching = step(1)
+    for size in (1, 5, 10):
+        took, bound = step(size)[0], size * (alone - teaching) + teaching
+        print(
+            f"  K = {size:2}: {took:.2f} s a step, its cells alone {size * alone:.2f} s: "
+            f"{took / size / alone:.3f}; possible {bound / size / alone:.3f}, times {took / bound:.2f}"
+        )
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        root = copy_repository(Path(folder))
-        for record in root.glob("runs/*/**/metrics.json"):  # from nothing: no committed record
-            record.unlink()
-        environment = {**os.environ, "PYTHONPATH": str(root), "DVC_NO_ANALYTICS": "1"}
-        environment.pop("OMP_NUM_THREADS", None)  # the tests' one thread is not what a user has
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "pipelines.suite.repro"], cwd=root, env=environment, check=True)
-        total = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        runs = [json.loads(path.read_text()) for path in sorted(root.glob("runs/streets/**/run.json"))]
-    parts = ("training", "validation", "test")
-    working = sum(run["seconds"][part] for run in runs for part in parts)
-    print(f"\nmake repro from nothing: {total:.0f} s for {len(runs)} trainings on {os.cpu_count()} cores")
-    print(f"  training and inference: {working:.0f} s")
-    print(f"  everything else:        {total - working:.0f} s ({100 * (total - working) / total:.0f} %)")
-    print(f"  peak memory of a stage: {peak:.0f} MB")
-    for run in runs:
-        cell, seconds = run["cell"], run["seconds"]
-        name = f"{cell['student']}/{cell['method']}/{cell['seed']}"
-        print(
-            f"  {name:32} {seconds['wall']:6.1f} s  step {1000 * seconds['step_median']:6.1f} ms  "
-            f"{run['memory_peak_mb']:7.0f} MB"
-        )
-    start = time.perf_counter()
-    subprocess.run(["make", "test"], check=False)
-    print(f"make test: {time.perf_counter() - start:.0f} s")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--installed", action="store_true", help="take the environment that is there")
+    parser.add_argument("--packs", action="store_true")
+    parser.add_argument("--pair", default="PSPNet-R34,PSPNet-R18", help="teacher, student")
+    options = parser.parse_args()
+    packs(options.pair) if options.packs else suite(not options.installed)
 
 
 if __name__ == "__main__":

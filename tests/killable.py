@@ -1,6 +1,6 @@
 """Run a part of the pipeline again and again in children that kill themselves, and print what comes out.
 
-``python killable.py cell|fetch|report ROOT KILLS SEED``, ROOT being a folder with params.yaml and what the
+``python killable.py pack|fetch|report ROOT KILLS SEED``, ROOT being a folder with params.yaml and what the
 part needs. Events are the moments at which a kill could hurt: before a file is synced, before and after it
 takes its name, before a step, before an evaluation, around a run in MLflow. A child is forked from this
 process, in which everything is imported but nothing has run, and sends SIGKILL to itself at a random event
@@ -27,26 +27,26 @@ from PIL import Image
 
 from pipelines import config
 from pipelines.datasets import transforms
-from pipelines.engine import cell as cell_module
-from pipelines.engine import eager, fit
+from pipelines.engine import pack, train
 from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork
 from pipelines.runs import tracking
 from pipelines.runs.records import Cell, teacher_cell
 from pipelines.stages import fetch, report
 
-CELL = Cell("streets", "pspnet-resnet18", "skd", 0)
+PACK = [Cell("streets", "pspnet-resnet18", method, 0) for method in ("skd", "none")]
 
 
 def part(name: str, root: Path) -> None:
-    params = checked(config.load(root / "params.yaml", methods=name == "cell"))
+    params = config.load(root / "params.yaml")
     if name == "fetch":
         fetch.fetch(root / "data", "streets", params.benchmark("streets"))
     elif name == "report":
         report.report(params, root)
     else:
-        cell_module.run_cell(teacher_cell(params, "streets"), params, root)
-        cell_module.run_cell(CELL, params, root)
+        pack.run_cell(teacher_cell(params, "streets"), checked(params), root)
+        if failures := [failure for failure in pack.run_pack(PACK, params, root).values() if failure]:
+            raise failures[0]
 
 
 def watch(event: Callable[[str], None]) -> None:
@@ -69,11 +69,11 @@ def watch(event: Callable[[str], None]) -> None:
     before(Path, "rename", "rename", after=True)
     before(Path, "write_bytes", "write")
     before(transforms, "training_batch", "step")
-    before(cell_module, "evaluate", "evaluation")
-    before(cell_module, "load_teacher", "teacher")
+    before(pack, "evaluate", "evaluation")
+    before(pack, "checked_teacher", "teacher")
     before(Image.Image, "save", "image")
     before(tracking, "_write", "MLflow run", after=True)
-    fit.SAVE_EVERY, fit.SAVE_SHARE, fit.LOG_EVERY = 0.0, 0.0, 1
+    train.SAVE_EVERY, train.SAVE_SHARE, train.LOG_EVERY = 0.0, 0.0, 1
 
 
 def child(name: str, root: Path, at: tuple[str, int] | None, note: Path) -> int:
@@ -106,7 +106,7 @@ def outcome(name: str, root: Path) -> str:
     """A sum over all that must not depend on kills, which is everything but times."""
     kinds = {
         "fetch": ("data", ("*.json", "*.png", "*.txt")),
-        "cell": ("runs", ("*.safetensors", "metrics.json", "confusion.npz", "history.csv")),
+        "pack": ("runs", ("*.safetensors", "metrics.json", "confusion.npz", "history.csv")),
         "report": ("reports", ("*.csv", "*.md", "*.tex", "*.png")),
     }
     folder, patterns = kinds[name]
@@ -119,7 +119,7 @@ def outcome(name: str, root: Path) -> str:
 
 
 def clear(name: str, root: Path) -> None:
-    for folder in {"fetch": ["data"], "cell": ["runs", ".scratch"], "report": ["reports"]}[name]:
+    for folder in {"fetch": ["data"], "pack": ["runs", ".scratch"], "report": ["reports"]}[name]:
         shutil.rmtree(root / folder, ignore_errors=True)
     if name == "report":
         (root / "mlflow.db").unlink(missing_ok=True)
@@ -127,12 +127,10 @@ def clear(name: str, root: Path) -> None:
 
 def main() -> None:
     name, root, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    eager.install()
     if name == "report":
         importlib.import_module("mlflow")
-    if name == "cell":  # what a training imports late, once for all children
-        importlib.import_module("accelerate")
-        SegmentationNetwork(checked(config.load(root / "params.yaml")).students[CELL.student], 2)
+    if name == "pack":  # what a training imports late, once for all children
+        SegmentationNetwork(checked(config.load(root / "params.yaml")).students[PACK[0].student], 2)
     note, draw, places = root / ".event", random.Random(seed), Counter[str]()
     if child(name, root, None, note):
         sys.exit("the part failed before any kill")

@@ -8,11 +8,17 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from conftest import OFFLINE, ROOT, copy_repository, read_params, tiny, write_params
+
+from pipelines import files
+from pipelines.runs.records import Cell
 
 TORTURE = bool(os.environ.get("ACFD_TORTURE"))
 KILLS = 20 if TORTURE else 1
@@ -22,7 +28,8 @@ ATTEMPTS = ".scratch/attempts"  # to connect, noted by tests/offline
 # the commands of a clone, with its own modules
 RUN_CELL = (
     "import sys; from pathlib import Path; from pipelines import cli, config\n"
-    "from pipelines.engine.cell import run_cell; from pipelines.runs.records import Cell\n"
+    "from pipelines.engine.pack import run_cell; from pipelines.methods import checked\n"
+    "from pipelines.runs.records import Cell\n"
     "root = Path(sys.argv[1]); params = checked(config.load(root / 'params.yaml'))\n"
     "cli.run(lambda: run_cell(Cell('streets', 'pspnet-resnet18', sys.argv[2], 0), params, root))\n"
 )
@@ -64,6 +71,7 @@ def mlflow_runs(root: Path) -> list[str]:
 
 
 def new_suite(folder: Path) -> Path:
+    """A clone with a tiny suite, of which nothing has run yet."""
     root = copy_repository(folder)
     for made in (root / "runs").iterdir():
         if made.is_dir():
@@ -71,9 +79,6 @@ def new_suite(folder: Path) -> Path:
     for made in (root / "reports").iterdir():
         shutil.rmtree(made) if made.is_dir() else made.unlink()
     (root / "dvc.lock").unlink()  # of hundreds of stages, which every command of DVC would read
-    subprocess.run(["git", "rm", "-q", "--cached", "dvc.lock"], cwd=root, check=True)
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    subprocess.run(["git", *identity, "commit", "-qm", "no lock"], cwd=root, check=True)
     raw = tiny(read_params(root))
     raw["methods"] = {key: raw["methods"][key] for key in RIVALS}
     raw["official"] = {}
@@ -82,7 +87,10 @@ def new_suite(folder: Path) -> Path:
     write_params(root, raw)
     stages = yaml.safe_load((root / "dvc.yaml").read_text())
     del stages["stages"]["export"]  # times are never the same twice
+    del stages["stages"]["count"]  # takes a minute, of networks that no cell here has
     (root / "dvc.yaml").write_text(yaml.safe_dump(stages, sort_keys=False))
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "a tiny suite")
     return root
 
 
@@ -96,17 +104,59 @@ def run_dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def launch(root: Path, jobs: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipelines.suite.repro", "--jobs", str(jobs)]
+def start(root: Path, *options: str, **more: str) -> subprocess.Popen[str]:
+    """``make repro`` in a clone, as the leader of a process group, as a shell starts it."""
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", "pipelines.suite.repro", *options],
         cwd=root,
-        env=environment(root),
+        env=environment(root, **more),
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
     )
+
+
+def repro(root: Path, *options: str, status: int = 0, **more: str) -> str:
+    """What ``make repro`` says: lines of ours and nothing else."""
+    process = start(root, *options, **more)
+    _, text = process.communicate(timeout=900)
+    assert process.returncode == status, text
+    assert not unfamiliar(text), text
+    return text
+
+
+def unfamiliar(text: str) -> list[str]:
+    """Lines that are not ours: of Dask, of DVC, of a traceback. Only an error may have several."""
+    said = text.partition("error: ")[0]
+    ours = ("info: ", "warning: ", "ERROR: ", "stopped; ")
+    return [line for line in said.splitlines() if not line.startswith(ours)]
+
+
+def until(true: Callable[[], object], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
+
+
+def trained_by(cell: Cell, root: Path) -> int | None:
+    """The process that trains a cell now, or did last if it lives."""
+    lock = cell.lock(root)
+    text = lock.read_text().strip() if lock.is_file() else ""
+    return int(text) if text and files.alive(int(text)) else None
+
+
+def change(root: Path, act: Callable[[dict[str, Any]], object]) -> None:
+    """Change a clone's params.yaml."""
+    raw = read_params(root)
+    act(raw)
+    write_params(root, raw)
+
+
+def git(root: Path, *arguments: str) -> str:
+    command = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org", *arguments]
+    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
 
 
 def processes_in(root: Path) -> list[int]:

@@ -21,15 +21,15 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, TALLY, read_params, write_params
-from pipelines.engine.cell import run_cell
 
 from pipelines import config
 from pipelines.config import ConfigError, Params
 from pipelines.datasets import folder, transforms
-from pipelines.engine import cell as cell_module
-from pipelines.engine import checkpoint, fit
+from pipelines.engine import checkpoint, train
+from pipelines.engine.pack import run_cell
+from pipelines.engine.teacher import forget_teacher
 from pipelines.methods import checked
-from pipelines.runs import budget, counts, exports, records, tracking
+from pipelines.runs import budget, counts, exports, fingerprint, records, tracking
 from pipelines.runs.records import Cell, teacher_cell
 from pipelines.stages import report
 from pipelines.stages.fetch import fetch
@@ -172,6 +172,7 @@ def test_nothing_learns_from_a_damaged_teacher(name: str, root: Path) -> None:
     teacher = teacher_cell(params, "streets").folder(root)
     shutil.rmtree(KD.folder(root))
     for how in damages(teacher / name, FEW if TORTURE else 2):
+        forget_teacher()  # that a process keeps
         said = sentence(lambda: run_cell(KD, params, root))
         if said is None:  # a flip that changed no value
             assert name == "run.json" and how.startswith("flipped"), how
@@ -229,8 +230,8 @@ def interrupted(root: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.rmtree(KD.folder(root))
     shutil.rmtree(KD.scratch(root), ignore_errors=True)
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "SAVE_EVERY", 0.0)
-        patch.setattr(fit, "SAVE_SHARE", 0.0)
+        patch.setattr(train, "SAVE_EVERY", 0.0)
+        patch.setattr(train, "SAVE_SHARE", 0.0)
         patch.setattr(transforms, "training_batch", batch)
         with pytest.raises(KeyboardInterrupt):
             run_cell(KD, params, root)
@@ -252,12 +253,10 @@ def test_an_old_resume_file_is_ignored_with_a_message(
     elif what == "data":
         raw["benchmarks"]["streets"]["data"]["seed"] += 1
     elif what == "code":
-        for name in cell_module.CODE:
-            (tmp_path / "code" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / "code" / name)
-        with (tmp_path / "code" / "pipelines" / "engine" / "fit.py").open("a") as file:
-            file.write("# a change\n")
-        monkeypatch.setattr(cell_module, "ROOT", tmp_path / "code")
+        (tmp_path / "code" / "baselines").mkdir(parents=True)
+        text = (ROOT / "baselines" / "kd.py").read_text()
+        (tmp_path / "code" / "baselines" / "kd.py").write_text(text + "\nCHANGED = 1\n")
+        monkeypatch.setattr(fingerprint, "ROOT", tmp_path / "code")
     else:
         raw["benchmarks"]["streets"]["teacher"]["seed"] += 1
     write_params(root, raw)
@@ -272,7 +271,7 @@ def test_an_old_resume_file_is_ignored_with_a_message(
     (KD.scratch(root) / "state.pt").write_bytes(content)
     caplog.clear()
     run_cell(KD, params, root)
-    assert "belongs to other inputs (params, code, data or teacher): starting from step 0" in caplog.text
+    assert "belongs to other inputs (settings, method, data or teacher): starting from step 0" in caplog.text
     assert trained(root) == fresh
     TALLY.append(f"stale state, {what} changed: the old resume file is ignored with a message")
 
@@ -282,9 +281,8 @@ def test_removing_a_method_removes_its_rows(root: Path, tmp_path: Path) -> None:
         b"kd" in content for name, content in texts(root, tmp_path / "out").items() if "streets" in name
     )
     raw = read_params(root)
-    for method in [key for key in raw["methods"] if key not in ("none", "none_matched")]:
-        del raw["methods"][method]
-    raw["methods"]["none_matched"]["match"] = ["acfd-full"]
+    raw["methods"], raw["official"] = {"none": raw["methods"]["none"]}, {}
+    raw["suite"]["methods"] = ["none"]
     raw["tuning"]["methods"] = ["acfd-full"]
     write_params(root, raw)
     budget.path(load(root), root).unlink()

@@ -765,7 +765,7 @@ from pipelines.stages import count, export, fetch_weights, report
 from pipelines.tools import predict, speed, spread, tune, verify
 from pipelines.config import ConfigError
 from pipelines.datasets import camvid
-from pipelines.engine.cell import run_cell
+from pipelines.engine.pack import run_cell
 from pipelines.methods import checked
 from pipelines.reports import spread_table
 from pipelines.stages.fetch import fetch
@@ -805,8 +805,8 @@ def test_everything_works_with_sockets_blocked(tmp_path: Path, monkeypatch: pyte
     raw = tiny(read_params())
     raw["benchmarks"]["camvid-small"]["data"]["size"] = None
     raw["tuning"].update(benchmark="streets", methods=["kd"], trials=1, steps=2)
-    raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd")}
-    raw["suite"].update(variants=[], methods=["kd"])
+    raw["methods"], raw["official"] = {key: raw["methods"][key] for key in ("none", "kd")}, {}
+    raw["suite"] |= {"methods": ["none", "kd"], "variants": []}
     own = tmp_path / raw["weights"]["resnet18"]["file"]
     own.parent.mkdir()
     own.write_bytes(b"weights that are there")

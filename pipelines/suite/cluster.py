@@ -83,6 +83,10 @@ def local(jobs: int, gpus: list[str], dashboard: bool, root: Path = ROOT) -> Ite
             yield client
 
 
+ANSWER = "20s"  # that a scheduler gets to answer
+JOIN = 120  # seconds that the first worker gets
+
+
 @contextmanager
 def running(address: str) -> Iterator[Any]:
     """A client of a Dask cluster that runs already; its TLS credentials come from Dask's configuration."""
@@ -91,7 +95,7 @@ def running(address: str) -> Iterator[Any]:
 
     with dask.config.set({key: value for key, value in SETTINGS.items() if "timeouts" in key}):
         try:
-            client = Client(address, timeout="20s", set_as_default=False)
+            client = Client(address, timeout=ANSWER, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"No scheduler of Dask answers at {address} ({' '.join(str(error).split())[:150]}): start "
@@ -126,6 +130,17 @@ def queue(kind: str, jobs: int) -> Iterator[Any]:
     with cluster, Client(cluster) as client:
         cluster.scale(jobs=jobs)
         yield client
+
+
+def await_worker(client: Any, forever: bool) -> None:
+    """Wait for the first worker; ``forever`` where a queue has to start it."""
+    try:
+        client.wait_for_workers(1, timeout=None if forever else JOIN)
+    except TimeoutError:
+        raise ConfigError(
+            f"No worker of Dask has joined in {JOIN} seconds: start some, by `dask worker` with the address "
+            "of the scheduler."
+        ) from None
 
 
 def cores() -> int:

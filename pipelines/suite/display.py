@@ -59,7 +59,7 @@ class Display:
         if "text" in content:
             self.say(content["level"], content["text"])
             return
-        now, cell, worker = time.monotonic(), content["cell"], content["worker"]
+        now, cell, worker = time.monotonic(), content["cell"], content["who"]
         with self.guard:
             self.began.setdefault(cell, (now, content["step"]))
             self.done[cell] = content["step"]
@@ -79,7 +79,13 @@ class Display:
         total, done = sum(self.expected.values()), sum(self.done.values())
         share = done / total if total else 0.0
         left = self.left(now)
-        eta = "" if left is None else f", about {left / 60:.0f} min to go"
+        eta = (
+            ""
+            if left is None
+            else f", about {left / 60:.0f} min to go"
+            if left > 90
+            else f", about {left:.0f} s to go"
+        )
         cells = sum(self.done.get(cell, 0) == steps for cell, steps in self.expected.items())
         return f"suite: {cells} of {len(self.expected)} trainings done, {share:.0%} of the steps{eta}"
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.config import ROOT, ConfigError, Params
 from pipelines.datasets import folder as data_folder
-from pipelines.files import sha256
+from pipelines.files import sha256, write_bytes
 from pipelines.runs import records
 from pipelines.runs.fingerprint import fingerprint
 from pipelines.runs.records import Cell, teacher_cell
@@ -84,9 +83,9 @@ def restore_teachers(params: Params, root: Path = ROOT) -> None:
             kept.is_file()
             and record is not None
             and not file.is_file()
-            and sha256(kept.read_bytes()) == record.run["weights_sha256"]
+            and sha256(content := kept.read_bytes()) == record.run["weights_sha256"]
         ):
-            shutil.copyfile(kept, file)
+            write_bytes(file, content)
 
 
 def cut(cells: Sequence[Cell], params: Params, workers: int) -> list[list[Cell]]:

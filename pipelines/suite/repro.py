@@ -23,7 +23,8 @@ if __name__ == "__main__":  # before the imports that take seconds
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
 import logging  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable, Collection, Iterator  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -66,8 +67,9 @@ class Needs:
         return bool(self.weights or self.count or self.fetch or self.due or self.exports)
 
 
-def needs(params: Params, changed: set[str], root: Path = ROOT) -> Needs:
-    """Compare the suite of params.yaml with the records, and with what DVC calls changed."""
+def needs(params: Params, changed: set[str], stages: Collection[str], root: Path = ROOT) -> Needs:
+    """Compare the suite of params.yaml with the records, and with what DVC, which has ``stages``, calls
+    changed."""
     found = Needs(count="count" in changed)
     found.weights = [
         key for key in params.suite.weights if not (root / params.encoder_weights(key).file).is_file()
@@ -83,9 +85,10 @@ def needs(params: Params, changed: set[str], root: Path = ROOT) -> Needs:
         elif stale and have:
             found.fetch.append(benchmark)
         for student in params.suite.students:
+            stage = f"export@{benchmark}-{student}"
             weights = Cell(benchmark, student, params.suite.reference, params.suite.seeds[0]).folder(root)
             whole = have and (weights / "weights.safetensors").is_file()
-            if benchmark in found.due or (whole and f"export@{benchmark}-{student}" in changed):
+            if stage in stages and (benchmark in found.due or (whole and stage in changed)):
                 found.exports.append((benchmark, student))
     return found
 
@@ -104,7 +107,7 @@ class Suite:
 
     def run(self) -> list[str]:
         """Do all that is needed; the sentences of what failed."""
-        from distributed import as_completed
+        from distributed import CancelledError, as_completed
 
         self.sequence: Any = as_completed()
         for key in self.needed.weights:
@@ -120,10 +123,16 @@ class Suite:
             name, then = self.waiting.pop(future)
             try:
                 outcome = future.result()
+            except CancelledError:  # nobody here cancels
+                raise ConfigError(
+                    "The scheduler of Dask is gone. What is trained is kept: run the same command again."
+                ) from None
             except Exception as error:  # a worker that died again and again, a function that is not there
                 outcome = work.Outcome(failure=_lost(error))
             if outcome.failure is not None and not outcome.cells:
                 self._fail(name, outcome.failure)
+            elif not outcome.cells:
+                self.display.say(logging.INFO, f"{name} took {outcome.seconds:.0f} s.")
             if then is not None:
                 then(outcome)
         return self.failed
@@ -259,7 +268,7 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
     plan.restore_teachers(params, root)
     pipeline = dvc.Pipeline(root)
     changed = pipeline.changed()
-    needed = needs(params, changed, root)
+    needed = needs(params, changed, pipeline.stages, root)
     failed: list[str] = []
     if needed.any:
         check_networks(params, root)
@@ -278,7 +287,7 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
                 client = stack.enter_context(cluster.local(jobs, gpus, options.dashboard, root))
             if options.dashboard:
                 log.info("the dashboard is at %s", client.dashboard_link)
-            client.wait_for_workers(1, timeout=None if options.cluster else 120)
+            cluster.await_worker(client, forever=bool(options.cluster))
             shown = display.Display(jobs)
             stack.callback(shown.close)
             client.subscribe_topic(work.TOPIC, shown.event)
@@ -294,15 +303,26 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
     }
     if needed.any:
         changed = pipeline.stages.keys() - {"report"}
-    pipeline.commit(
-        name for name in pipeline.stages if name in changed and (name not in stages or name in finished)
-    )
+    with _timed("the commit to DVC"):
+        pipeline.commit(
+            name for name in pipeline.stages if name in changed and (name not in stages or name in finished)
+        )
     if needed.any or "report" in changed or not (root / "reports").is_dir():
         from pipelines.stages import report
 
-        report.report(params, root)
+        with _timed("the report"):
+            report.report(params, root)
         pipeline.commit(["report"])
     return failed
+
+
+@contextlib.contextmanager
+def _timed(name: str) -> Iterator[None]:
+    """Say how long something took that was worth a second."""
+    start = time.monotonic()
+    yield
+    if (seconds := time.monotonic() - start) >= 1:
+        log.info("%s took %.0f s.", name, seconds)
 
 
 def _current(params: Params, benchmark: str, root: Path) -> list[Cell]:

@@ -4,6 +4,7 @@ once. Progress and messages go to the head as events of Dask."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -36,15 +37,21 @@ class Identity:
 
 
 def identity(root: str) -> Identity:
-    """Of this process. The sum is that of params.yaml, None where there is none."""
-    file, commit = Path(root) / "params.yaml", None
+    """Of this process. The sum is that of params.yaml as it is now."""
+    file = Path(root) / "params.yaml"
+    text = file.read_bytes() if file.is_file() else b""
+    have = tuple(f"{name} {version(name)}" for name in LIBRARIES)
+    return Identity(root, _commit(root), hashlib.sha256(text).hexdigest(), have)
+
+
+@functools.cache
+def _commit(root: str) -> str | None:
+    """The commit whose code this process has: a later one in the checkout does not change it."""
     with contextlib.suppress(OSError):
         command = ["git", "rev-parse", "HEAD"]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-        commit = done.stdout.strip() or None
-    text = file.read_bytes() if file.is_file() else b""
-    have = tuple(f"{name} {version(name)}" for name in LIBRARIES)
-    return Identity(root, commit, hashlib.sha256(text).hexdigest(), have)
+        return done.stdout.strip() or None
+    return None
 
 
 @dataclass
@@ -221,4 +228,4 @@ def _event(content: dict[str, Any]) -> None:
     from distributed import get_worker
 
     with contextlib.suppress(ValueError):  # no worker of Dask: a test
-        get_worker().log_event(TOPIC, content | {"worker": f"{platform.node()} {os.getpid()}"})
+        get_worker().log_event(TOPIC, content | {"who": f"{platform.node()} {os.getpid()}"})

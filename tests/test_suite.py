@@ -1,0 +1,871 @@
+"""`make repro` with real processes: on several workers, on a cluster, killed, stopped, twice at once; what
+DVC notes of it; which cells are due and how they are shared out.
+
+A short version runs with the other tests; ``make torture`` sets ACFD_TORTURE and runs the rest.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT, TALLY, read_params, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from suites import (
+    ATTEMPTS,
+    KILLS,
+    RIVALS,
+    TORTURE,
+    change,
+    dvc,
+    environment,
+    git,
+    mlflow_runs,
+    new_suite,
+    processes_in,
+    repro,
+    run_dvc,
+    slow,
+    start,
+    tables,
+    trained_by,
+    until,
+    weights,
+)
+
+from pipelines import config, files
+from pipelines.config import ConfigError
+from pipelines.engine.pack import run_pack
+from pipelines.methods import checked
+from pipelines.runs import records
+from pipelines.runs.records import Cell, teacher_cell
+from pipelines.stages import report
+from pipelines.suite import cluster, display, plan, work
+from pipelines.suite import dvc as pipeline
+from pipelines.suite.repro import Suite, _lost, needs, stage_of
+from pipelines.tools import keep
+
+NONE = Cell("streets", "pspnet-resnet18", "none", 0)
+SLOW, BAD = (Cell("streets", "pspnet-resnet18", method, 0) for method in ("slow", "bad"))
+DONE = ["FINISHED"] * (len(RIVALS) + 3)  # of MLflow: the teacher, the control and the paper's method too
+METHOD = '''"""For a test."""
+
+import time
+
+from pipelines.method import Distiller, MethodConfig
+
+
+class Method(Distiller):
+    Config = MethodConfig
+    student_taps = teacher_taps = ("logits",)
+
+    def losses(self, student, teacher, batch):
+        {act}
+        return {{"own": 0.1 * (student["logits"] - teacher["logits"]).square().mean()}}
+'''
+
+
+@pytest.fixture(scope="module")
+def serial(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny suite after `dvc repro`; in the short version its cells one after the other in this process. Do
+    not change it."""
+    root = new_suite(tmp_path_factory.mktemp("serial"))
+    if TORTURE:
+        subprocess.run(dvc("repro"), cwd=root, env=environment(root), check=True, capture_output=True)
+        return root
+    shutil.copytree(tiny_root / "data", root / "data")
+    params = checked(config.load(root / "params.yaml"))
+    for cell in (teacher_cell(params, "streets"), *plan.suite_cells(params, "streets")):
+        assert run_pack([cell], params, root) == {cell: None}
+    report.report(params, root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same suite after `make repro` with two workers. A test may run it again, and changes nothing."""
+    root = new_suite(tmp_path_factory.mktemp("parallel"))
+    repro(root, "--jobs", "2")
+    return root
+
+
+@pytest.fixture
+def copy(parallel: Path, tmp_path: Path) -> Path:
+    """A copy of the finished suite that a test may change."""
+    shutil.copytree(parallel, tmp_path / "suite", symlinks=True)
+    return tmp_path / "suite"
+
+
+def same(root: Path, serial: Path) -> None:
+    """Nothing was lost, mixed up, trained twice or left behind."""
+    assert weights(root) == weights(serial)
+    assert tables(root) == tables(serial)
+    assert mlflow_runs(root) == DONE
+    assert not list((root / "runs").rglob(".*.part"))
+    assert not list((root / ".scratch").rglob("state.pt"))
+    assert clean(root)
+    assert processes_in(root) == []
+
+
+def clean(root: Path) -> bool:
+    done = run_dvc(root, "status", "--json")
+    return done.returncode == 0 and json.loads(done.stdout) == {}
+
+
+def stamps(root: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("*.json")}
+
+
+def add(root: Path, method: str, act: str) -> None:
+    """A method of a test, part of the suite."""
+    (root / "baselines" / f"{method}.py").write_text(METHOD.format(act=act))
+
+    def entry(raw: dict[str, Any]) -> None:
+        raw["methods"].setdefault(method, {})
+        if method not in raw["suite"]["methods"]:
+            raw["suite"]["methods"] = [*raw["suite"]["methods"], method]
+
+    change(root, entry)
+
+
+def statuses(root: Path) -> dict[str, str]:
+    with (root / "reports/streets/comparison.csv").open(newline="") as file:
+        return {row["method"]: row["status"] for row in csv.DictReader(file)}
+
+
+# ---- the same bytes
+
+
+def test_two_workers_give_the_bytes_of_a_serial_run(serial: Path, parallel: Path) -> None:
+    same(parallel, serial)
+    assert not (parallel / ATTEMPTS).exists(), (parallel / ATTEMPTS).read_text()
+    TALLY.append(
+        "parallel, two workers: tables and weights are those of the serial run; nothing else is called"
+    )
+
+
+def test_a_second_run_finds_nothing_to_do(parallel: Path) -> None:
+    """Neither torch nor Dask is imported, so no worker starts."""
+    before = stamps(parallel)
+    command = [sys.executable, "-X", "importtime", "-m", "pipelines.suite.repro"]
+
+    def run() -> None:
+        done = subprocess.run(
+            command, cwd=parallel, env=environment(parallel), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert not re.search(r"\| +(torch|distributed|mlflow)$", done.stderr, re.M)
+        assert stamps(parallel) == before and clean(parallel)
+
+    run()
+    file = parallel / "baselines" / "none.py"
+    text = file.read_text()
+    file.write_text(f"{text}\n# a comment\n")
+    try:
+        assert not clean(parallel)
+        run()  # DVC is told, nothing is trained
+    finally:
+        file.write_text(text)
+    run()
+    out = run_dvc(parallel, "repro").stdout
+    assert "Running stage" not in out and "up to date" in out
+
+
+@slow
+def test_one_worker_gives_the_bytes_of_a_serial_run(serial: Path, tmp_path: Path) -> None:
+    root = new_suite(tmp_path / "suite")
+    repro(root, "--jobs", "1")
+    same(root, serial)
+    repro(serial)
+    same(serial, root)  # after `dvc repro` there is nothing to do
+
+
+@contextmanager
+def running(root: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A scheduler and two workers, started by hand on the loopback; its address, and the processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+
+    def dask(*arguments: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dask", *arguments],
+            cwd=root,
+            env=environment(root),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    port = address.rpartition(":")[2]
+    all_ = [dask("scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard")]
+    worker = ("worker", address, "--nthreads", "1", "--host", "127.0.0.1", "--no-dashboard")
+    all_ += [dask(*worker, "--local-directory", str(root / ".scratch" / "dask")) for _ in range(2)]
+    try:
+        yield address, all_
+    finally:
+        for process in reversed(all_):
+            process.terminate()
+        for process in all_:
+            process.wait(60)
+        until(lambda: not processes_in(root))
+
+
+@slow
+def test_a_running_cluster_gives_the_bytes_of_a_serial_run(serial: Path, tmp_path: Path) -> None:
+    """Then it is killed while it trains: the next run goes on without it."""
+    root = new_suite(tmp_path / "suite")
+    with running(root) as (address, _):
+        repro(root, "--scheduler", address)
+        assert weights(root) == weights(serial) and tables(root) == tables(serial)
+        assert clean(root)
+    same(root, serial)
+    add(root, "slow", "time.sleep(1)")
+    with running(root) as (address, (scheduler, *_)):
+        process = start(root, "--scheduler", address)
+        until(lambda: trained_by(SLOW, root) in processes_in(root))
+        scheduler.kill()
+        _, text = process.communicate(timeout=300)
+        assert process.returncode == 1 and "error: The scheduler of Dask is gone." in text, text
+        assert "Traceback" not in text and text.count("\n") < 6, text
+    repro(root)
+    assert records.read(SLOW, root) is not None and clean(root)
+    TALLY.append("cluster, a scheduler and two workers on the loopback: the bytes of the serial run")
+    TALLY.append("cluster, the scheduler killed: one sentence, the next run goes on")
+
+
+# ---- kills, Ctrl-C, failures
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_a_killed_worker_ctrl_c_and_a_failing_cell_lose_nothing(copy: Path) -> None:
+    """A pack of two: one cell fails, and no other. Its worker is killed: another one resumes. Ctrl-C, which a
+    terminal sends to all: one sentence. Then what failed is put right."""
+    train = copy / "pipelines" / "engine" / "train.py"
+    train.write_text(train.read_text().replace("SAVE_EVERY = 20.0", "SAVE_EVERY = 0.0"))
+    before = stamps(copy)
+    add(copy, "slow", "time.sleep(1)")
+    add(copy, "bad", 'raise RuntimeError("the paper left this out")')
+    state = SLOW.scratch(copy) / "state.pt"
+    process = start(copy, "--jobs", "1")
+    until(state.is_file)
+    first = trained_by(SLOW, copy)
+    assert first is not None and first in processes_in(copy)
+    os.kill(first, signal.SIGKILL)
+    until(lambda: trained_by(SLOW, copy) not in (None, first))
+    until(lambda: trained_by(SLOW, copy) in processes_in(copy))
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    last = text.splitlines()[-1]
+    assert last == "stopped; the same command goes on from here." and text.count(last) == 1, text
+    assert "Traceback" not in text
+    assert processes_in(copy) == []
+    assert state.is_file() and records.read(SLOW, copy) is None
+
+    said = repro(copy, "--jobs", "1", status=1)
+    assert "1 failed; the others are done." in said
+    assert f"{BAD.path}: RuntimeError: the paper left this out" in said
+    assert "RuntimeError: the paper left this out" in statuses(copy)["bad"]
+    assert statuses(copy)["slow"] == "complete"
+    kept = weights(copy)
+    add(copy, "bad", "pass")
+    repro(copy, "--jobs", "1")
+    assert statuses(copy)["bad"] == "complete" and records.failure(BAD, copy) is None
+    assert before.items() <= stamps(copy).items() and kept.items() <= weights(copy).items()
+    assert clean(copy)
+
+    # that of the formula trained without a stop, the same bit for bit
+    slow_, bad = (
+        {Path(name).name: content for name, content in weights(copy).items() if f"/{method}/" in name}
+        for method in ("slow", "bad")
+    )
+    assert slow_ == bad and slow_
+    TALLY.append(
+        "kill, a worker in the middle of a pack: another one resumes; then Ctrl-C: the same bit for bit"
+    )
+    TALLY.append("parallel, one cell fails: the others are done, the table says why; put right, it runs")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize("wait", [0.0, *([0.3, 1.0, 2.0, 4.0, 6.0] if TORTURE else [])])
+def test_ctrl_c_while_python_imports(wait: float, parallel: Path) -> None:
+    process = start(parallel, "--jobs", "2")
+
+    def listens() -> bool:  # Python itself catches no SIGTERM
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return bool(int(re.findall(r"SigCgt:\s*(\w+)", status)[0], 16) >> (signal.SIGTERM - 1) & 1)
+
+    until(listens)
+    time.sleep(wait)
+    os.killpg(process.pid, signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert (process.returncode, text) in (
+        (130, "stopped; the same command goes on from here.\n"),
+        *([(0, "")] if wait else []),
+    )
+    assert processes_in(parallel) == []
+
+
+@slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_a_stopped_suite_loses_nothing(serial: Path, tmp_path: Path) -> None:
+    """By Ctrl-C, by a signal to the head alone, and killed, so that its workers have to see it."""
+    root, draw = new_suite(tmp_path / "suite"), random.Random(3)
+    ways = {
+        "Ctrl-C": lambda process: os.killpg(process.pid, signal.SIGINT),
+        "SIGTERM": lambda process: process.send_signal(signal.SIGTERM),
+        "SIGKILL": lambda process: process.kill(),
+    }
+    order = ["Ctrl-C", "SIGTERM", "SIGKILL", "Ctrl-C", "SIGKILL", "SIGKILL"]
+    for way in order:
+        process = start(root, "--jobs", "2")
+        time.sleep(draw.uniform(3, 14))
+        ways[way](process)
+        _, text = process.communicate(timeout=60)
+        if way == "SIGKILL":
+            until(lambda: not processes_in(root), 60)
+        else:
+            assert process.returncode in (0, 130) and "Traceback" not in text, text
+            assert processes_in(root) == []
+    repro(root, "--jobs", "2")
+    same(root, serial)
+    TALLY.append(
+        "kill, the head: 2 times Ctrl-C, 1 SIGTERM, 3 SIGKILL, after which the workers end by themselves: "
+        "the next run finishes, the same bit for bit"
+    )
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_while_it_commits(number: int, serial: Path, copy: Path) -> None:
+    (copy / "dvc.lock").unlink()
+    talk = copy / "pipelines" / "suite" / "dvc.py"
+    text = talk.read_text()
+    pause = "stage.save(run_cache=False)"
+    talk.write_text(text.replace(pause, f"(self.root / 'busy').touch(); time.sleep(0.5); {pause}"))
+    process = start(copy)
+    until((copy / "busy").is_file)
+    time.sleep(1)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -9) and "Traceback" not in said, said
+    talk.write_text(text)
+    repro(copy)
+    same(copy, serial)
+
+
+@slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize("whom", ["dvc alone", "everything"])
+def test_killed_dvc(whom: str, serial: Path, tmp_path: Path) -> None:
+    """Of dvc alone: its child trains on as an orphan, while the next `dvc repro` begins at once."""
+    root, draw = new_suite(tmp_path / "suite"), random.Random(whom)
+    orphans, kills = 0, 6
+    for _ in range(kills):
+        process = subprocess.Popen(
+            dvc("repro"),
+            cwd=root,
+            env=environment(root),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(draw.uniform(1, 12))
+        if whom == "everything":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
+        orphans += bool(processes_in(root))
+    repro(root)
+    until(lambda: not processes_in(root))
+    same(root, serial)
+    note = f", {orphans} times with a child left running" if whom == "dvc alone" else ""
+    TALLY.append(f"kill, dvc repro, {whom}: {kills} kills{note}: the outcome is the same bit for bit")
+
+
+@slow
+def test_two_suites_at_once(serial: Path, tmp_path: Path) -> None:
+    root = new_suite(tmp_path / "suite")
+    both = [start(root, "--jobs", "2") for _ in range(2)]
+    texts = [process.communicate(timeout=600)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], texts
+    (waited,) = [text for text in texts if "`make repro` is being run by process" in text]
+    assert "done in" not in waited  # it found nothing to do
+    same(root, serial)
+    TALLY.append("parallel, two suites at once: the second waits, nothing is trained twice")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_suite_that_waits_can_be_stopped(number: int, parallel: Path) -> None:
+    with files.hold(parallel / ".scratch" / "locks" / "repro.lock", "the test"):
+        process = start(parallel)
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        assert f"`make repro` is being run by process {os.getpid()}: waiting" in said
+        process.send_signal(number)
+        process.communicate(timeout=30)
+    assert process.returncode == 130
+
+
+@slow
+def test_settings_that_change_while_a_suite_runs_are_taken_for_nothing(copy: Path) -> None:
+    add(copy, "slow", "time.sleep(2)")
+    process = start(copy, "--jobs", "1")
+    until(lambda: trained_by(SLOW, copy) in processes_in(copy))
+    change(copy, lambda raw: raw["benchmarks"]["streets"]["training"].update(lr=0.011))
+    _, text = process.communicate(timeout=300)
+    assert process.returncode == 1 and f"Since {SLOW.path} began, its settings" in text, text
+    assert "Traceback" not in text and records.read(SLOW, copy) is None
+    change(copy, lambda raw: raw["benchmarks"]["streets"]["training"].update(lr=0.02))
+    repro(copy)
+    assert records.read(SLOW, copy) is not None and clean(copy)
+
+
+@slow
+@pytest.mark.parametrize("what", ["the data", "the teacher"])
+def test_nothing_is_tried_or_lost_without(what: str, copy: Path) -> None:
+    """No mirror, no network; or a teacher that does not train."""
+    own = {"dataset": "cityscapes", "mirror": None, "holdout": ["ulm"], "size": [32, 48]}
+
+    def damage(raw: dict[str, Any]) -> None:
+        if what == "the data":
+            raw["benchmarks"]["streets"]["data"] = own
+        else:
+            raw["benchmarks"]["streets"]["teacher"]["training"]["lr"] = 1e30
+
+    before = weights(copy)
+    change(copy, damage)
+    text = repro(copy, "--jobs", "2", status=1)
+    if what == "the data":
+        assert "data of streets failed: " in text and "leftImg8bit_trainvaltest.zip" in text
+        assert "3 trainings are not tried, because its data could not be had" in text
+    else:
+        assert "is not finite" in text and "3 trainings are not tried, because its teacher failed" in text
+    assert weights(copy) == before
+
+
+@slow
+def test_data_elsewhere_behind_a_link(serial: Path, tmp_path: Path) -> None:
+    """As for a large set on another disk, which then moves."""
+    root, disk = new_suite(tmp_path / "suite"), tmp_path / "disk"
+    disk.mkdir()
+    (root / "data").symlink_to(disk)
+    repro(root)
+    same(root, serial)
+    (root / "data").unlink()
+    disk.rename(tmp_path / "other")
+    (root / "data").symlink_to(tmp_path / "other")
+    assert "done in" not in repro(root)
+    same(root, serial)
+
+
+# ---- DVC
+
+
+@slow
+def test_a_damaged_dvc_lock_loses_no_training(serial: Path, copy: Path) -> None:
+    lock, before = copy / "dvc.lock", stamps(copy)
+    content = lock.read_bytes()
+    conflict = (
+        b"<<<<<<< HEAD\n" + content[:500] + b"=======\n" + content[:700] + b">>>>>>> theirs\n" + content
+    )
+    damages = [content[: len(content) // 2] + b"\n- 'x", conflict, b"", content[: len(content) // 3]]
+    for damage in damages:
+        lock.write_bytes(damage)
+        (copy / ".dvc" / "tmp" / "rwlock").write_text("{")
+        assert "dvc.lock is damaged" in repro(copy)
+        assert (copy / "dvc.lock.damaged").read_bytes() == damage
+        assert stamps(copy) == before
+        same(copy, serial)
+    TALLY.append(
+        f"corruption, dvc.lock and rwlock: {len(damages)} damages: made whole, nothing trained again"
+    )
+
+
+@slow
+def test_damaged_objects_of_the_dvc_cache_are_made_anew(serial: Path, copy: Path) -> None:
+    """After `dvc checkout` would have put them into the workspace."""
+    shutil.rmtree(copy / "data")
+    for path in (copy / "runs").rglob("weights.safetensors"):
+        path.unlink()
+    objects = [path for path in (copy / ".dvc/cache/files").rglob("*") if path.is_file()]
+    for number, path in enumerate(sorted(objects)):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.unlink()  # read-only, perhaps a link
+        if number % 4 < 3:
+            path.write_bytes((content, content[: len(content) // 2], b"")[number % 4])
+    done = run_dvc(copy, "repro")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert weights(copy) == weights(serial)
+    assert tables(copy) == tables(serial)
+    TALLY.append(f"corruption, DVC cache: {len(objects)} objects: made anew, the same bit for bit")
+
+
+@slow
+def test_a_record_that_dvc_takes_for_todays_and_is_not_is_made_anew(copy: Path) -> None:
+    """As after an edit just when the stage ended; and the note of a failure that has been put right goes."""
+    change(copy, lambda raw: raw["acfd"]["full"].update(csd_tau=2.0))
+    cell = Cell("streets", "pspnet-resnet18", "acfd-full", 0)
+    done = run_dvc(copy, "commit", "-f", "acfd@streets-pspnet-resnet18-full-0")
+    assert done.returncode == 0 and "full-0" not in run_dvc(copy, "status").stdout
+    files.write_bytes(records.failure_note(NONE, copy), b"a setting that was wrong")
+    before = (NONE.folder(copy) / "run.json").stat().st_mtime_ns
+    repro(copy, "--jobs", "1")
+    record = records.read(cell, copy)
+    assert record is not None and record.run["config"]["method"]["csd_tau"] == 2.0
+    assert (NONE.folder(copy) / "run.json").stat().st_mtime_ns == before
+    assert records.failure(NONE, copy) is None
+    TALLY.append("stale state, DVC takes an old record for today's: the cell is trained again, once")
+
+
+@pytest.fixture(scope="module")
+def lock(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A dvc.lock of a dozen stages."""
+    found = yaml.safe_load((ROOT / "dvc.lock").read_text())
+    stages = dict(list(found["stages"].items())[:12])
+    return yaml.safe_dump({"schema": "2.0", "stages": stages}, sort_keys=False).encode()
+
+
+@pytest.mark.parametrize("kept", ["by git", "by nobody"])
+def test_a_damaged_dvc_lock_is_put_aside(
+    kept: str, lock: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cut off anywhere, flipped, with marks of a merge; most beginnings of a YAML file are YAML."""
+    place, aside, busy = (tmp_path / name for name in ("dvc.lock", "dvc.lock.damaged", ".dvc/tmp/rwlock"))
+    busy.parent.mkdir(parents=True)
+    git(tmp_path, "init", "-q")
+    place.write_bytes(lock)
+    if kept == "by git":
+        git(tmp_path, "add", "dvc.lock")
+        git(tmp_path, "commit", "-qm", "start")
+    for whole in (lock, lock.replace(b"size: ", b"size: 1", 1)):  # also one that git does not have
+        place.write_bytes(whole)
+        pipeline.heal(tmp_path)
+        assert place.read_bytes() == whole and not aside.exists() and not caplog.text
+    draw, marked = (
+        random.Random(0),
+        lock.replace(b"  deps:\n", b"<<<<<<< ours\n  deps:\n=======\n>>>>>>> x\n", 1),
+    )
+    broken = [marked, b"", lock[: len(lock) // 2] + b"\xff"]
+    broken += [lock[: draw.randrange(40, len(lock) - 1)] for _ in range(5 * KILLS)]
+    for text in broken:
+        place.write_bytes(text)
+        busy.write_text('{"write": {')
+        pipeline.heal(tmp_path)
+        assert not busy.exists() and "dvc.lock is damaged: it is kept as dvc.lock.damaged" in caplog.text
+        assert aside.read_bytes() == text
+        assert (place.read_bytes() == lock) if kept == "by git" else not place.exists()
+        aside.unlink()
+        caplog.clear()
+    busy.write_text("{}")
+    pipeline.heal(tmp_path)
+    assert busy.exists()
+    TALLY.append(f"corruption, dvc.lock, kept {kept}: {len(broken)} damages: put aside and made whole")
+
+
+def test_every_cell_has_its_stage() -> None:
+    """Of a suite with everything that params.yaml offers."""
+    stages = set(pipeline.Pipeline(ROOT).stages)
+    params = config.load()
+    cells = [cell for name in params.suite.benchmarks for cell in plan.suite_cells(params, name)]
+    named = [stage_of(params, cell) for cell in cells]
+    named += [stage_of(params, teacher_cell(params, name)) for name in params.suite.benchmarks]
+    trained = ("train_teacher", "distill", "control", "official", "acfd")
+    assert sorted(named) == sorted(name for name in stages if name.partition("@")[0] in trained)
+
+
+def test_what_dvc_refuses_is_one_sentence(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    subprocess.run(dvc("init", "-q"), cwd=tmp_path, env=environment(), check=True)
+    (tmp_path / "dvc.yaml").write_text("stages: [")
+    with pytest.raises(ConfigError, match=r"^DVC refused: [^\n]+\.$"):
+        pipeline.Pipeline(tmp_path).changed()
+
+
+# ---- what is due, and how it is shared out
+
+
+def suite_of(methods: int, seeds: int, pack: int, controls: list[float]) -> config.Params:
+    raw = tiny(read_params())
+    names = [name for name in raw["methods"] if name != "none"][:methods]
+    raw["suite"] |= {"methods": ["none", *names], "seeds": list(range(seeds)), "pack": pack}
+    raw["suite"] |= {"controls": controls, "official": []}
+    return config.Params.model_validate(raw)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 9),
+    st.integers(1, 5),
+    st.integers(1, 12),
+    st.sampled_from([[], [1.5], [1.5, 2, 3]]),
+    st.integers(1, 9),
+    st.integers(0, 2**31),
+)
+def test_packs(methods: int, seeds: int, pack: int, controls: list[float], workers: int, number: int) -> None:
+    """Every cell once, one seed a pack, no pack too large, the work in nearly equal parts."""
+    params = suite_of(methods, seeds, pack, controls)
+    cells = plan.suite_cells(params, "streets")
+    draw = random.Random(number)
+    cells = [cell for cell in cells if draw.random() < 0.8]  # those that are due
+    packs = plan.cut(cells, params, workers)
+    assert packs == plan.cut(cells, params, workers)
+    assert sorted(c.path for p in packs for c in p) == sorted(cell.path for cell in cells)
+    assert all(len({(cell.seed, cell.benchmark) for cell in own}) == 1 for own in packs)
+    assert all(0 < len(own) <= pack for own in packs)
+    if not cells:
+        return
+    steps = {cell: params.schedule("streets", cell.method).steps for cell in cells}
+    total, largest = sum(steps.values()), max(steps.values())
+    loads = [0] * workers  # the longest first, each to whoever is free: as Dask does
+    for own in packs:
+        loads[loads.index(min(loads))] += sum(steps[cell] for cell in own)
+    if len(cells) <= workers * pack and seeds == 1:
+        assert max(loads) <= total / workers + largest
+    assert max(loads) <= 2 * total / workers + largest
+    fewest = max(-(-len([c for c in cells if c.seed == seed]) // pack) for seed in range(seeds))
+    assert len(packs) <= workers * -(-len(cells) // (workers * pack)) + 2 * seeds + fewest * seeds
+
+
+def test_what_is_due(place: Path) -> None:
+    params = config.load(place / "params.yaml")
+    cells = plan.suite_cells(params, "streets")
+    due = plan.due(params, "streets", place)
+    assert not due.train_teacher and due.cells == cells
+    assert not needs(params, set(), set(), place).fetch
+    file = teacher_cell(params, "streets").folder(place) / "weights.safetensors"
+    weights_, kept = file.read_bytes(), place / "teachers" / "streets.safetensors"
+    file.unlink()
+    assert plan.due(params, "streets", place).train_teacher  # cells need its weights
+    kept.parent.mkdir()
+    kept.write_bytes(weights_ + b"\0")
+    plan.restore_teachers(params, place)
+    assert not file.exists()  # another file than the record's
+    kept.write_bytes(weights_)
+    plan.restore_teachers(params, place)
+    assert file.read_bytes() == weights_ and not plan.due(params, "streets", place).train_teacher
+    shutil.rmtree(place / "data")  # as in a clone
+    due = plan.due(params, "streets", place)
+    assert not due.train_teacher and due.cells == cells
+    found = needs(params, set(), {"export@streets-pspnet-resnet18"}, place)
+    assert found.fetch == ["streets"] and found.exports == [("streets", "pspnet-resnet18")]
+    shutil.rmtree(file.parent)
+    due = plan.due(params, "streets", place)
+    assert due.train_teacher and due.cells == cells and due.data is None
+
+
+def test_a_teacher_of_the_repository(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = config.load(place / "params.yaml")
+    file = teacher_cell(params, "streets").folder(place) / "weights.safetensors"
+    assert keep.keep("streets", params, place).read_bytes() == file.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="too many for a repository"):
+        patch.setattr(keep, "MOST", 1000)
+        keep.keep("streets", params, place)
+    file.write_bytes(b"other")
+    with pytest.raises(ConfigError, match="not the file of its record"):
+        keep.keep("streets", params, place)
+    file.unlink()
+    with pytest.raises(ConfigError, match="no trained teacher"):
+        keep.keep("streets", params, place)
+
+
+# ---- workers and clusters
+
+
+def test_a_worker_that_sees_something_else_is_one_sentence(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    (tmp_path / "params.yaml").write_text("a: 1\n")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "start")
+    head = work.identity(str(tmp_path))
+    assert head.commit == git(tmp_path, "rev-parse", "HEAD").strip()
+    work.check(head, work.identity(str(tmp_path)))
+    git(tmp_path, "commit", "-qm", "later", "--allow-empty")
+    work.check(head, work.identity(str(tmp_path)))  # the code of this process is still that of the start
+    work._commit.cache_clear()
+
+    def said(here: work.Identity, root: str = "") -> str:
+        expected = work.Identity(root or head.root, head.commit, head.params, head.libraries)
+        with pytest.raises(ConfigError) as error:
+            work.check(expected, here)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "sees another commit in" in said(work.identity(str(tmp_path)))
+    (tmp_path / "params.yaml").write_text("a: 2\n")
+    same = work.Identity(head.root, head.commit, work.identity(str(tmp_path)).params, head.libraries)
+    assert "sees another params.yaml in" in said(same)
+    other = ("torch 0.1", *head.libraries[1:])
+    text = said(work.Identity(head.root, head.commit, head.params, other))
+    assert f"{head.libraries[0]}" in text and "torch 0.1" in text and "requirements.lock" in text
+    assert f"has no folder {tmp_path}/absent" in said(head, f"{tmp_path}/absent")
+    outcome = work.count(work.Identity(f"{tmp_path}/absent", None, "", ()))
+    assert outcome.failure and "has no folder" in outcome.failure
+
+
+def listening() -> set[str]:
+    """The addresses at which this process and its children wait for connections."""
+    own = psutil.Process()
+    every = [c for p in (own, *own.children(recursive=True)) for c in p.net_connections("inet")]
+    return {c.laddr.ip for c in every if c.status == psutil.CONN_LISTEN}
+
+
+def test_the_local_cluster_is_for_this_suite_alone(tmp_path: Path) -> None:
+    """Only this machine can reach its ports, only with its credentials; each worker has a GPU of its own."""
+    from distributed import Client, Security
+
+    before = listening()
+    with cluster.local(2, ["a", "b"], False, tmp_path) as client:
+        client.wait_for_workers(2, timeout=60)
+        address = client.scheduler.address
+        assert address.startswith("tls://127.0.0.1:")
+        assert listening() - before <= {"127.0.0.1"}
+        seen = client.run(lambda: (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]))
+        assert sorted(seen.values()) == [("a", "1"), ("b", "1")]
+        for stranger, where in (
+            (None, address),
+            (None, address.replace("tls", "tcp")),
+            (Security.temporary(), address),
+        ):
+            with pytest.raises((OSError, TypeError, ValueError)):
+                Client(where, security=stranger, timeout="2s", set_as_default=False)
+        port = address.rpartition(":")[2]
+        with pytest.raises(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5)
+        (worker, *_) = client.scheduler_info()["workers"].values()
+        with pytest.raises((OSError, TypeError, ValueError)):
+            Client(worker["nanny"], timeout="2s", set_as_default=False)
+        assert client.scheduler_info()["services"] == {}
+    assert listening() == before
+    with cluster.local(1, [], True, tmp_path) as client:
+        link = client.dashboard_link
+        assert link.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(link, timeout=60) as page:
+            assert page.status == 200
+        assert listening() - before <= {"127.0.0.1"}
+
+
+def test_a_cluster_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "ANSWER", "1s")
+    with pytest.raises(ConfigError, match=r"No scheduler of Dask answers at tcp://127\.0\.0\.1:9 "):
+        cluster.running("tcp://127.0.0.1:9").__enter__()
+    with pytest.raises(ConfigError, match="No scheduler of Dask answers at nonsense "):
+        cluster.running("nonsense").__enter__()
+    with pytest.raises(ConfigError, match=r"CLUSTER = slum is not known; those that are: slurm, pbs, lsf"):
+        cluster.queue("slum", 2).__enter__()
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    with pytest.raises(ConfigError, match="needs the package dask-jobqueue"):
+        cluster.queue("slurm", 2).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (type("KilledWorker", (Exception,), {})("x"), "want of memory"),
+        (ModuleNotFoundError("No module named 'pipelines'"), "PYTHONPATH"),
+        (ValueError("a\nb"), "ValueError: a b"),
+    ],
+)
+def test_a_lost_task_says_why(error: Exception, said: str, place: Path) -> None:
+    params = config.load(place / "params.yaml")
+    suite = Suite(None, params, needs(params, set(), set(), place), 1, display.Display(1), place)
+    suite._took(work.Outcome(failure=_lost(error)), [NONE])
+    assert said in (records.failure(NONE, place) or "")
+
+
+def test_what_is_shown_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    now = [100.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    shown = display.Display(2)
+    for cell in ("a", "b"):
+        shown.expect(cell, 100)
+
+    def tell(cell: str, step: int, after: float) -> None:
+        now[0] += after
+        shown.event((0, {"cell": cell, "step": step, "steps": 100, "loss": 1.5, "who": "node 7"}))
+
+    tell("a", 10, 0)
+    assert shown.left(now[0]) is None and not caplog.text
+    tell("a", 30, 40)
+    assert shown.left(now[0]) == pytest.approx(170 * 2) and not caplog.text
+    tell("a", 50, 40)
+    assert (
+        "0 of 2 trainings done, 25% of the steps, about 5 min to go; node 7: a, step 50 of 100" in caplog.text
+    )
+    shown.finished("a")
+    assert "1 of 2 trainings done" in shown.summary(now[0])
+    shown.event({"level": 30, "text": "take care"})
+    assert "take care" in caplog.text
+    shown.close()
+
+
+@pytest.mark.parametrize(
+    ("listed", "chosen", "slots"),
+    [
+        (["GPU 0: H100 (UUID: GPU-a)", "GPU 1: H100 (UUID: GPU-b)"], None, ["GPU-a", "GPU-b"]),
+        (
+            [
+                "GPU 0: A100 (UUID: GPU-a)",
+                "  MIG 3g.20gb     Device  0: (UUID: MIG-1)",
+                "  MIG 3g.20gb     Device  1: (UUID: MIG-2)",
+                "GPU 1: A100 (UUID: GPU-b)",
+            ],
+            None,
+            ["MIG-1", "MIG-2", "GPU-b"],
+        ),
+        (["GPU 0: H100 (UUID: GPU-a)"], "2, 3", ["2", "3"]),
+        (["GPU 0: H100 (UUID: GPU-a)"], "1,-1,2", ["1"]),
+        (["GPU 0: H100 (UUID: GPU-a)"], "-1", []),
+        (["GPU 0: H100 (UUID: GPU-a)"], "", []),
+        (["No devices were found"], None, []),
+    ],
+)
+def test_every_gpu_that_may_be_used_has_a_worker(
+    listed: list[str], chosen: str | None, slots: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\ncat <<END\n" + "\n".join(listed) + "\nEND\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert cluster.visible_gpus() == slots
+
+
+@slow
+def test_commands_that_cannot_be_are_one_sentence(parallel: Path, tmp_path: Path) -> None:
+    root = tmp_path / "suite"
+    shutil.copytree(parallel, root, symlinks=True)
+    shutil.rmtree(NONE.folder(root))
+    for option, said in (
+        (("--scheduler", "tcp://127.0.0.1:9"), "No scheduler of Dask answers"),
+        (("--cluster", "slum"), "CLUSTER = slum is not known"),
+        (("--jobs", "0"), "JOBS = 0: it must be 1 or more."),
+    ):
+        text = repro(root, *option, status=1)
+        assert said in text and text.count("\n") == 1, text
