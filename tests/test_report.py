@@ -30,6 +30,7 @@ from pipelines.runs.fingerprint import fingerprint, settings
 from pipelines.runs.records import Cell, expected_cells, teacher_cell
 from pipelines.runs.records import write as write_record
 from pipelines.stages import report
+from pipelines.tools.readme import write as write_readme
 
 CLASSES = [
     "road",
@@ -239,6 +240,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "# A\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n", encoding="utf-8"
     )
     report.report(make_params(), root)
+    assert "\nold\n" in (root / "README.md").read_text(encoding="utf-8")  # a user's run leaves it alone
+    write_readme(make_params(), root, root)
     return root
 
 

@@ -95,7 +95,9 @@ def test_a_network_is_counted_once_and_again_by_other_code(tmp_path: Path) -> No
     }
     raw["benchmarks"] = {"streets": raw["benchmarks"]["streets"]}
     raw["benchmarks"]["streets"]["teacher"]["network"]["encoder"] = "tu-resnet18"
-    raw["tuning"]["benchmark"] = "streets"
+    raw["tuning"] |= {"benchmark": "streets", "student": "pspnet-resnet18", "methods": ["kd"]}
+    raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd")}
+    raw["suite"]["methods"], raw["official"] = ["none", "kd"], {}
     write_params(tmp_path, raw)
     params = config.load(tmp_path / "params.yaml")
     assert counts.missing(params, tmp_path) == ["PSPNet-resnet18, stride 8"]
@@ -105,6 +107,7 @@ def test_a_network_is_counted_once_and_again_by_other_code(tmp_path: Path) -> No
     first = json.loads(file.read_text())
     (found,) = first["networks"].values()
     assert found[0]["parameters"] == 12_052_435
+    assert {key for key in first["methods"] if not key.startswith("acfd")} == {"kd"}
     found[0]["parameters"] = 1  # shows whether it is counted again
     del first["seal"]
     file.write_text(json.dumps(files.sealed(first)))

@@ -73,8 +73,13 @@ def gather_all(
     frames: Mapping[str, pd.DataFrame],
     problem: str | None = None,
 ) -> list[Results]:
-    """The results of every benchmark; ``frames`` are its cells in the form of ``tracking.frame``."""
-    return [gather(params, name, frames[name], root, problem, found[name]) for name in found]
+    """The results of every benchmark of which a student was trained; ``frames`` are its cells in the form of
+    ``tracking.frame``."""
+    return [
+        gather(params, name, frames[name], root, problem, own)
+        for name, own in found.items()
+        if any(not record.cell.is_teacher for record in own)
+    ]
 
 
 def write_texts(params: Params, every: Sequence[Results], root: Path, target: Path) -> None:
@@ -84,7 +89,7 @@ def write_texts(params: Params, every: Sequence[Results], root: Path, target: Pa
         tables.write(results, folder / results.benchmark)
     if ranked := ranks.rank(every):
         ranks.write(ranked, folder)
-    if every and (root / claims.FILE).is_file():
+    if (root / claims.FILE).is_file():
         published = claims.load(root / claims.FILE)
         claims.write(published, every, params, folder)
     if (root / network_table.PUBLISHED).is_file():

@@ -35,7 +35,7 @@ def write(params: Params, root: Path, target: Path) -> None:
     frames = {name: tracking.frame(map(tracking.entry, records)) for name, records in found.items()}
     every = report.gather_all(params, root, found, frames)
     said = []
-    if every and (root / claims.FILE).is_file():
+    if (root / claims.FILE).is_file():
         said = claims.sentences(claims.load(root / claims.FILE), every, params)
     text = readme.block(every, ranks.rank(every), said, spread_table.rounding(params, root))
     readme.update(target / "README.md", readme.RESULTS, text)
