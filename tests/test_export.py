@@ -257,6 +257,7 @@ def test_every_round_runs_every_student_once(
         ),
         (lambda m: m["logits"].update(onnxruntime=float("nan")), "kd: logits differ by nan"),
         (lambda m: m["ms"]["torch"].pop(), "not every method has the time of every round"),
+        (lambda m: m.update(tensors_sha256="0"), "kd: its student has other tensors than that of none"),
     ],
 )
 def test_unequal_students_are_named(done: Path, change: Callable[[Any], Any], sentence: str) -> None:

@@ -46,7 +46,9 @@ def test_every_entry_can_be_selected(root: Path, which: str) -> None:
     for benchmark in benchmarks:
         wanted |= {f"fetch@{benchmark}", f"train_teacher@{benchmark}"}
         for student in students:
-            wanted |= {f"distill@{benchmark}-{student}-{method}-0" for method in raw["methods"]}
+            suite = raw["suite"]
+            wanted |= {f"distill@{benchmark}-{student}-{method}-0" for method in suite["methods"]}
+            wanted |= {f"control@{benchmark}-{student}-{factor}-0" for factor in suite["controls"]}
             wanted |= {f"acfd@{benchmark}-{student}-{variant}-0" for variant in raw["suite"]["variants"]}
             wanted.add(f"export@{benchmark}-{student}")
     assert planned == wanted

@@ -49,12 +49,9 @@ class Deployed(nn.Module):
         return upsample(taps_of(self, images)["logits"], images.shape[-2:])
 
 
-def load(run: Mapping[str, Any], weights: Path) -> SegmentationNetwork:
-    """The network of a record with its weights, in eval mode on the CPU.
-
-    ``run`` is the content of run.json. :class:`ConfigError` unless ``weights`` is exactly the file that it
-    tells of.
-    """
+def check_file(run: Mapping[str, Any], weights: Path) -> None:
+    """:class:`ConfigError` unless ``weights`` is exactly the file that a record tells of; ``run`` is the
+    content of its run.json."""
     if not weights.is_file():
         raise ConfigError(f"There is no file {weights}: run `make repro`, which trains it.")
     if (found := file_sha256(weights)) != run["weights_sha256"]:
@@ -62,6 +59,15 @@ def load(run: Mapping[str, Any], weights: Path) -> SegmentationNetwork:
             f"{weights} is truncated or altered: its sha256 is {found[:12]}…, run.json says "
             f"{run['weights_sha256'][:12]}…. Delete it and run `make repro`."
         )
+
+
+def load(run: Mapping[str, Any], weights: Path) -> SegmentationNetwork:
+    """The network of a record with its weights, in eval mode on the CPU.
+
+    ``run`` is the content of run.json. :class:`ConfigError` unless ``weights`` is exactly the file that it
+    tells of.
+    """
+    check_file(run, weights)
     try:  # the file has all weights: those of ImageNet, where the training began, are not needed
         network = SegmentationNetwork(
             Network.model_validate({**run["config"]["network"], "weights": None}), len(run["classes"])

@@ -1,7 +1,7 @@
 """The record of an export, ``runs/<benchmark>/exports/<student>.json``: one student, deployed.
 
-It holds the tensors of the student after every method; for the reference and the paper's method also how far
-each runtime is from the trained network, parameters, FLOPs and the time of every inference. Medians,
+It holds the tensors of the student after every method; for the reference and one method, the paper's, also
+how far each runtime is from the trained network, parameters, FLOPs and the time of every inference. Medians,
 quartiles and ratios are made from these here. It is sealed like run.json.
 """
 

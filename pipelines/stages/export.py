@@ -4,10 +4,10 @@ With ``--method``, ``--seed`` and ``--output``: one trained student as ``student
 ``torch.export`` program) and ``student.json``, which says what goes in and what comes out.
 
 Without them, the stage, at the first seed of the suite: the students of all methods must consist of the same
-tensors; that of the reference and that of the paper's method are exported into a temporary folder, their
-outputs are compared, their parameters, FLOPs and latency measured. That makes the record
-``runs/<benchmark>/exports/<student>.json``. Latencies are those of the CPU, with ``suite.threads`` threads
-and in float32.
+tensors; that of the reference and that of one method, the paper's if it has finished, are exported into a
+temporary folder, their outputs are compared, their parameters, FLOPs and latency measured. That makes the
+record ``runs/<benchmark>/exports/<student>.json``. Latencies are those of the CPU, with ``suite.threads``
+threads and in float32.
 """
 
 from __future__ import annotations
@@ -114,19 +114,24 @@ def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str
     found: dict[str, dict[str, Any]] = {}
     deployed: dict[str, tuple[deploy.Deployed, Path]] = {}
     with tempfile.TemporaryDirectory() as temporary:
+        finished: dict[str, Record] = {}
         for method in params.suite_methods:
-            cell = Cell(benchmark, student, method, seed)
             try:
-                record = _record(cell, root)
+                finished[method] = _record(Cell(benchmark, student, method, seed), root)
             except UnfinishedError as error:
                 if method == reference:
                     raise
                 log.warning("%s It is left out.", error)
-                continue
+        # all are the same network: what is measured of one holds for the others
+        other = HEADLINE if HEADLINE in finished else [*finished][-1]
+        for method, record in finished.items():
             weights = record.folder / "weights.safetensors"
-            known = found.setdefault(method, {"weights_sha256": record.run["weights_sha256"]})
-            known["tensors_sha256"] = deploy.tensors_sha256(weights)
-            if method not in (reference, HEADLINE):  # the same network: what holds for one holds for all
+            deploy.check_file(record.run, weights)
+            found[method] = known = {
+                "weights_sha256": record.run["weights_sha256"],
+                "tensors_sha256": deploy.tensors_sha256(weights),
+            }
+            if method not in (reference, other):
                 continue
             place = Path(temporary) / method
             place.mkdir()
