@@ -68,6 +68,7 @@ def put_figures(path: Path, lines: list[str]) -> None:
 
 
 TINY_DATA = {"dataset": "streets", "size": [32, 48], "train": 8, "val": 4, "test": 4, "seed": 0}
+CIRKD = {"pixel_queue": 200, "region_queue": 20, "pixel_keys": 64, "region_keys": 16}  # seconds, else
 TINY_TRAINING = {"steps": 6, "batch_size": 2, "crop": [32, 32], "warmup_steps": 2, "validate_every": 3}
 
 

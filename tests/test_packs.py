@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from conftest import CIRKD
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -31,7 +32,6 @@ from pipelines.runs import records
 from pipelines.runs.records import Cell
 
 STUDENT = "pspnet-resnet18"
-CIRKD = {"pixel_queue": 200, "region_queue": 20, "pixel_keys": 64, "region_keys": 16}  # seconds, else
 COMPARED = ("weights.safetensors", "history.csv", "metrics.json")
 OF_THE_PACK = {"started", "seconds", "trained_beside", "files", "seal", "hardware"}  # all else is the cell's
 

@@ -58,7 +58,8 @@ def entry(params: Params, benchmark: str = "cityscapes", **changes: Any) -> dict
 def test_every_training_is_measured_and_a_second_time_replaces_the_first(tmp_path: Path) -> None:
     raw = tiny(read_params())
     raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd")}
-    raw["suite"] |= {"methods": ["kd"], "official": [], "variants": []}
+    raw["suite"].update(methods=["none", "kd"], variants=[])
+    raw["official"] = {}
     raw["tuning"]["methods"] = ["kd"]
     write_params(tmp_path, raw)
     params = checked(config.load(tmp_path / "params.yaml"))

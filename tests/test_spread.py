@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, copy_repository, read_params, tiny, write_params
-from pipelines.engine.cell import run_cell
 
 from pipelines import config
+from pipelines.engine.pack import run_cell
 from pipelines.methods import checked
 from pipelines.reports import spread_table, statistics
 from pipelines.runs import records
+from pipelines.runs.fingerprint import settings
 from pipelines.runs.records import Cell
 from pipelines.tools import spread
 
@@ -76,7 +77,9 @@ def test_on_this_machine_repeats_are_the_cell_of_the_tables(
 
 def test_what_no_seed_repeats_is_seen(tiny_root: Path, tmp_path: Path) -> None:
     clone = copy_repository(tmp_path)
-    shutil.copytree(tiny_root / "data", clone / "data")
+    shutil.copytree(tiny_root / "data", clone / "data", dirs_exist_ok=True)
+    shutil.rmtree(clone / "runs" / "streets", ignore_errors=True)
+    shutil.copytree(tiny_root / "runs" / "streets", clone / "runs" / "streets")
     raw = tiny(read_params(clone))
     raw["methods"]["noisy"] = {}
     write_params(clone, raw)
@@ -104,16 +107,10 @@ def test_what_no_seed_repeats_is_seen(tiny_root: Path, tmp_path: Path) -> None:
 def entry(**changes: Any) -> dict[str, Any]:
     """As a machine would have left it, with the settings of today."""
     params = checked(config.load())
-    own, student = params.benchmark("streets"), params.student("pspnet-resnet18")
     repeat = {"weights_sha256": "a", "val_miou": 20.0, "test_miou": 20.0, "training_s": 1.0}
     found = {
         "cell": {"benchmark": "streets", "student": "pspnet-resnet18", "method": "kd", "seed": 0},
-        "config": {
-            "network": student.written(),
-            "training": own.training.written(),
-            "method": params.method_values("kd"),
-            "teacher": own.teacher.network.written(),
-        },
+        "config": settings(params, KD),
         "repeats": {mode: [repeat, repeat | {"test_miou": 21.0}] for mode in spread_table.MODES},
         "kernels": [],
         "hardware": {"device": "a GPU", "processor": "a processor", "threads": 1, "cores": 8},

@@ -15,20 +15,21 @@ import pytest
 import torch
 from conftest import ROOT, read_params, tiny, write_params
 from PIL import Image
-from pipelines.engine.cell import run_cell
-from pipelines.engine.fit import optimizers
 
 from pipelines import config
 from pipelines.config import ConfigError, Recipe, Sliding, Training
 from pipelines.datasets import folder, transforms
 from pipelines.datasets.folder import Meta, Split, Stream
-from pipelines.engine import cell as cell_module
-from pipelines.engine import fit as fit_module
+from pipelines.engine import pack as pack_module
+from pipelines.engine import train as train_module
 from pipelines.engine.evaluate import evaluate, slide
+from pipelines.engine.pack import run_cell
+from pipelines.engine.train import Trainee, optimizers
 from pipelines.method import Distiller, MethodConfig
 from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork
 from pipelines.runs import records
+from pipelines.runs.fingerprint import outdated
 from pipelines.runs.records import Cell, teacher_cell
 
 META = Meta("mixed", ("a", "b", "c"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), 255)
@@ -254,21 +255,21 @@ def test_a_recipe_replaces_the_optimiser_of_the_protocol() -> None:
 
 def test_a_cell_of_a_streamed_set(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Teacher and student, two workers and none, killed and resumed: the same weights."""
-    monkeypatch.setattr(fit_module, "LOG_EVERY", 1)
-    monkeypatch.setattr(fit_module, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(fit_module, "SAVE_SHARE", 0.0)
+    monkeypatch.setattr(train_module, "LOG_EVERY", 1)
+    monkeypatch.setattr(train_module, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(train_module, "SAVE_SHARE", 0.0)
     raw = tiny(read_params())
     raw["students"]["pspnet-resnet18"]["recipe"] = {
         "optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.01, "auxiliary_weight": 0.4
     }  # fmt: skip
     cell, sums, steps = Cell("streets", "pspnet-resnet18", "cwd", 0), [], list[int]()
-    real = fit_module._check_finite
+    real = Trainee.advance
 
-    def killed(values: Any, step: int, label: str) -> None:
-        steps.append(step)
-        if steps == [0, 0, 1, 1, 2]:  # twice a step: the terms, and what after_step gives
+    def killed(self: Trainee, *args: Any) -> float:
+        steps.append(self.step)
+        if steps == [0, 1, 2]:
             raise KeyboardInterrupt
-        real(values, step, label)
+        return real(self, *args)
 
     for workers in (0, 2):
         root = tmp_path / str(workers)
@@ -278,7 +279,7 @@ def test_a_cell_of_a_streamed_set(mixed: Path, tmp_path: Path, monkeypatch: pyte
         params = checked(config.load(root / "params.yaml"))
         run_cell(teacher_cell(params, "streets"), params, root)
         if workers:
-            monkeypatch.setattr(fit_module, "_check_finite", killed)
+            monkeypatch.setattr(Trainee, "advance", killed)
             with pytest.raises(KeyboardInterrupt):
                 run_cell(cell, params, root)
         run_cell(cell, params, root)
@@ -286,10 +287,10 @@ def test_a_cell_of_a_streamed_set(mixed: Path, tmp_path: Path, monkeypatch: pyte
         assert record is not None
         assert record.run["student"]["input"] == list(params.benchmark("streets").training.crop)
         assert record.run["config"]["network"]["recipe"]["optimizer"] == "adamw"
-        assert records.stale(record.cell, record.run["config"], params) == []
+        assert outdated([record], params) == {}
         sums.append((record.run["weights_sha256"], record.metrics))
     assert sums[0] == sums[1]
-    assert steps[5] == 2  # it went on from there
+    assert steps == [0, 1, 2, 2, 3, 4, 5]  # it went on from there
 
 
 def test_the_memory_of_the_workers_is_said_and_must_be_there(
@@ -297,22 +298,22 @@ def test_the_memory_of_the_workers_is_said_and_must_be_there(
 ) -> None:
     """Each holds two batches, of float32 images and int64 labels, and the training one."""
     params = checked(config.load())
-    plan = cell_module.plan(params, Cell("streets", "pspnet-resnet18", "none", 0))
+    training = params.benchmark("streets").training
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     stream = folder.load(mixed, "train", 2)
     assert isinstance(stream, Stream)
-    height, width = plan.training.crop
-    batch = plan.training.batch_size * height * width * 20 / 2**20
+    height, width = training.crop
+    batch = training.batch_size * height * width * 20 / 2**20
     wanted, free = (2 * stream.processes + 1) * batch, [2**40]
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(cell_module, "SHARED", Path("/"))
+    monkeypatch.setattr(pack_module, "SHARED", Path("/"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
     caplog.set_level("INFO")
-    cell_module._log_memory(stream, plan)
+    pack_module._check_memory(stream, training, "streets")
     assert f"up to {2 * stream.processes + 1} batches of {batch:.1f} MB are in memory" in caplog.text
     free[0] = int(3.5 * batch * 2**20)  # as a container might have it
     with pytest.raises(ConfigError, match=rf"need {wanted:,.0f} MB of shared memory .* to 1 in params"):
-        cell_module._log_memory(stream, plan)
+        pack_module._check_memory(stream, training, "streets")
 
 
 def test_sixteen_bit_or_gray_jpegs_are_refused(tmp_path: Path) -> None:

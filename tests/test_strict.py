@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines.engine.fit import History, fit
-from test_pairs import CLASSES, CROP, IGNORE, METHODS, STUDENTS, data, student, training
+from test_pairs import CLASSES, CROP, METHODS, STUDENTS, student, train, trainee, training
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.engine import strict
-from pipelines.engine.cost import step_flops
+from pipelines.engine.cost import _KNOWN, step_cost
+from pipelines.engine.train import History
 from pipelines.methods import method_class, method_config
 from pipelines.networks import tap_shapes
 
@@ -114,30 +114,22 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def train(key: str, pupil: str, folder: Path) -> tuple[set[str], History]:
+def steps(key: str, pupil: str, folder: Path) -> tuple[set[str], History]:
     """Two steps by a method after a teacher whose maps have another size."""
-    network, taught = student(pupil), student("segformer-b0")
-    start = {name: value.clone() for name, value in network.state_dict().items()}
-    torch.manual_seed(0)
-    shapes, other = tap_shapes(network, CROP), tap_shapes(taught, CROP)
-    method = method_class(key)(method_config(key, METHODS[key]), shapes, other)
-    teacher = taught.eval() if method.teacher_taps else None
+    taught = student("segformer-b0").eval()
+    one = trainee(key, pupil, tap_shapes(taught, CROP), folder)
     with Operations() as seen:
-        history = fit(
-            network, teacher, method, data(), CLASSES, IGNORE, training(), STUDENTS[pupil].recipe, 0,
-            lambda: 0.0, folder / "state.pt", str(torch.are_deterministic_algorithms_enabled()), key,
-        )  # fmt: skip
-    network.load_state_dict(start)
-    return seen.without, history
+        train([one], taught)
+    return seen.without, one.history
 
 
 @pytest.mark.parametrize("key", METHODS)
 def test_no_method_meets_the_two_without_a_deterministic_kernel(key: str, tmp_path: Path) -> None:
-    fast, usual = train(key, "pspnet-resnet18", tmp_path)
+    fast, usual = steps(key, "pspnet-resnet18", tmp_path)
     assert fast >= {"_adaptive_avg_pool2d_backward", "nll_loss2d_forward"}
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        found, history = train(key, "pspnet-resnet18", tmp_path)
+        found, history = steps(key, "pspnet-resnet18", tmp_path)
     finally:
         torch.use_deterministic_algorithms(False)
     assert not found
@@ -149,16 +141,18 @@ def test_no_method_meets_the_two_without_a_deterministic_kernel(key: str, tmp_pa
 def test_no_network_meets_the_two_without_a_deterministic_kernel(
     pupil: str, tmp_path: Path, asked: None
 ) -> None:
-    assert not train("none", pupil, tmp_path)[0]
+    assert not steps("none", pupil, tmp_path)[0]
 
 
 def test_counting_operations_is_not_strict(asked: None) -> None:
     """Its numbers are thrown away: torch must not warn, and no pooling be counted as matrix products."""
     network = student("pspnet-resnet18")
+    _KNOWN.clear()
     method = method_class("none")(method_config("none", {}), *[tap_shapes(network, CROP)] * 2)
     with Operations() as seen:
-        strictly = step_flops(network, None, method, CLASSES, IGNORE, training())
+        strictly = step_cost(network, None, method, CLASSES, training(), None)
     assert seen.without and torch.are_deterministic_algorithms_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
-    assert step_flops(network, None, method, CLASSES, IGNORE, training()) == strictly
+    _KNOWN.clear()
+    assert step_cost(network, None, method, CLASSES, training(), None) == strictly

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import pytest
 
 from pipelines import config
 from pipelines.config import ConfigError, Params
-from pipelines.engine import cell as cell_module
+from pipelines.engine import pack as pack_module
 from pipelines.methods import checked, configured
 from pipelines.runs import budget
+from pipelines.suite import work
 from pipelines.tools import tune
 
 METHODS = ["kd", "skd"]
@@ -22,8 +25,38 @@ METHODS = ["kd", "skd"]
 
 @pytest.fixture
 def params(edit: Any) -> Params:
-    wanted = {"benchmark": "streets", "methods": METHODS, "trials": 3, "steps": 2}
-    return edit(lambda raw: raw["tuning"].update(wanted))
+    def change(raw: dict[str, Any]) -> None:
+        raw["tuning"].update(
+            benchmark="streets", student="pspnet-resnet18", methods=METHODS, trials=3, steps=2
+        )
+        for section, kept in (("benchmarks", ["streets"]), ("students", ["pspnet-resnet18"])):
+            raw[section] = {key: raw[section][key] for key in kept}  # YAML takes longer than all else here
+        raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd", "skd", "cwd")}
+        raw["official"], raw["weights"] = {}, {}
+
+    return edit(change)
+
+
+class Scored:
+    """In place of trainings: a score that follows from the weights. Stops at some of its rounds."""
+
+    def __init__(
+        self, stops: tuple[int, ...] = (), fails: Callable[[str, float], bool] | None = None
+    ) -> None:
+        self.stops, self.fails = stops, fails
+        self.rounds: list[dict[str, dict[str, float]]] = []
+
+    def __call__(self, trials: tune.Round) -> tune.Scores:
+        self.rounds.append({method: dict(weights) for method, weights in trials.items()})
+        if len(self.rounds) in self.stops:
+            raise KeyboardInterrupt
+        return {method: self.score(method, weights) for method, weights in trials.items()}
+
+    def score(self, method: str, weights: dict[str, float]) -> float | str:
+        first = next(iter(weights.values()))
+        if self.fails and self.fails(method, first):
+            return f"the term {method} is not finite"
+        return round(50 + 10 * math.sin(7 * math.log(first)), 4)
 
 
 def rows(root: Path) -> list[dict[str, str]]:
@@ -32,10 +65,22 @@ def rows(root: Path) -> list[dict[str, str]]:
 
 
 def test_tuning_never_reads_the_test_split_and_gives_every_method_as_many_trials(
-    place: Path, params: Params
+    place: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Trained for once: all methods in one pack a round."""
     shutil.rmtree(place / "data" / "streets" / "test")
+    packs, real = list[set[str]](), pack_module.train
+
+    def watched(trainees: Any, *others: Any) -> None:
+        packs.append({trainee.label.split("/")[2] for trainee in trainees})
+        real(trainees, *others)
+
+    monkeypatch.setattr(pack_module, "train", watched)
+    before = {path for path in (place / "runs").rglob("*") if path.is_file()}
     tune.tune(params, place)
+    assert packs == [{*METHODS}] * 3
+    assert {path for path in (place / "runs").rglob("*") if path.is_file()} == before  # no trial is a record
+    assert not [*(place / ".scratch").rglob("*.pt")]
     found = rows(place)
     assert [row["method"] for row in found] == ["kd"] * 3 + ["skd"] * 3
     after = checked(config.load(place / "params.yaml"))
@@ -53,52 +98,109 @@ def test_tuning_never_reads_the_test_split_and_gives_every_method_as_many_trials
     assert budget.trials(after, place) == {"kd": 3, "skd": 3} and not budget.untuned(after, place)
 
 
-def test_a_killed_search_goes_on_with_the_trials_it_would_have_had(
-    place: Path, params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trial_scores_the_same_beside_any_other(place: Path, params: Params) -> None:
+    """And one that fails says why, alone."""
+    trials: dict[str, dict[str, float]] = {
+        "kd": {"weight": 0.3},
+        "cwd": {"weight": 1e38},
+        "acfd-full": {"weight_afd": 0.1, "weight_ccd": 1.0, "weight_csd": 0.1},
+        "skd": {"weight_pixel": 2.0, "weight_pair": 0.1, "weight_holistic": 0.01},
+    }
+    found = work.try_weights(params, trials, place)
+    assert list(found) == list(trials)
+    assert "is not finite" in str(found["cwd"])
+    for method in ("skd", "acfd-full"):
+        assert isinstance(found[method], float)
+        assert work.try_weights(params, {method: trials[method]}, place) == {method: found[method]}
+    short = work.shortened(params, trials)
+    assert short.method_values("acfd-full")["weight_ccd"] == 1.0
+    assert short.method_values("acfd-ccd") == params.method_values("acfd-ccd")
+    assert short.benchmark("streets").training.steps == 2 != params.benchmark("streets").training.steps
+
+
+def test_a_killed_search_goes_on_with_the_trials_it_would_have_had(place: Path, params: Params) -> None:
     original = (place / "params.yaml").read_bytes()
-    tune.tune(params, place)
+    usual = Scored()
+    tune.tune(params, place, usual)
     whole = rows(place)
+    assert len(usual.rounds) == 3 and all(list(trials) == METHODS for trials in usual.rounds)
     (place / "params.yaml").write_bytes(original)
     for name in ("tuning.db", "reports/streets/tuning.csv"):
         (place / name).unlink()
-    real, calls = cell_module.train, [0]
-
-    def dies_now_and_then(*args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] in (1, 4, 5):
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(cell_module, "train", dies_now_and_then)
+    killed = Scored(stops=(1, 3, 4))
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            tune.tune(params, place)
+            tune.tune(params, place, killed)
         assert not (place / "reports" / "streets" / "tuning.csv").exists()
-    tune.tune(params, place)
-    assert rows(place) == whole and calls[0] == 3 + 6
+    tune.tune(params, place, killed)
+    assert rows(place) == whole
+    first, second, third = usual.rounds
+    assert killed.rounds == [first, first, second, second, second, third]
 
 
-def test_a_finished_search_runs_nothing_again_also_from_the_log_alone(
+def test_a_kill_between_two_scores_of_a_round_repeats_the_other_alone(
     place: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tune.tune(params, place, only="kd") is None  # the other method has had nothing yet
-    assert tune.tune(params, place, only="skd") is not None
-    log = rows(place)
-    monkeypatch.setattr(cell_module, "train", lambda *a: pytest.fail("a trial ran twice"))
-    tune.tune(params, place)
+    usual = Scored()
+    tune.tune(params, place, usual)
+    whole = rows(place)
+    for name in ("tuning.db", "reports/streets/tuning.csv"):
+        (place / name).unlink()
+    real, told = tune._tell, [0]
+
+    def dies(*args: Any) -> None:
+        told[0] += 1
+        if told[0] == 4:  # the second of the second round
+            raise KeyboardInterrupt
+        real(*args)
+
+    killed = Scored()
+    monkeypatch.setattr(tune, "_tell", dies)
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(params, place, killed)
+    tune.tune(params, place, killed)
+    assert rows(place) == whole
+    assert killed.rounds[2] == {"skd": usual.rounds[1]["skd"]} and len(killed.rounds) == 4
+
+
+def test_a_finished_search_runs_nothing_again_also_from_the_log_alone(place: Path, params: Params) -> None:
+    tune.tune(params, place, Scored())
+    log, none = rows(place), Scored()
+    tune.tune(params, place, none)
     assert rows(place) == log
-    (
-        place / "tuning.db"
-    ).unlink()  # as in a fresh clone; the weights in params.yaml are the chosen ones by now
-    tune.tune(checked(config.load(place / "params.yaml")), place)
-    assert rows(place) == log
+    # as in a fresh clone; the weights in params.yaml are the chosen ones by now
+    (place / "tuning.db").unlink()
+    tune.tune(checked(config.load(place / "params.yaml")), place, none)
+    assert rows(place) == log and none.rounds == []
+
+
+def test_a_method_that_joins_later_is_searched_alone(place: Path, params: Params, edit: Any) -> None:
+    tune.tune(params, place, Scored())
+    log, more = rows(place), Scored()
+    tune.tune(edit(lambda raw: raw["tuning"].update(methods=[*METHODS, "cwd"])), place, more)
+    assert [list(trials) for trials in more.rounds] == [["cwd"]] * 3
+    assert rows(place)[:6] == log and budget.trials(params, place) == {"kd": 3, "skd": 3, "cwd": 3}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw.update(engine=raw["engine"] + 1),
+        lambda raw: raw["benchmarks"]["streets"]["training"].update(lr=0.011),
+        lambda raw: raw["tuning"].update(steps=1),
+    ],
+)
+def test_what_moves_a_score_begins_a_search_anew(place: Path, params: Params, edit: Any, change: Any) -> None:
+    tune.tune(params, place, Scored())
+    again = Scored()
+    tune.tune(edit(change), place, again)
+    assert len(again.rounds) == 3
 
 
 def test_an_import_of_the_log_that_was_killed_goes_on(
     place: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tune.tune(params, place)
+    tune.tune(params, place, Scored())
     log = (place / "reports/streets/tuning.csv").read_bytes()
     (place / "tuning.db").unlink()
     calls, add = [0], optuna.Study.add_trial
@@ -111,40 +213,29 @@ def test_an_import_of_the_log_that_was_killed_goes_on(
 
     monkeypatch.setattr(optuna.Study, "add_trial", killed)
     with pytest.raises(KeyboardInterrupt):
-        tune.tune(params, place)
-    monkeypatch.setattr(cell_module, "train", lambda *_: pytest.fail("a trial of the log ran again"))
-    tune.tune(params, place)
-    assert (place / "reports/streets/tuning.csv").read_bytes() == log
+        tune.tune(params, place, Scored())
+    none = Scored()
+    tune.tune(params, place, none)
+    assert none.rounds == [] and (place / "reports/streets/tuning.csv").read_bytes() == log
 
 
-def test_a_diverged_trial_counts_and_is_never_chosen(
-    place: Path, params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = cell_module.train
-
-    def diverges(plan: Any, *rest: Any) -> Any:
-        if plan.cell.method == "kd" and plan.config.weight == 1.0:
-            raise ConfigError("the term kd is not finite")
-        return real(plan, *rest)
-
-    monkeypatch.setattr(cell_module, "train", diverges)
-    tune.tune(params, place)
+def test_a_diverged_trial_counts_and_is_never_chosen(place: Path, params: Params) -> None:
+    tune.tune(params, place, Scored(fails=lambda method, weight: (method, weight) == ("kd", 1.0)))
     first = rows(place)[0]
     assert (first["val_miou"], first["chosen"], first["note"]) == ("", "", "the term kd is not finite")
     assert budget.trials(params, place) == {"kd": 3, "skd": 3}
-
-    def always(*args: Any) -> Any:
-        raise ConfigError("no luck")
-
+    (place / "tuning.db").unlink()
+    none = Scored()
+    tune.tune(params, place, none)  # a failed trial of the log counts too
+    assert none.rounds == [] and rows(place)[0] == first
     (place / "tuning.db").unlink()
     (place / "reports" / "streets" / "tuning.csv").unlink()
-    monkeypatch.setattr(cell_module, "train", always)
-    with pytest.raises(ConfigError, match="No trial of kd gave a score; the last one: no luck"):
-        tune.tune(params, place)
+    with pytest.raises(ConfigError, match="No trial of kd gave a score; the last one: the term kd"):
+        tune.tune(params, place, Scored(fails=lambda method, _: method == "kd"))
 
 
 def test_unequal_budgets_are_refused(place: Path, params: Params, edit: Any) -> None:
-    tune.tune(params, place)
+    tune.tune(params, place, Scored())
     with pytest.raises(ConfigError, match=r"kd has had 3 trials, more than tuning\.trials = 2"):
         tune.tune(edit(lambda raw: raw["tuning"].update(trials=2)), place)
     log = place / "reports" / "streets" / "tuning.csv"
@@ -154,7 +245,7 @@ def test_unequal_budgets_are_refused(place: Path, params: Params, edit: Any) -> 
 
 
 def test_weights_that_were_not_chosen_are_seen(place: Path, params: Params, edit: Any) -> None:
-    tune.tune(params, place)
+    tune.tune(params, place, Scored())
     changed = edit(lambda raw: raw["methods"]["kd"].update(weight=123.0))
     assert list(budget.untuned(changed, place)) == ["kd"]
 

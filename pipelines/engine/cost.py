@@ -92,7 +92,7 @@ def _count(
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()  # of meta tensors too, which have no address
+        kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.random.fork_rng(), strict.suspended():
@@ -118,7 +118,7 @@ def _count(
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 terms, taps = terms_of(student, method, batch, seen, exact, recipe)
             for tensor in (*seen.values(), *student.parameters(), *method.parameters(), images):
-                kept.pop(tensor.untyped_storage()._cdata, None)
+                kept.pop(tensor.untyped_storage().data_ptr(), None)
             saved = sum(kept.values())
             torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
             method.after_step({name: tap.detach() for name, tap in taps.items()}, seen, batch)
@@ -139,7 +139,7 @@ def method_cost(
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+        kept[tensor.untyped_storage()._cdata] = tensor  # meta tensors have no address
         return tensor
 
     with torch.device("meta"), torch.random.fork_rng():
