@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines import files
 from pipelines.config import ROOT, Network, Params
-from pipelines.runs.fingerprint import method_sum
+from pipelines.runs.fingerprint import code_sum, method_sum
 
 COUNTS = Path("runs") / "networks.json"
 # Size and classes: Cityscapes' training crop first, then those at which published counts were made
@@ -56,6 +56,10 @@ def encoder_name(network: Network) -> str:
 
 
 def methods(params: Params) -> dict[str, str]:
-    """Every method of params.yaml but the reference, with a sum of its code and settings."""
+    """Every method of params.yaml but the reference, with a sum of its code, its settings and what counts."""
     keys = [key for key in params.method_keys if params.module_key(key) != params.suite.reference]
-    return {key: method_sum(params.module_key(key), params.method_values(key)) for key in keys}
+    counting = code_sum(ROOT / "pipelines" / "engine" / "cost.py")
+    return {
+        key: method_sum(params.module_key(key), {"own": params.method_values(key), "counting": counting})
+        for key in keys
+    }

@@ -19,7 +19,7 @@ from pipelines.config import ROOT, Network, Params
 from pipelines.runs import counts
 from pipelines.runs.fingerprint import code_sum
 
-COUNTING = ("stages/count.py", "networks.py", "engine/cost.py")
+COUNTING = ("stages/count.py", "networks.py")
 LIBRARIES = ("torch", "timm", "segmentation-models-pytorch")
 
 
