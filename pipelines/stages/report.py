@@ -73,12 +73,13 @@ def gather_all(
     frames: Mapping[str, pd.DataFrame],
     problem: str | None = None,
 ) -> list[Results]:
-    """The results of every benchmark of which a student was trained; ``frames`` are its cells in the form of
-    ``tracking.frame``."""
+    """The results of every benchmark of which a student was trained, or failed; ``frames`` are its cells in
+    the form of ``tracking.frame``."""
     return [
         gather(params, name, frames[name], root, problem, own)
         for name, own in found.items()
         if any(not record.cell.is_teacher for record in own)
+        or any(records.failure(cell, root) for cell in records.expected_cells(params, name, root))
     ]
 
 
