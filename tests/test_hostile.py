@@ -30,6 +30,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import ExifTags, Image
+from suites import slow
 
 from pipelines import config, files
 from pipelines.config import ConfigError, Params
@@ -800,6 +801,7 @@ except ConfigError as error:
 """
 
 
+@slow
 def test_everything_works_with_sockets_blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = camvid_of(tmp_path, monkeypatch, "x/train/0.png x/trainannot/0.png\n")
     raw = tiny(read_params())
