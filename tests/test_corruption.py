@@ -34,7 +34,7 @@ from pipelines.runs import budget, counts, exports, fingerprint, records, tracki
 from pipelines.runs.records import Cell, teacher_cell
 from pipelines.stages import report
 from pipelines.stages.fetch import fetch
-from pipelines.tools import tune, verify
+from pipelines.tools import readme, tune, verify
 
 TORTURE = bool(os.environ.get("ACFD_TORTURE"))
 MANY = 80 if TORTURE else 8  # damages of a file that is read at once
@@ -56,6 +56,7 @@ def whole(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for cell in (NONE, KD):
         run_cell(cell, load(root), root)
     report.report(load(root), root)
+    readme.write(load(root), root, root)
     assert set(verify.problems(load(root), root)) == {NO_LOCK}
     return root
 
@@ -482,7 +483,7 @@ def test_a_damaged_readme_and_figure_are_problems(root: Path) -> None:
             assert any("scores.png" in text for text in verify.problems(load(root), root)), how
     (root / "README.md").write_bytes(b"\xff<!-- results:begin -->")
     assert any("README.md is damaged" in text for text in verify.problems(load(root), root))
-    assert "README.md is damaged" in (sentence(lambda: report.report(load(root), root)) or "")
+    assert "README.md is damaged" in (sentence(lambda: readme.write(load(root), root, root)) or "")
 
 
 def test_a_stage_ends_with_the_sentence_and_status_1(root: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,9 @@ import sys
 
 
 def _interrupted(number: int, _: object) -> None:
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, signal.SIG_IGN)
+    signal.alarm(30)  # should the end hang: workers end with this process
     sys.stderr.write("stopped; the same command goes on from here.\n")
     sys.exit(130)
 
