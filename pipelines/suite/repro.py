@@ -112,7 +112,7 @@ class Suite:
         """Do all that is needed; the sentences of what failed."""
         from distributed import CancelledError, as_completed
 
-        self.sequence: Any = as_completed()
+        self.sequence: Any = as_completed(loop=self.client.loop)
         for key in self.needed.weights:
             self._submit(f"encoder weights {key}", work.fetch_weights, key)
         if self.needed.count:
