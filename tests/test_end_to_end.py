@@ -85,7 +85,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_one_command_makes_cells_tables_and_figures(clone: Path) -> None:
     rows = comparison(clone)
-    assert [method for method, row in rows.items() if row["n"] == "1"] == ["none", "none-x1.5", "kd", "acfd"]
+    assert [method for method, row in rows.items() if row["n"] == "1"] == ["none", "none ×1.5", "kd", "acfd"]
     for method in ("none", "kd", "acfd"):
         folder = "acfd-full" if method == "acfd" else method
         record = clone / "runs" / STUDENT / folder / "0" / "metrics.json"
@@ -171,8 +171,8 @@ def test_every_method_of_params_yaml_runs(clone: Path) -> None:
     assert before.items() < scores(clone).items()
     rows = comparison(clone)
     methods = [key for key in read_params(clone)["methods"] if key != "none"]
-    assert {*methods, "kd-official"} <= set(rows)
-    assert {rows[name]["status"] for name in (*methods, "kd-official")} == {"complete"}
+    assert {*methods, "kd (official weight)"} <= set(rows)
+    assert {rows[name]["status"] for name in (*methods, "kd (official weight)")} == {"complete"}
     assert due(clone) == set() and not json.loads(run_dvc(clone, "status", "--json").stdout)
 
 

@@ -763,7 +763,7 @@ import os, sys
 from pathlib import Path
 from pipelines import config
 from pipelines.stages import count, export, fetch_weights, report
-from pipelines.tools import predict, speed, spread, tune, verify
+from pipelines.tools import predict, readme, speed, spread, tune, verify
 from pipelines.config import ConfigError
 from pipelines.datasets import camvid
 from pipelines.engine.pack import run_cell
@@ -788,6 +788,7 @@ speed.row(params, "streets", "none", 2, 2, 4, root / "random")
 spread._link(Cell("streets", "pspnet-resnet18", "none", 0), params, root / "again", root)
 spread.repeat(params, "streets", "none", spread_table.FAST, root / "again")
 report.report(params, root)
+readme.write(params, root, root)
 count.count(params, root)
 weights = root / "runs" / "streets" / "pspnet-resnet18" / "kd" / "0" / "weights.safetensors"
 predict.predict(weights, root / "data" / "streets" / "test", root / "out", None, root)

@@ -154,7 +154,7 @@ def test_what_changes_while_a_cell_trains_is_never_taken_for_its_input(
 
     before = (root / file).read_bytes()
     done = run(MEDDLE=file, CHANGE=change)
-    assert (root / file).read_bytes() != before
+    assert (root / file).read_bytes() != before, done.stderr
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     said = f"Since {cell.path} began, its settings, its method's file or its data changed: "
     assert said in done.stderr.splitlines()[-1]

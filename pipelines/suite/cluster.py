@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ def local(jobs: int, gpus: list[str], dashboard: bool, root: Path = ROOT) -> Ite
     import dask
     from distributed import Client, Nanny, Scheduler, Security, SpecCluster
 
+    _quiet()
     routes: dict[str, Any] = {} if dashboard else {"distributed.scheduler.http.routes": []}
     with dask.config.set(SETTINGS | routes):
         security = Security.temporary()
@@ -76,11 +80,31 @@ def local(jobs: int, gpus: list[str], dashboard: bool, root: Path = ROOT) -> Ite
                 "dashboard_address": "127.0.0.1:0",
             },
         }
-        with (
-            SpecCluster(workers, scheduler, security=security, silence_logs=logging.CRITICAL) as cluster,
-            Client(cluster, security=security) as client,
-        ):
-            yield client
+        # Of processes that are stopped; Python reads it when it starts.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
+        with contextlib.ExitStack() as stack:
+            with _without_ctrl_c():
+                own = SpecCluster(workers, scheduler, security=security, silence_logs=logging.CRITICAL)
+                stack.enter_context(own)
+            yield stack.enter_context(Client(own, security=security))
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Threads that start meanwhile, and their processes, never get the Ctrl-C that a terminal sends to all:
+    the head ends them."""
+    resource_tracker.ensure_running()  # which would let go of the signal here
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _quiet() -> None:
+    """What matters of what these log reaches us as an exception; their import sets levels of its own."""
+    for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 ANSWER = "20s"  # that a scheduler gets to answer
@@ -93,6 +117,7 @@ def running(address: str) -> Iterator[Any]:
     import dask
     from distributed import Client
 
+    _quiet()
     with dask.config.set({key: value for key, value in SETTINGS.items() if "timeouts" in key}):
         try:
             client = Client(address, timeout=ANSWER, set_as_default=False)
@@ -111,6 +136,7 @@ def queue(kind: str, jobs: int) -> Iterator[Any]:
     (``jobqueue.<kind>``) says."""
     from distributed import Client
 
+    _quiet()
     if kind not in QUEUES:
         raise ConfigError(f"CLUSTER = {kind} is not known; those that are: {', '.join(QUEUES)}.")
     try:

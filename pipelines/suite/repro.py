@@ -12,6 +12,9 @@ import sys
 
 
 def _interrupted(number: int, _: object) -> None:
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, signal.SIG_IGN)
+    signal.alarm(30)  # should the end hang: workers end with this process
     sys.stderr.write("stopped; the same command goes on from here.\n")
     sys.exit(130)
 
@@ -109,7 +112,7 @@ class Suite:
         """Do all that is needed; the sentences of what failed."""
         from distributed import CancelledError, as_completed
 
-        self.sequence: Any = as_completed()
+        self.sequence: Any = as_completed(loop=self.client.loop)
         for key in self.needed.weights:
             self._submit(f"encoder weights {key}", work.fetch_weights, key)
         if self.needed.count:
