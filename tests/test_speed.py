@@ -96,11 +96,11 @@ def test_what_does_not_fit_into_memory_is_noted(tmp_path: Path) -> None:
     assert row == {"status": "out of memory"}
 
 
-@pytest.mark.parametrize("name", ["streets", "camvid-small", "camvid", "cityscapes", "voc", "ade20k"])
+@pytest.mark.parametrize("name", ["streets", "camvid-half", "camvid", "cityscapes", "voc", "ade20k"])
 def test_random_images_are_in_the_layout_and_size_of_the_real_ones(name: str, tmp_path: Path) -> None:
     own = config.load().benchmark(name)
     count, size = speed.write_images(own, name, tmp_path / name, 1)
-    description = data_folder.check(tmp_path / name)
+    description = data_folder.describe(tmp_path / name)
     assert description.size == size and description.splits["train"] == 1
     module, settings = config.dataset(own.data, name)
     assert description.classes == module.meta(settings).classes

@@ -227,7 +227,6 @@ def run_pack(
             stack.enter_context(files.hold(cell.lock(root), cell.path))
             for folder in (cell.folder(root), cell.scratch(root)):
                 files.clear_parts(folder)
-            records.failure_note(cell, root).unlink(missing_ok=True)
         try:
             shared = bench(params, cells[0].benchmark, root)
             teacher = teacher_of(cells, params, shared, root)
@@ -246,7 +245,10 @@ def run_pack(
                 _finish(prepared, params, shared, about)
                 whole.add(prepared.plan.cell)
 
-            failures |= train_plans(plans, params, shared, teacher, finish, tell, root)
+            def fail(cell: Cell, failure: Exception) -> None:
+                _leave_note(cell, failure, root)  # at once: a pack may be killed before its end
+
+            failures |= train_plans(plans, params, shared, teacher, finish, tell, fail, root)
         except Exception as error:  # of what all share: the data, the teacher
             failures = {
                 cell: failure or (None if cell in whole else error) for cell, failure in failures.items()
@@ -254,6 +256,8 @@ def run_pack(
         for cell, failure in failures.items():
             if failure is not None:
                 _leave_note(cell, failure, root)
+            else:  # of another time; until now it was the last that is known of the cell
+                records.failure_note(cell, root).unlink(missing_ok=True)
     return failures
 
 
@@ -277,10 +281,12 @@ def train_plans(
     teacher: Teacher | None,
     finish: Callable[[Prepared], None],
     tell: Told = silent,
+    fail: Callable[[Cell, Exception], None] = silent,
     root: Path = ROOT,
 ) -> dict[Cell, Exception | None]:
     """Train as planned, side by side, resuming where an interrupted run of exactly these plans stopped; no
-    test image is read here. ``finish`` is called for each that is trained. What stopped a cell, or None."""
+    test image is read here. ``finish`` is called for each that is trained, ``fail`` for each that stops
+    before. What stopped a cell, or None."""
     failures: dict[Cell, Exception | None] = {planned.cell: None for planned in plans}
     if not plans:
         return failures
@@ -308,9 +314,13 @@ def train_plans(
         finish(prepared)
         trainee.state_file.unlink(missing_ok=True)
 
+    def left(trainee: Trainee) -> None:
+        assert trainee.failure is not None
+        fail(next(cell for cell, one in trainees.items() if one is trainee), trainee.failure)
+
     trainees = {one.plan.cell: one.trainee for one in ready}
     network = teacher.network if teacher else None
-    train([*trainees.values()], network, shared.train, len(shared.classes), ignore, done, tell)
+    train([*trainees.values()], network, shared.train, len(shared.classes), ignore, done, tell, left)
     return failures | {
         cell: trainee.failure for cell, trainee in trainees.items() if trainee.failure is not None
     }

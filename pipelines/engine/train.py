@@ -172,8 +172,10 @@ def train(
     ignore_index: int,
     finish: Callable[[Trainee], None],
     tell: Told = silent,
+    left: Callable[[Trainee], None] = silent,
 ) -> None:
-    """Train a pack to its end; ``finish`` is called for every trainee whose last step is done.
+    """Train a pack to its end; ``finish`` is called for every trainee whose last step is done, ``left`` for
+    every one that fails, at once.
 
     All trainees have the same seed, batch size, crop, augmentation and precision, and may differ in their
     number of steps. Those that a resume state puts behind catch up first. One that raises leaves the pack
@@ -181,10 +183,9 @@ def train(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("A pack is one process: do not start it by a distributed launcher.")
-    going = list(trainees)
     for trainee in trainees:
         _guard(trainee, trainee.start)
-    going = [trainee for trainee in going if trainee.failure is None]
+    going = _remaining(trainees, left)
     if not going:
         return
     first = min(trainee.step for trainee in going)
@@ -216,7 +217,7 @@ def train(
                 batch = next(_batches(data, longest, trainee.seed, step, (classes, ignore_index), device))
                 taps = teacher_taps(teacher, now, batch.images, longest.precision)
         del taps, batch
-        going = [trainee for trainee in going if trainee.failure is None]
+        going = _remaining(going, left)
         clock = time.monotonic()
         whole = [trainee for trainee in now if trainee.summed == 0 and not trainee.finished]
         if whole and clock - saved > max(SAVE_EVERY, SAVE_SHARE * spent):
@@ -227,10 +228,19 @@ def train(
         for trainee in now:
             if trainee.finished and trainee.failure is None:
                 _end(trainee, finish)
-                going.remove(trainee)
+        going = [one for one in _remaining(going, left) if not (one.finished and one in now)]
     for trainee in going:  # that a resume state puts at its end
-        if trainee.finished and trainee.failure is None:
+        if trainee.finished:
             _end(trainee, finish)
+    _remaining(going, left)
+
+
+def _remaining(trainees: Sequence[Trainee], left: Callable[[Trainee], None]) -> list[Trainee]:
+    """Those that go on; ``left`` hears of the others."""
+    for trainee in trainees:
+        if trainee.failure is not None:
+            left(trainee)
+    return [trainee for trainee in trainees if trainee.failure is None]
 
 
 def _batches(

@@ -21,7 +21,8 @@ def main() -> None:
     from pipelines.runs.records import Cell
     from pipelines.suite.display import bar
 
-    run_cell(Cell(options.benchmark, options.student, options.method, options.seed), params, tell=bar())
+    with bar() as tell:
+        run_cell(Cell(options.benchmark, options.student, options.method, options.seed), params, tell=tell)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ def main() -> None:
     from pipelines.runs.records import teacher_cell
     from pipelines.suite.display import bar
 
-    run_cell(teacher_cell(params, options.benchmark), params, tell=bar())
+    with bar() as tell:
+        run_cell(teacher_cell(params, options.benchmark), params, tell=tell)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -15,8 +17,9 @@ PLAIN_EVERY = 60.0  # seconds between two lines where there is no terminal
 log = logging.getLogger(__name__)
 
 
-def bar() -> Any:
-    """A bar for a training that runs by itself: called as ``tell``."""
+@contextlib.contextmanager
+def bar() -> Iterator[Any]:
+    """A bar for a training that runs by itself, called as ``tell``; it is closed before an error is said."""
     shown: Any = None
 
     def tell(cell: str, step: int, steps: int, loss: float) -> None:
@@ -27,7 +30,11 @@ def bar() -> Any:
         shown.set_postfix(loss=f"{loss:.3f}", refresh=False)
         shown.update(step - shown.n)
 
-    return tell
+    try:
+        yield tell
+    finally:
+        if shown is not None:
+            shown.close()
 
 
 class Display:
