@@ -295,6 +295,8 @@ def train_plans(
     for planned in plans:
         with _noting(planned.cell, failures):
             ready.append(prepare(planned, params, shared, teacher, root))
+        if (failure := failures[planned.cell]) is not None:
+            fail(planned.cell, failure)
     training, ignore = plans[0].training, shared.description.ignore_index
     if isinstance(shared.train, data_folder.Stream):
         _check_memory(shared.train, training, plans[0].cell.benchmark)
