@@ -1,15 +1,15 @@
-"""The figures of a benchmark: scores, differences per class, learning curves, score against compute and time.
+"""The figures of a benchmark: scores, gain against compute, differences per class; and ranks over several.
 
-Drawn from the same results as the tables (the curves from ``history.csv``). The bytes are the same every time
-on one machine; every file carries the digest of the records it was drawn from, to be checked on any other.
+Drawn from the same results as the tables; a method has the look of :mod:`pipelines.reports.looks`. The bytes
+are the same every time on one machine; every file carries the digest of the records it was drawn from, to be
+checked on any other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from pipelines.config import OFFICIAL
 from pipelines.reports import statistics
+from pipelines.reports.looks import looks
 from pipelines.reports.ranks import Ranks
-from pipelines.reports.results import COMPUTE, HEADLINE, SCORE, Results, label, variant
-from pipelines.runs.records import Record
+from pipelines.reports.results import COMPUTE, SCORE, Results, label
 from pipelines.runs.tracking import digest, metric_name
 
 STYLE: dict[Any, Any] = {
@@ -42,6 +42,8 @@ STYLE: dict[Any, Any] = {
     "axes.titlepad": 10,
 }
 GREY = "0.45"
+CLASSES = 40  # that a figure holds
+LINE = 0.19  # inches between two names
 SOURCE = "Source"  # the PNG text chunk with the digest of the records
 PIXELS = "Comment"  # and the one with the sum of the pixels (RGBA)
 
@@ -69,80 +71,74 @@ def source(every: Sequence[Results]) -> str:
 
 
 def scores(results: Results) -> Figure:
-    """Test mIoU: every seed a point, the mean a bar; beside it the paper's variants, where there are any."""
-    variants = [key for key in results.variants if any(results.by_seed(s, key) for s in results.students)]
-    groups = [("Methods", results.methods, results.label)]
-    if set(variants) - {HEADLINE}:
-        reference = [key for key in results.methods if key == results.reference]
-        groups.append((f"Variants of {label(HEADLINE)}", reference + variants, variant))
-    widths = [1 + len(keys) for _, keys, _ in groups]
-    figure, axes = _panels(
-        len(results.students), len(groups), (0.75 * sum(widths) + 1.5, 3.8), widths, sharey=True
-    )
-    colours, teacher = _colours(results), results.teacher(SCORE)
-    for row, student in zip(axes, results.students, strict=True):
-        for axis, (title, keys, name) in zip(row, groups, strict=True):
-            for x, key in enumerate(keys):
-                values = list(results.by_seed(student, key).values())
-                if values:
-                    offsets = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else [0.0]
-                    axis.scatter(
-                        x + np.asarray(offsets),
-                        values,
-                        s=34,
-                        color=colours[key],
-                        alpha=0.75,
-                        linewidth=0,
-                        zorder=3,
-                    )
-                    axis.hlines(
-                        statistics.mean(values) or 0,
-                        x - 0.3,
-                        x + 0.3,
-                        color=colours[key],
-                        linewidth=2.5,
-                        zorder=4,
-                    )
-                else:
-                    axis.text(
-                        x,
-                        0.03,
-                        "not run",
-                        transform=axis.get_xaxis_transform(),
-                        rotation=90,
-                        ha="center",
-                        va="bottom",
-                        color=GREY,
-                    )
-            if teacher is not None:
-                axis.axhline(teacher, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
-                axis.text(
-                    len(keys) - 0.45, teacher, "teacher", color=GREY, ha="right", va="bottom", fontsize=9
+    """Test mIoU, the best mean first: every seed a point, the mean a bar, one line a method."""
+    rows = [_ordered(results, student) for student in results.students]
+    size = (6.6, 0.27 * max(map(len, rows)) + 1.3)
+    figure, axes = _panels(1, len(rows), (size[0] * len(rows), size[1]), None, sharey=False)
+    look, teacher = looks(results), results.teacher(SCORE)
+    for axis, student, methods in zip(axes[0], results.students, rows, strict=True):
+        for y, key in enumerate(methods):
+            values = list(results.by_seed(student, key).values())
+            own = look[key]
+            if values:
+                axis.scatter(
+                    values,
+                    [y] * len(values),
+                    s=26,
+                    color=own.colour,
+                    marker=own.marker,
+                    alpha=0.7,
+                    linewidth=0,
+                    zorder=3,
                 )
-            axis.set_xticks(
-                range(len(keys)), [name(key) for key in keys], rotation=0 if len(keys) < 7 else 30
+                axis.vlines(
+                    statistics.mean(values) or 0,
+                    y - 0.36,
+                    y + 0.36,
+                    color=own.colour,
+                    linewidth=2.5,
+                    zorder=4,
+                )
+            else:
+                axis.text(0.02, y, "not run", transform=axis.get_yaxis_transform(), va="center", color=GREY)
+        for value, style in ((results.mean(student, results.reference), ":"), (teacher, "--")):
+            if value is not None:
+                axis.axvline(value, color=GREY, linestyle=style, linewidth=1.2, zorder=1)
+        axis.set_yticks(range(len(methods)), [_name(results, key) for key in methods])
+        axis.set_ylim(len(methods) - 0.4, -0.6)
+        axis.grid(visible=False, axis="y")
+        axis.set(xlabel="test mIoU (%)", title=student)
+        if teacher is not None:
+            axis.text(
+                teacher,
+                1.0,
+                "teacher ",
+                transform=axis.get_xaxis_transform(),
+                color=GREY,
+                ha="right",
+                va="bottom",
             )
-            axis.set_xlim(-0.6, len(keys) - 0.4)
-            axis.grid(visible=False, axis="x")
-            axis.set_title(f"{title} · {student}")
-        row[0].set_ylabel("test mIoU (%)")
-    _title(figure, results, "test mIoU at the last iterate; a point is a seed, a bar the mean")
     return figure
 
 
 def per_class(results: Results) -> Figure:
-    """Heat map of IoU differences to the undistilled student, class × method, mean over paired seeds."""
+    """IoU minus that of the undistilled student, method × class, mean over paired seeds; of many classes
+    those that differ most."""
     names, methods = results.classes(), [key for key in results.methods if key != results.reference]
     grids = []
     for student in results.students:
         cells = [
-            [results.paired(student, key, f"test/iou/{metric_name(name)}").mean for key in methods]
-            for name in names
+            [results.paired(student, key, f"test/iou/{metric_name(name)}").mean for name in names]
+            for key in methods
         ]
-        grids.append(np.array(cells, dtype=np.float64).reshape(len(names), len(methods)))
+        grids.append(np.array(cells, dtype=np.float64).reshape(len(methods), len(names)))
     known = np.abs(np.concatenate([grid.ravel() for grid in grids]))
     limit = max(1.0, float(np.nanmax(known, initial=0.0)))
-    size = (0.95 * len(methods) + 2.2, 0.36 * len(names) + 1.6)
+    if len(names) > CLASSES:
+        most = np.max([np.nan_to_num(np.abs(grid)).max(axis=0, initial=0.0) for grid in grids], axis=0)
+        kept = sorted(np.argsort(-most, kind="stable")[:CLASSES])
+        names, grids = [names[i] for i in kept], [grid[:, kept] for grid in grids]
+    size = (0.52 * len(names) + 2.6, 0.27 * len(methods) + 1.9)
     figure, axes = _panels(1, len(grids), (size[0] * len(grids), size[1]), None, sharey=True)
     for axis, grid, student in zip(axes[0], grids, results.students, strict=True):
         sns.heatmap(
@@ -153,19 +149,18 @@ def per_class(results: Results) -> Figure:
             vmax=limit,
             annot=np.vectorize(_difference, otypes=[object])(grid),
             fmt="",
-            annot_kws={"fontsize": 9},
+            annot_kws={"fontsize": 8},
             linewidths=1,
-            xticklabels=[results.label(key) for key in methods],
-            yticklabels=names,
+            xticklabels=names,
+            yticklabels=[_name(results, key) for key in methods],
             cbar=axis is axes[0][-1],
-            cbar_kws={"label": f"IoU − IoU of {results.reference} (points)"},
+            cbar_kws={"label": f"IoU − {results.reference} (points)"},
         )
         axis.set_facecolor("0.9")  # shows where there is nothing to compare
         axis.tick_params(length=0)
         axis.tick_params(axis="y", rotation=0)
+        axis.set_xticks(axis.get_xticks(), names, rotation=40, ha="right", rotation_mode="anchor")
         axis.set_title(student)
-    text = f"IoU on the test split minus that of {results.reference}, mean over paired seeds"
-    _title(figure, results, text)
     return figure
 
 
@@ -174,132 +169,157 @@ def _difference(value: float) -> str:
     return "" if np.isnan(value) else "0" if abs(value) < 0.05 else f"{value:+.1f}"
 
 
-def learning_curves(results: Results) -> Figure:
-    """Validation mIoU and the task loss against the step: each seed thin, the mean over the seeds thick."""
-    figure, axes = _panels(len(results.students), 2, (10.5, 3.8), None, sharey=False)
-    colours = _colours(results)
-    for row, student in zip(axes, results.students, strict=True):
-        for key in (key for key in results.methods if key not in results.controls):
-            own = [r for r in results.finished if (r.cell.student, r.cell.method) == (student, key)]
-            for axis, column in zip(row, ("val_miou", "task"), strict=True):
-                _curves(axis, own, column, colours[key], results.label(key))
-        row[0].set_xlim(row[1].get_xlim())
-        row[0].set(xlabel="step", ylabel="validation mIoU (%)", title=f"Validation · {student}")
-        row[1].set(
-            xlabel="step", ylabel="task loss (cross-entropy)", title=f"Training, task term · {student}"
-        )
-        if row[1].get_legend_handles_labels()[0]:
-            row[1].legend(loc="upper right")  # a loss falls: this corner is free in every panel
-    _title(figure, results, "learning curves; thick is the mean over seeds, thin a seed")
-    return figure
-
-
 def compute(results: Results) -> Figure:
-    """Test mIoU against the compute of the training: the student alone, trained ever longer, is a curve."""
-    figure = _against(results, COMPUTE, 1e-12, "training compute (TFLOP)")
-    for axis, student in zip(figure.axes, results.students, strict=False):
-        own = [
-            {s: (flops[s] / 1e12, score) for s, score in results.by_seed(student, key).items() if s in flops}
-            for key in (results.reference, *results.controls)
-            if (flops := results.by_seed(student, key, COMPUTE))
-        ]
-        for seed in set.intersection(*map(set, own)) if own else ():
-            axis.plot(
-                *zip(*(points[seed] for points in own), strict=True), color="0.8", linewidth=0.8, zorder=1
-            )
-        means = [np.mean(list(points.values()), axis=0) for points in own if points]
-        if len(means) > 1:
-            axis.plot(*np.transpose(means), color=GREY, linestyle=":", linewidth=1.8, zorder=2)
-    _title(
-        figure,
-        results,
-        "score against training compute; large is the mean over seeds, small a seed; lines: "
-        f"{results.reference} alone, trained ever longer (dotted: mean, thin: a seed); squares: where it was "
-        "measured; diamonds: official weights",
-    )
-    return figure
-
-
-def cost(results: Results) -> Figure:
-    """Test mIoU against the training time of a cell: each seed small, the mean large."""
-    figure = _against(results, "seconds/training", 1 / 60, "training time of a cell (minutes)")
-    _title(figure, results, "score against training time; large is the mean over seeds, small a seed")
+    """Mean gain over the undistilled student against the compute of the training, in multiples of its own:
+    the student alone, trained ever longer, is a curve."""
+    rows = max(sum(bool(results.by_seed(s, m)) for m in results.methods) for s in results.students)
+    size = (6.8, max(3.6, 0.21 * rows + 1.2))
+    figure, axes = _panels(1, len(results.students), (size[0] * len(results.students), size[1]), None, True)
+    look, alone = looks(results), {results.reference, *results.controls}
+    for axis, student in zip(axes[0], results.students, strict=True):
+        points = _gains(results, student)
+        curve = sorted(points[m] for m in alone & points.keys())
+        if len(curve) > 1:
+            axis.plot(*zip(*curve, strict=True), color=GREY, linestyle=":", linewidth=1.8, zorder=2)
+        for key, (x, y) in points.items():
+            own = look[key]
+            marker = "d" if key.endswith(OFFICIAL) else own.marker
+            axis.scatter(x, y, s=64, color=own.colour, marker=marker, edgecolor="white", zorder=3)
+        axis.axhline(0, color="0.8", linewidth=1, zorder=1)
+        axis.set_xlim(left=0.9 if points else 0)
+        axis.set(xlabel=f"training compute (× {results.reference})", title=student)
+        _margin_labels(axis, {_name(results, key): point for key, point in points.items()}, size[1])
+    axes[0][0].set_ylabel(f"gain over {results.reference} (points of test mIoU)")
     return figure
 
 
 def critical_difference(found: Ranks) -> Figure:
-    """Mean ranks on a line, 1 at the left; a bar joins methods that are not told apart."""
-    methods = list(found.ranks)
-    half = (len(methods) + 1) // 2
-    depth = 0.35 * (half + 1)
-    bars = 0.16 * (len(found.cliques) + 1)
-    figure, axis = plt.subplots(figsize=(7.5, 1.6 + depth + bars), layout="constrained")
-    last = len(methods)
-    axis.hlines(0, 1, last, color="black", linewidth=1.2)
-    for tick in range(1, last + 1):
-        axis.vlines(tick, 0, 0.08, color="black", linewidth=1.2)
-        axis.text(tick, 0.12, str(tick), ha="center", va="bottom")
-    width = found.critical_difference
-    axis.plot([1, 1 + width], [0.62, 0.62], color=GREY, linewidth=2, marker="|", markersize=9)
-    axis.text(1, 0.7, f"critical difference {width:.2f}", ha="left", va="bottom", color=GREY)
+    """Mean ranks, the best first, one line a method; a bar joins methods that are not told apart."""
+    methods, last = list(found.ranks), len(found.ranks)
+    height = 0.27 * last + 1.3
+    figure, axis = plt.subplots(figsize=(6.8, height), layout="constrained")
+    for y, method in enumerate(methods):
+        rank = found.ranks[method]
+        axis.hlines(y, 1, rank, color="0.85", linewidth=1, zorder=1)
+        axis.scatter(rank, y, s=40, color="0.25", zorder=3)
     for level, group in enumerate(found.cliques):
-        ends = [found.ranks[m] for m in group]
-        y = -0.16 * (level + 1)
-        axis.hlines(y, min(ends) - 0.03, max(ends) + 0.03, color="black", linewidth=4)
-    for place, method in enumerate(methods):
-        left = place < half
-        y = -bars - 0.35 * ((place if left else last - 1 - place) + 1)
-        edge = 0.8 if left else last + 0.2
-        axis.plot([found.ranks[method]] * 2 + [edge], [0, y, y], color=GREY, linewidth=1)
-        text = f"{label(method)} ({found.ranks[method]:.2f})"
-        axis.text(edge, y, f"{text} " if left else f" {text}", ha="right" if left else "left", va="center")
-    axis.set_xlim(-0.6, max(last, 1 + width) + 1.6)
-    axis.axis("off")
-    title = f"mean ranks over {len(found.blocks)} blocks (student on benchmark), 1 is the best; a bar joins "
-    title += "methods that are not told apart (Nemenyi, 5 %)"
-    figure.suptitle(textwrap.fill(title, 90), fontsize=10, color="0.25")
+        places = [methods.index(method) for method in group]
+        x = last + 0.6 + 0.35 * level
+        axis.vlines(x, min(places) - 0.25, max(places) + 0.25, color=GREY, linewidth=3)
+    axis.set_yticks(range(last), [f"{label(m)} ({found.ranks[m]:.1f})" for m in methods])
+    axis.set_ylim(last - 0.4, -0.6)
+    axis.set_xlim(0.5, last + 1 + 0.35 * len(found.cliques))
+    axis.set_xlabel(f"mean rank over {len(found.blocks)} blocks (1 is the best)")
+    axis.set_title(f"Critical difference {found.critical_difference:.1f} (Nemenyi, 5 %)")
     return figure
 
 
-def _against(results: Results, metric: str, factor: float, text: str) -> Figure:
-    """Test mIoU against a metric of the cells, times ``factor``."""
-    figure, axes = _panels(1, len(results.students), (6.2 * len(results.students), 4.2), None, sharey=True)
-    colours = _colours(results)
-    for axis, student in zip(axes[0], results.students, strict=True):
-        for key in results.methods:
-            score, other = results.by_seed(student, key), results.by_seed(student, key, metric)
-            points = [(other[seed] * factor, score[seed]) for seed in sorted(score.keys() & other.keys())]
-            if not points:
-                continue
-            x, y = (np.asarray(values) for values in zip(*points, strict=True))
-            alone = key == results.reference or key in results.controls
-            look = {"color": colours[key], "edgecolor": "white"}
-            look["marker"] = "s" if alone else "D" if key.endswith(OFFICIAL) else "o"
-            axis.scatter(x.mean(), y.mean(), s=130, zorder=3, label=results.label(key), **look)
-            axis.scatter(x, y, s=24, linewidth=0.8, zorder=4, **look)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-        axis.set_xlim(left=0)
-        axis.set(xlabel=text, title=student)
-    axes[0][0].set_ylabel("test mIoU (%)")
-    return figure
+def sentence(name: str, results: Results) -> str:
+    """What there is to see in a figure, from the same numbers."""
+    return " ".join(_SENTENCES[name](results, student) for student in results.students)
 
 
-def _curves(axis: Axes, finished: Sequence[Record], column: str, colour: Any, name: str) -> None:
-    """Thin lines of the seeds, and their mean over the steps that all of them have."""
-    curves = []
-    for record in finished:
-        points = {
-            int(row["step"] or 0): value for row in record.history if (value := row.get(column)) is not None
-        }
-        if points:
-            curves.append(points)
-            axis.plot(list(points), list(points.values()), color=colour, alpha=0.3, linewidth=0.8)
-    if curves:
-        steps = sorted(set.intersection(*(set(points) for points in curves)))
-        means = [float(np.mean([points[step] for points in curves])) for step in steps]
-        marker = "o" if len(steps) <= 20 else ""
-        axis.plot(steps, means, color=colour, linewidth=2, marker=marker, markersize=5, label=name)
+def _say_scores(results: Results, student: str) -> str:
+    alone = results.by_seed(student, results.reference)
+    tested = {m: own for m in results.tested(results.methods) if (own := results.by_seed(student, m))}
+    if not tested or not alone:
+        return f"{student}: nothing to compare yet."
+    above = [m for m, own in tested.items() if (statistics.mean(own.values()) or 0) > _average(alone)]
+    clear = [m for m, own in tested.items() if min(own.values()) > max(alone.values())]
+    return (
+        f"{student}: {len(above)} of {len(tested)} methods have a higher mean than {results.reference} "
+        f"(dotted line); of {len(clear)} every seed is above every seed of {results.reference}. A point is a "
+        "seed, a bar the mean."
+    )
+
+
+def _say_compute(results: Results, student: str) -> str:
+    points = _gains(results, student)
+    curve = sorted(points[m] for m in (results.reference, *results.controls) if m in points)
+    rivals = {m: points[m] for m in results.tested(results.methods) if m in points}
+    if len(curve) < 2 or not rivals:
+        return f"{student}: there is no curve of the student alone to compare with yet."
+    inside = {m: xy for m, xy in rivals.items() if curve[0][0] <= xy[0] <= curve[-1][0]}
+    over = [
+        m for m, (x, y) in inside.items() if y > np.interp(x, [p[0] for p in curve], [p[1] for p in curve])
+    ]
+    return (
+        f"{student}: {len(over)} of {len(inside)} methods lie above the dotted curve, which is the student "
+        "alone trained longer; the others gain less than their compute would buy without a teacher."
+    )
+
+
+def _say_classes(results: Results, student: str) -> str:
+    found = {
+        (name, m): mean
+        for name in results.classes()
+        for m in results.tested(results.methods)
+        if (mean := results.paired(student, m, f"test/iou/{metric_name(name)}").mean) is not None
+    }
+    if not found:
+        return f"{student}: nothing to compare yet."
+    parts = []
+    for word, pick in (("largest gain", max), ("largest loss", min)):
+        name, method = pick(found, key=lambda key: found[key])
+        value = found[name, method]
+        if (value > 0) == (pick is max):
+            parts.append(f"{word} {value:+.1f} ({results.label(method)} on {name})")
+    return f"{student}: {'; '.join(parts)}. Blue is better than {results.reference}, red worse."
+
+
+def _average(values: Mapping[int, float]) -> float:
+    return statistics.mean(values.values()) or 0.0
+
+
+def _gains(results: Results, student: str) -> dict[str, tuple[float, float]]:
+    """By method, its training compute over that of the reference and its mean gain."""
+    own = results.mean(student, results.reference, COMPUTE)
+    found: dict[str, tuple[float, float]] = {}
+    for method in results.methods:
+        flops = results.mean(student, method, COMPUTE)
+        gain = results.paired(student, method).mean
+        if own and flops is not None and gain is not None:
+            found[method] = (flops / own, gain)
+    return found
+
+
+def _ordered(results: Results, student: str) -> list[str]:
+    """The methods by their mean, the best first; those without a score last."""
+    means = {m: results.mean(student, m) for m in results.methods}
+    return sorted(means, key=lambda m: (means[m] is None, -(means[m] or 0.0)))
+
+
+def _name(results: Results, method: str) -> str:
+    return results.label(method).replace("official weight", "official")
+
+
+def _margin_labels(axis: Axes, points: Mapping[str, tuple[float, float]], height: float) -> None:
+    """The names beside the axis, in the order of their points and far enough from each other, with a line to
+    each point; ``height`` is that of the figure, in inches."""
+    if not points:
+        return
+    low, high = axis.get_ylim()
+    step = (high - low) * LINE / (height - 1.2)
+    order = sorted(points, key=lambda name: points[name][1])
+    places = [points[name][1] for name in order]
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + step)
+    shift = max(0.0, places[-1] - max(high, points[order[-1]][1]))
+    places = [place - shift for place in places]
+    for i in range(len(places) - 2, -1, -1):
+        places[i] = min(places[i], places[i + 1] - step)
+    axis.set_ylim(min(low, places[0] - step), max(high, places[-1] + step))
+    for name, place in zip(order, places, strict=True):
+        axis.annotate(
+            name,
+            points[name],
+            xytext=(1.04, place),
+            textcoords=axis.get_yaxis_transform(),
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "0.8", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
+        )
 
 
 def _panels(
@@ -315,23 +335,6 @@ def _panels(
         width_ratios=widths,
         layout="constrained",
     )
-
-
-def _colours(results: Results) -> dict[str, Any]:
-    """The undistilled student and its controls grey, each method its own colour, which it keeps with official
-    weights; variants that of the paper's method."""
-    others = results.tested(results.methods)
-    palette = sns.color_palette("colorblind", 10) if len(others) <= 10 else sns.husl_palette(len(others))
-    colours: dict[str, Any] = dict(zip(others, palette, strict=False))
-    colours |= {key: colours.get(HEADLINE, palette[0]) for key in results.variants}
-    colours |= {key: colours.get(key.removesuffix(OFFICIAL), GREY) for key in results.methods}
-    return colours | {results.reference: "0.35"} | dict.fromkeys(results.controls, "0.55")
-
-
-def _title(figure: Figure, results: Results, text: str) -> None:
-    seeds = max((len(results.by_seed(s, m)) for s in results.students for m in results.methods), default=0)
-    title = f"{results.benchmark}: {text} (up to {seeds} seeds)"
-    figure.suptitle(textwrap.fill(title, round(12 * figure.get_figwidth())), fontsize=10, color="0.25")
 
 
 def _save(figure: Figure, path: Path, origin: str) -> None:
@@ -353,4 +356,5 @@ def pixels(image: Image.Image) -> str:
     return files.sha256(image.convert("RGBA").tobytes())
 
 
-NAMES = {draw.__name__: draw for draw in (scores, compute, per_class, learning_curves, cost)}
+NAMES = {draw.__name__: draw for draw in (scores, compute, per_class)}
+_SENTENCES = {"scores": _say_scores, "compute": _say_compute, "per_class": _say_classes}

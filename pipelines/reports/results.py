@@ -260,6 +260,22 @@ class Results:
         """How many test images there are."""
         return next((len(record.test_names()) for record in self.finished), None)
 
+    def groups(self, student: str, methods: Sequence[str]) -> dict[str, int]:
+        """Rank groups of the reference and the tested methods, the best mean first: 1 are the best and all
+        that are not told apart from it, 2 the best of the others and all that are not told apart from that
+        one, and so on."""
+        means = {m: self.mean(student, m) or 0.0 for m in methods if self.by_seed(student, m)}
+        left = sorted({self.reference, *self.tested(methods)} & means.keys(), key=lambda m: (-means[m], m))
+        found: dict[str, int] = {}
+        group = 0
+        while left:
+            group += 1
+            gains = {m: self.gain(student, m, left[0]) for m in left[1:]}
+            apart = [m for m, g in gains.items() if statistics.told_apart(g.over_seeds, g.over_images)]
+            found |= {m: group for m in left if m not in apart}
+            left = apart
+        return found
+
     def standings(self, student: str, methods: Sequence[str]) -> dict[str, Standing]:
         """How every row of one table stands; the family of the tests is :meth:`tested` of ``methods``, and
         the best is one of them or the reference."""

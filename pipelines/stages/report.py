@@ -1,6 +1,7 @@
-"""The last stage: records → MLflow → tables, figures and claims.
+"""The last stage: records → MLflow → tables, figures, claims and the page.
 
-Needs the small files of ``runs/`` and nothing else: no weights, no GPU, no torch.
+Needs the small files of ``runs/`` and nothing else: no weights, no GPU, no torch. Where weights and data are
+present too, it makes the panels of images.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pipelines.reports import (
     figures,
     method_table,
     network_table,
+    page,
+    panels,
     ranks,
     speed_table,
     spread_table,
@@ -59,11 +62,12 @@ def _report(params: Params, root: Path, only: Collection[str] | None) -> None:
         if trouble:
             log.warning("%s: the reports are made all the same.", trouble)
     every = gather_all(params, root, found, frames, problem)
-    write_texts(params, every, root, root)
     for results in every:
         figures.write(results, root / "reports" / results.benchmark)
+        panels.update(results, root)
     if ranked := ranks.rank(every):
         figures.write_ranks(ranked, every, root / "reports")
+    write_texts(params, every, root, root)
 
 
 def gather_all(
@@ -84,7 +88,8 @@ def gather_all(
 
 
 def write_texts(params: Params, every: Sequence[Results], root: Path, target: Path) -> None:
-    """Write all tables below ``target``; what is published is read in ``root``."""
+    """Write all tables and the page below ``target``; what is published is read in ``root``, and so are the
+    figures and panels that the page shows."""
     folder = target / "reports"
     for results in every:
         tables.write(results, folder / results.benchmark)
@@ -99,6 +104,7 @@ def write_texts(params: Params, every: Sequence[Results], root: Path, target: Pa
         speed_table.write(params, folder, root)
         benchmark_table.write(params, folder, root)
     spread_table.write(params, every, folder, root)
+    page.write(params, every, folder, root)
 
 
 def main() -> None:

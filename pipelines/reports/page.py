@@ -1,0 +1,336 @@
+"""``reports/index.html``: the answer, the leaderboards, figures, panels and claims as one page.
+
+It is made from the same rows as the CSV tables, with everything in it: styles, figures and the script of
+DataTables (from the package itables). A policy in its head forbids any request. The same records and figures
+give the same bytes.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from pipelines import config, files
+from pipelines.config import OFFICIAL, PAPER, Params
+from pipelines.reports import claims, figures, panels, ranks, statistics, svg, tables
+from pipelines.reports.looks import looks
+from pipelines.reports.ranks import Ranks
+from pipelines.reports.results import RESAMPLES, Gain, Results, Standing, variant
+from pipelines.runs import records
+
+FILE = "index.html"
+VERDICT_COLOURS = {claims.REPRODUCED: "#009e73", claims.NOT_REPRODUCED: "#d55e00"}
+
+
+def write(params: Params, every: Sequence[Results], folder: Path, root: Path) -> None:
+    """Write ``folder/index.html``; figures, panels and what is published are read in ``root/reports``."""
+    ranked = ranks.rank(every)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(tables.TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"number": tables.number, "between": tables.between, "named": _named}
+    content = environment.get_template("page.html.j2").render(
+        benchmarks=[_benchmark(results, params, root) for results in every],
+        reference=params.suite.reference,
+        paper=PAPER,
+        resamples=f"{RESAMPLES:,}",
+        ranks=_ranks(ranked, root),
+        claims=_claims(params, every, root),
+        style=Markup((tables.TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        script=Markup(_library() + (tables.TEMPLATES / "page.js").read_text(encoding="utf-8")),
+    )
+    files.write_bytes(folder / FILE, content.encode())
+
+
+def answer(results: Results, student: str) -> list[str]:
+    """Whether distillation helps a student here, how sure that is, and on what, in plain sentences."""
+    stand, tested = results.standings(student, results.methods), results.tested(results.methods)
+    known = {m: stand[m] for m in tested if stand[m].gain.paired.n}
+    if not known:
+        return [f"Not known yet: no seed of {student} has finished with a method and without one."]
+    n, seeds = len(known), max(s.gain.paired.n for s in known.values())
+
+    def listed(found: Sequence[str], zero: str = "none") -> str:
+        return _named([results.label(m) for m in found]) or zero
+
+    def those(verdict: str, gain: str = "gain") -> list[str]:
+        found = [m for m, s in known.items() if getattr(s, gain).verdict == verdict]
+        return sorted(found, key=lambda m: -(getattr(known[m], gain).paired.mean or 0))
+
+    better, worse, equal = those("gain"), those("loss"), those("gain", "equal")
+    first = (
+        f"Yes, for {len(better)} of {n} method{'s' * (n > 1)}: {listed(better)}."
+        if better
+        else f"Not shown: none of {n} methods is told apart from the student alone as better."
+        if n > 1
+        else f"Not shown: {listed([*known])} is not told apart from the student alone as better."
+    )
+    found = [first]
+    if worse:
+        found.append(f"Worse than the student alone: {listed(worse)}.")
+    if rest := n - len(better) - len(worse):
+        found.append(f"Not told apart from it, either way: {rest}.")
+    if any(s.equal.paired.n for s in known.values()):
+        lost = [m for m in known if not known[m].equal.paired.n]
+        found.append(
+            f"At equal training compute, where the student alone trains longer instead: {listed(equal)}."
+            + (f" Not known for {listed(lost)}." if lost else "")
+        )
+    else:
+        found.append("At equal training compute nothing is known: the student alone has not trained longer.")
+    best = max(known, key=lambda m: known[m].gain.paired.mean or 0)
+    lead = results.lead(student)
+    found.append(
+        f"The largest mean gain is {known[best].gain.paired.mean or 0:+.2f} points of test mIoU "
+        f"({results.label(best)})"
+        + ("." if lead is None else f"; on validation the teacher leads the student alone by {lead:+.2f}.")
+    )
+    found.append(
+        f"How sure: told apart means that two 95 % intervals of the gain exclude 0, one over {seeds} "
+        f"seed{'s' * (seeds > 1)}, one over {results.images} test images. Each is of one method by itself. "
+        f"Tested together (max-T, 5 %): {listed([m for m, s in known.items() if _below(s)])}."
+    )
+    if seeds < statistics.SEEDS_FOR_SIGNIFICANCE:
+        found.append(f"Exploratory: {tables.power(seeds).removesuffix(', exploratory')}.")
+    return found
+
+
+def about(method: str, params: Params) -> dict[str, Any]:
+    """What the docstring of a method's file says: a summary, the formula or terms, the paper, the differences
+    from the authors' code, and all of it."""
+    file = f"{PAPER}/method.py" if records.is_variant(method) else f"baselines/{params.module_key(method)}.py"
+    path = config.ROOT / file
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    parts = (text or "").split("\n\n")
+
+    def starting(*heads: str) -> str:
+        return next((part for part in parts if part.startswith(heads)), "")
+
+    differences = [part for part in parts if part.startswith(("Differences", "Not in it"))]
+    return {
+        "file": file,
+        "summary": _marked(parts[0]),
+        "formula": _marked(starting("    ", "- ``")),
+        "paper": _marked(starting("Source: ").removeprefix("Source: ")),
+        "differences": [_marked(part) for part in differences],
+        "text": _marked(text or ""),
+    }
+
+
+def _benchmark(results: Results, params: Params, root: Path) -> dict[str, Any]:
+    key = results.benchmark
+    boards = [_board(results, params, results.methods, tables.comparison(results).data, "")]
+    shown = {m for student in results.students for m in results.shown(student)}
+    if shown - {*results.methods}:
+        rows = tables.ablation(results).data
+        boards.append(_board(results, params, [m for m in results.variants if m in shown], rows, "variants"))
+    return {
+        "key": key,
+        "answers": [(student, answer(results, student)) for student in results.students],
+        "facts": tables.facts(results),
+        "warnings": tables.warnings(results),
+        "boards": boards,
+        "figures": [
+            (name, _picture(root / "reports" / key / f"{name}.png"), figures.sentence(name, results))
+            for name in figures.NAMES
+        ],
+        "panels": panels.shown(results, root),
+    }
+
+
+def _board(results: Results, params: Params, methods: Sequence[str], data: Any, name: str) -> dict[str, Any]:
+    """A leaderboard: ``data`` are the rows of a CSV table."""
+    lines = {(line["student"], line["method"]): line for line in data.to_dict("records")}
+    rows = []
+    for student, method in product(results.students, methods):
+        line = lines.get((student, variant(method) if name else results.label(method)))
+        if line is not None:
+            rows.append({"student": student, "key": method, **line})
+    scores = svg.scale([x for r in rows for x in results.by_seed(r["student"], r["key"]).values()])
+    ends = [
+        r[f"{kind}_{end}"]
+        for r in rows
+        for kind in ("over_seeds", "over_images", "equal_over_seeds", "equal_over_images")
+        for end in ("low", "high")
+        if r[f"{kind}_{end}"] is not None
+    ]
+    means = [r[k] for r in rows for k in ("diff_mean", "equal_diff_mean") if r[k] is not None]
+    spread = sorted([abs(x) for x in ends])
+    # an interval of two seeds may be a hundred points wide: the axis ends where most of them do
+    limit = max([1.0, *map(abs, means), *spread[: int(0.9 * len(spread))]])
+    gains = svg.scale([-limit, limit])
+    costs = {(line["student"], line["method"]): line for line in tables.cost(results).data.to_dict("records")}
+    classes = tables.per_class(results).data.to_dict("records")
+    for student in results.students:
+        family = methods if not name else [results.reference, *results.shown(student)]
+        stand, groups = results.standings(student, family), results.groups(student, family)
+        for row in (r for r in rows if r["student"] == student):
+            key = row["key"]
+            row |= _row(results, row, stand[key], scores, gains)
+            row |= {
+                "group": groups.get(key),
+                "id": re.sub(r"\W+", "-", "-".join(filter(None, (results.benchmark, name, student, key)))),
+                "costs": costs.get((student, results.label(key))),
+                "about": about(key, params),
+                "weights": results.weights[key],
+                "trials": results.trials.get(key),
+                "classes": [
+                    c | {"bar": _drawn(c["diff_mean"], Gain(), gains, looks(results)[key].colour)}
+                    for c in classes
+                    if (c["student"], c["method"]) == (student, results.label(key))
+                ],
+                "curve": _curve(results, student, key),
+            }
+    return {
+        "id": re.sub(r"\W+", "-", f"board-{results.benchmark}-{name}".rstrip("-")),
+        "title": f"Variants of {PAPER}" if name else "Leaderboard",
+        "rows": rows,
+        "families": list(dict.fromkeys(r["family"] for r in rows)),
+        "students": results.students,
+        "axes": {"scores": Markup(svg.axis(scores)), "gains": Markup(svg.axis(gains))},
+    }
+
+
+def _row(
+    results: Results, row: Mapping[str, Any], stand: Standing, scores: svg.Scale, gains: svg.Scale
+) -> dict[str, Any]:
+    """What a row draws and says beside the numbers of the CSV."""
+    student, key = row["student"], row["key"]
+    colour, mean = looks(results)[key].colour, row["miou_mean"]
+    alone = results.mean(student, results.reference)
+    plain = results.by_seed(student, results.reference)
+    best = results.by_seed(student, key, "best_val/miou")
+    return {
+        "label": results.label(key),
+        "family": family(results, key),
+        "colour": colour,
+        "dots": ""
+        if mean is None
+        else Markup(svg.dots([*stand.scores.values()], mean, alone, scores, colour)),
+        "gain": _drawn(row["diff_mean"], stand.gain, gains, colour),
+        "equal": _drawn(row["equal_diff_mean"], stand.equal, gains, colour),
+        "verdict": "" if key == results.reference else stand.gain.verdict,
+        "equal_verdict": stand.equal.verdict if stand.equal.paired.n else "",
+        "over_seeds": stand.gain.over_seeds,
+        "over_images": stand.gain.over_images,
+        "equal_seeds": stand.equal.over_seeds,
+        "equal_images": stand.equal.over_images,
+        "seeds_list": [
+            (seed, score, score - plain[seed] if seed in plain else None, best.get(seed))
+            for seed, score in stand.scores.items()
+        ],
+    }
+
+
+def family(results: Results, method: str) -> str:
+    """The kind of row: what the leaderboard can be filtered by."""
+    if method == results.reference or method in results.controls:
+        return "student alone"
+    if method.endswith(OFFICIAL):
+        return "official weights"
+    return PAPER if records.is_variant(method) else "rivals"
+
+
+def _drawn(mean: float | None, gain: Gain, over: svg.Scale, colour: str) -> Markup | str:
+    return "" if mean is None else Markup(svg.bar(mean, gain.over_seeds, gain.over_images, over, colour))
+
+
+def _curve(results: Results, student: str, method: str) -> Markup:
+    """Validation mIoU over the steps, each seed, above those of the student alone."""
+    look = looks(results)
+    lines = []
+    for key in dict.fromkeys((results.reference, method)):
+        for record in results.finished:
+            if (record.cell.student, record.cell.method) == (student, key):
+                points = [(r["step"] or 0, v) for r in record.history if (v := r.get("val_miou")) is not None]
+                lines.append((points, look[key].colour, key == method))
+    label = f"Validation mIoU by step, every seed: {results.label(method)} beside {results.reference}"
+    return Markup(svg.curves(lines, label))
+
+
+def _ranks(found: Ranks | None, root: Path) -> dict[str, str] | None:
+    if found is None:
+        return None
+    return {"picture": _picture(root / "reports" / "ranks.png"), "sentence": ranks.sentence(found)}
+
+
+def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, Any] | None:
+    """Every published gain beside what was measured, the claim a tick on the measured interval."""
+    if not (root / claims.FILE).is_file():
+        return None
+    published = claims.load(root / claims.FILE)
+    judged = claims.table(published, every, params)
+    rows = judged.data.to_dict("records")
+    gains = [row["gain"] for row in rows if row["gain"] is not None]
+    gains += [row[f"measured_{end}"] for row in rows for end in ("low", "high") if row["measured_n"] > 1]
+    over = svg.scale([0, *gains])
+    for row, text in zip(rows, judged.rows, strict=True):
+        texts = dict(zip(judged.columns, text, strict=True))
+        interval = None
+        if row["measured_low"] is not None:
+            interval = statistics.Interval(row["measured_low"], row["measured_high"])
+        colour, claimed = VERDICT_COLOURS.get(row["verdict"], "#7a7a7a"), row["gain"] if row["unit"] else None
+        drawn = ""
+        if row["measured_gain"] is not None:
+            drawn = svg.bar(row["measured_gain"], interval, None, over, colour, claimed)
+        elif claimed is not None:
+            drawn = svg.claim(claimed, over)
+        source = published.sources[row["source"]]
+        row |= {"why": texts["why"], "setting": texts["student from teacher"], "interval": interval}
+        row |= {"drawn": Markup(drawn), "cite": source.cite, "where": source.where}
+    return {
+        "rows": rows,
+        "sentences": claims.sentences(published, every, params),
+        "rules": [_marked(rule) for rule in claims.RULE],
+        "methods": list(dict.fromkeys(row["method"] for row in rows)),
+        "datasets": sorted({row["dataset"] for row in rows if row["dataset"]}),
+        "verdicts": [word for word in claims.VERDICTS if any(row["verdict"] == word for row in rows)],
+        "axis": Markup(svg.axis(over)),
+    }
+
+
+def _below(stand: Standing) -> bool:
+    return stand.p_max is not None and stand.p_max < tables.ALPHA and (stand.gain.paired.mean or 0) > 0
+
+
+def _named(names: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def _marked(text: str) -> Markup:
+    """The text of a docstring with its ``code`` and **bold**."""
+    text = re.sub(r"``(.+?)``", r"<code>\1</code>", escape(text, quote=False), flags=re.DOTALL)
+    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text, flags=re.DOTALL))
+
+
+def _picture(path: Path) -> str:
+    """A file as an address that holds it; nothing where it is not there."""
+    if not path.is_file():
+        return ""
+    kind = path.suffix.removeprefix(".")
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _library() -> str:
+    """DataTables as itables ships it, a module whose last statement exports it."""
+    bundle = (resources.files("itables") / "html" / "dt_bundle.js").read_text(encoding="utf-8")
+    exported = re.search(r"export\{[^}]*?(\w+) as default[^}]*\};?", bundle)
+    if exported is None or "</script" in bundle:
+        raise config.ConfigError("This version of itables is unknown: install the one of requirements.lock.")
+    return bundle.replace(exported[0], f"const DataTable={exported[1]};")
