@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_OFFLINE := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: repro test lint tables readme verify ui tune bench speed spread smoke torture clean lock
+.PHONY: repro test browser show lint tables readme verify ui tune bench speed spread smoke torture clean lock
 
 repro: $(READY)  ## run every experiment of params.yaml that is not up to date, JOBS at a time, then the report
 	python -m pipelines.suite.repro $(if $(JOBS),--jobs $(JOBS)) $(if $(SCHEDULER),--scheduler $(SCHEDULER)) $(if $(CLUSTER),--cluster $(CLUSTER)) $(if $(DASHBOARD),--dashboard)
@@ -37,6 +37,12 @@ speed: $(READY)  ## steps a second and memory of BENCHMARK's protocol on this ma
 
 spread: $(READY)  ## how far a cell of BENCHMARK moves when it is trained again with the same seed, here
 	python -m pipelines.tools.spread --benchmark $(BENCHMARK) $(if $(METHOD),--method $(METHOD)) $(if $(REPEATS),--repeats $(REPEATS))
+
+browser: $(READY)  ## the page of the reports in Chromium, if it is installed
+	python -m pytest tests/test_browser.py -rs
+
+show: $(READY)  ## open the page of the reports
+	python -m webbrowser "file://$(CURDIR)/reports/index.html"
 
 smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
 	python -m pytest -m smoke

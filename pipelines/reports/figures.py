@@ -101,46 +101,36 @@ def scores(results: Results) -> Figure:
                 )
             else:
                 axis.text(0.02, y, "not run", transform=axis.get_yaxis_transform(), va="center", color=GREY)
-        for value, style in ((results.mean(student, results.reference), ":"), (teacher, "--")):
-            if value is not None:
-                axis.axvline(value, color=GREY, linestyle=style, linewidth=1.2, zorder=1)
+        if (alone := results.mean(student, results.reference)) is not None:
+            axis.axvline(alone, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
         axis.set_yticks(range(len(methods)), [_name(results, key) for key in methods])
         axis.set_ylim(len(methods) - 0.4, -0.6)
         axis.grid(visible=False, axis="y")
-        axis.set(xlabel="test mIoU (%)", title=student)
-        if teacher is not None:
-            axis.text(
-                teacher,
-                1.0,
-                "teacher ",
-                transform=axis.get_xaxis_transform(),
-                color=GREY,
-                ha="right",
-                va="bottom",
-            )
+        above = "" if teacher is None else f" (teacher: {teacher:.1f})"
+        axis.set(xlabel="test mIoU (%)", title=f"{student}{above}")
     return figure
 
 
 def per_class(results: Results) -> Figure:
     """IoU minus that of the undistilled student, method × class, mean over paired seeds; of many classes
     those that differ most."""
-    names, methods = results.classes(), [key for key in results.methods if key != results.reference]
-    grids = []
+    names, rows, grids = results.classes(), [], []
     for student in results.students:
+        rows.append([key for key in _ordered(results, student) if key != results.reference])
         cells = [
             [results.paired(student, key, f"test/iou/{metric_name(name)}").mean for name in names]
-            for key in methods
+            for key in rows[-1]
         ]
-        grids.append(np.array(cells, dtype=np.float64).reshape(len(methods), len(names)))
+        grids.append(np.array(cells, dtype=np.float64).reshape(len(cells), len(names)))
     known = np.abs(np.concatenate([grid.ravel() for grid in grids]))
     limit = max(1.0, float(np.nanmax(known, initial=0.0)))
     if len(names) > CLASSES:
         most = np.max([np.nan_to_num(np.abs(grid)).max(axis=0, initial=0.0) for grid in grids], axis=0)
         kept = sorted(np.argsort(-most, kind="stable")[:CLASSES])
         names, grids = [names[i] for i in kept], [grid[:, kept] for grid in grids]
-    size = (0.52 * len(names) + 2.6, 0.27 * len(methods) + 1.9)
-    figure, axes = _panels(1, len(grids), (size[0] * len(grids), size[1]), None, sharey=True)
-    for axis, grid, student in zip(axes[0], grids, results.students, strict=True):
+    size = (0.52 * len(names) + 2.6, 0.27 * len(rows[0]) + 1.9)
+    figure, axes = _panels(1, len(grids), (size[0] * len(grids), size[1]), None, sharey=False)
+    for axis, grid, student, methods in zip(axes[0], grids, results.students, rows, strict=True):
         sns.heatmap(
             grid,
             ax=axis,
@@ -301,13 +291,13 @@ def _margin_labels(axis: Axes, points: Mapping[str, tuple[float, float]], height
     low, high = axis.get_ylim()
     step = (high - low) * LINE / (height - 1.2)
     order = sorted(points, key=lambda name: points[name][1])
-    places = [points[name][1] for name in order]
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + step)
-    shift = max(0.0, places[-1] - max(high, points[order[-1]][1]))
-    places = [place - shift for place in places]
-    for i in range(len(places) - 2, -1, -1):
-        places[i] = min(places[i], places[i + 1] - step)
+    places = np.array([points[name][1] for name in order])
+    for _ in range(1000):  # neighbours that are too close push each other apart
+        lack = np.clip(step - np.diff(places), 0, None) / 2
+        if lack.max(initial=0) < step / 100:
+            break
+        places[:-1] -= lack
+        places[1:] += lack
     axis.set_ylim(min(low, places[0] - step), max(high, places[-1] + step))
     for name, place in zip(order, places, strict=True):
         axis.annotate(
@@ -318,7 +308,7 @@ def _margin_labels(axis: Axes, points: Mapping[str, tuple[float, float]], height
             va="center",
             fontsize=9,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": "0.8", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
         )
 
 

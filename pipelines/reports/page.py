@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import base64
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -65,8 +66,8 @@ def answer(results: Results, student: str) -> list[str]:
         return [f"Not known yet: no seed of {student} has finished with a method and without one."]
     n, seeds = len(known), max(s.gain.paired.n for s in known.values())
 
-    def listed(found: Sequence[str], zero: str = "none") -> str:
-        return _named([results.label(m) for m in found]) or zero
+    def listed(found: Sequence[str]) -> str:
+        return _named([results.label(m) for m in found])
 
     def those(verdict: str, gain: str = "gain") -> list[str]:
         found = [m for m, s in known.items() if getattr(s, gain).verdict == verdict]
@@ -74,7 +75,7 @@ def answer(results: Results, student: str) -> list[str]:
 
     better, worse, equal = those("gain"), those("loss"), those("gain", "equal")
     first = (
-        f"Yes, for {len(better)} of {n} method{'s' * (n > 1)}: {listed(better)}."
+        f"Yes, at equal steps, for {len(better)} of {n} method{'s' * (n > 1)}: {listed(better)}."
         if better
         else f"Not shown: none of {n} methods is told apart from the student alone as better."
         if n > 1
@@ -83,18 +84,19 @@ def answer(results: Results, student: str) -> list[str]:
     found = [first]
     if worse:
         found.append(f"Worse than the student alone: {listed(worse)}.")
-    if rest := n - len(better) - len(worse):
-        found.append(f"Not told apart from it, either way: {rest}.")
+    if rest := [m for m in known if m not in (*better, *worse)]:
+        found.append(f"Not told apart from it: {listed(rest)}.")
     if any(s.equal.paired.n for s in known.values()):
         lost = [m for m in known if not known[m].equal.paired.n]
         found.append(
-            f"At equal training compute, where the student alone trains longer instead: {listed(equal)}."
+            "At equal training compute, against the student alone trained longer, "
+            + (f"{len(equal)} remain better: {listed(equal)}." if equal else "none is told apart as better.")
             + (f" Not known for {listed(lost)}." if lost else "")
         )
     else:
         found.append("At equal training compute nothing is known: the student alone has not trained longer.")
     best = max(known, key=lambda m: known[m].gain.paired.mean or 0)
-    lead = results.lead(student)
+    lead, sure = results.lead(student), [m for m in better if _below(known[m])]
     found.append(
         f"The largest mean gain is {known[best].gain.paired.mean or 0:+.2f} points of test mIoU "
         f"({results.label(best)})"
@@ -102,8 +104,8 @@ def answer(results: Results, student: str) -> list[str]:
     )
     found.append(
         f"How sure: told apart means that two 95 % intervals of the gain exclude 0, one over {seeds} "
-        f"seed{'s' * (seeds > 1)}, one over {results.images} test images. Each is of one method by itself. "
-        f"Tested together (max-T, 5 %): {listed([m for m, s in known.items() if _below(s)])}."
+        f"seed{'s' * (seeds > 1)}, one over {results.images} test images. Each is of one method by itself; "
+        f"tested together (max-T, 5 %), {len(sure)} of {n} are better{': ' * bool(sure)}{listed(sure)}."
     )
     if seeds < statistics.SEEDS_FOR_SIGNIFICANCE:
         found.append(f"Exploratory: {tables.power(seeds).removesuffix(', exploratory')}.")
@@ -111,24 +113,23 @@ def answer(results: Results, student: str) -> list[str]:
 
 
 def about(method: str, params: Params) -> dict[str, Any]:
-    """What the docstring of a method's file says: a summary, the formula or terms, the paper, the differences
-    from the authors' code, and all of it."""
+    """What the docstring of a method's file says: a summary, the formula or the terms, the paper, the
+    differences from the authors' code, and all of it."""
     file = f"{PAPER}/method.py" if records.is_variant(method) else f"baselines/{params.module_key(method)}.py"
     path = config.ROOT / file
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path.is_file() else None
     parts = (text or "").split("\n\n")
-
-    def starting(*heads: str) -> str:
-        return next((part for part in parts if part.startswith(heads)), "")
-
-    differences = [part for part in parts if part.startswith(("Differences", "Not in it"))]
+    formula = next((part for part in parts if part.startswith(("    ", "- ``"))), "")
+    if formula.startswith("- "):  # terms: the first sentence of each
+        formula = "\n".join("- " + term.split(". ")[0].rstrip(".") for term in _items(formula)[1:])
+    paper = next((part for part in parts if part.startswith("Source: ")), "").removeprefix("Source: ")
     return {
         "file": file,
         "summary": _marked(parts[0]),
-        "formula": _marked(starting("    ", "- ``")),
-        "paper": _marked(starting("Source: ").removeprefix("Source: ")),
-        "differences": [_marked(part) for part in differences],
-        "text": _marked(text or ""),
+        "formula": _block(formula),
+        "paper": _marked(paper),
+        "differences": [_marked(part) for part in parts if part.startswith(("Differences", "Not in it"))],
+        "text": Markup("").join(_block(part) for part in parts),
     }
 
 
@@ -305,7 +306,7 @@ def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, A
 
 
 def _below(stand: Standing) -> bool:
-    return stand.p_max is not None and stand.p_max < tables.ALPHA and (stand.gain.paired.mean or 0) > 0
+    return stand.p_max is not None and stand.p_max < tables.ALPHA
 
 
 def _named(names: Sequence[str]) -> str:
@@ -317,6 +318,26 @@ def _marked(text: str) -> Markup:
     """The text of a docstring with its ``code`` and **bold**."""
     text = re.sub(r"``(.+?)``", r"<code>\1</code>", escape(text, quote=False), flags=re.DOTALL)
     return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text, flags=re.DOTALL))
+
+
+def _block(text: str) -> Markup:
+    """A paragraph of a docstring: a formula, a list, or prose."""
+    if not text:
+        return Markup("")
+    if text.startswith("    "):
+        return Markup("<pre tabindex=0>{}</pre>").format(textwrap.dedent(text))
+    head, *items = _items(text)
+    found = Markup("<p>{}</p>").format(_marked(head)) if head else Markup("")
+    if items:
+        found += Markup("<ul>{}</ul>").format(
+            Markup("").join(Markup("<li>{}</li>").format(_marked(item)) for item in items)
+        )
+    return found
+
+
+def _items(text: str) -> list[str]:
+    """What stands before the items of a list, then the items."""
+    return re.split(r"^- ", text, flags=re.MULTILINE)
 
 
 def _picture(path: Path) -> str:

@@ -277,6 +277,17 @@ class Results:
         return found
 
     def standings(self, student: str, methods: Sequence[str]) -> dict[str, Standing]:
+        """As :meth:`_stand`, which is called once for each table."""
+        key = (student, *methods)
+        if key not in self._stands:
+            self._stands[key] = self._stand(student, methods)
+        return self._stands[key]
+
+    @cached_property
+    def _stands(self) -> dict[tuple[str, ...], dict[str, Standing]]:
+        return {}
+
+    def _stand(self, student: str, methods: Sequence[str]) -> dict[str, Standing]:
         """How every row of one table stands; the family of the tests is :meth:`tested` of ``methods``, and
         the best is one of them or the reference."""
         family = self.tested(methods)
