@@ -1,7 +1,7 @@
 """The page of the reports in a real browser, from disk and without a network: `make browser`.
 
-The suite is tiny but real, so that its panels come from networks; what stands on the page is compared with the
-tables beside it.
+The suite is tiny but real, so that its panels come from networks; what stands on the page is compared with
+the tables beside it.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def opened(root: Path, browser: Any, request: pytest.FixtureRequest) -> Iterator
     """The page, opened from disk; a message on the console or a request to anywhere fails the test."""
     look = {"viewport": {"width": 1280, "height": 900}} | getattr(request, "param", {})
     context, said, asked = browser.new_context(offline=True, **look), [], []
+    context.set_default_timeout(10_000)
     page = context.new_page()
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
@@ -130,7 +131,13 @@ def test_a_method_opens_by_mouse_and_by_keyboard(opened: Any) -> None:
     assert not method.is_visible()
     opened.get_by_role("button", name="cwd", exact=True).click()
     text = method.inner_text()
-    for part in ("Shu et al.", "tau² / (N * C)", "Differences from the authors' code", "weight: ", "Every seed"):
+    for part in (
+        "Shu et al.",
+        "tau² / (N * C)",
+        "Differences from the authors' code",
+        "weight: ",
+        "Every seed",
+    ):
         assert part in text
     assert method.locator("svg.chart polyline").count() == 4  # two seeds, and those of the student alone
     opened.keyboard.press("Escape")

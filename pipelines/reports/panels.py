@@ -31,7 +31,7 @@ from pipelines.runs.records import Record
 IMAGES = 6
 SIDES = (240, 192, 144, 96)  # pixels of a tile's longer side, the largest with which all fit
 MOST = 1_500_000  # bytes of all sheets of a benchmark
-INDEX = "panels.json"
+FOLDER, INDEX = "panels", "panels.json"
 PHOTOS, TRUTH = "photos", "truth"
 WRONG, RIGHT, UNLABELLED = (213, 94, 0, 235), (255, 255, 255, 165), (0, 0, 0, 120)
 
@@ -96,12 +96,12 @@ def scores(record: Record) -> np.ndarray:
 
 def update(results: Results, root: Path) -> None:
     """Make the sheets that can be made, keep those that are right, remove all others."""
-    folder, choice = root / "reports" / results.benchmark / "panels", choose(results)
+    folder, choice = place(results, root), choose(results)
     kept = valid(results, root, choice)
     if choice is not None:
         sheets = _sheets(kept)
-        wanted = [m for m in choice.cells if m not in sheets]
-        able = [m for m in wanted if (choice.cells[m].folder / "weights.safetensors").is_file()]
+        lacks = [m for m in choice.cells if m not in sheets]
+        able = [m for m in lacks if (choice.cells[m].folder / "weights.safetensors").is_file()]
         data = root / "data" / results.benchmark
         same = choice.cells[results.reference].run["data_sha256"]
         if able and (data / data_folder.DESCRIPTION).is_file() and data_folder.describe(data).sha256 == same:
@@ -109,18 +109,29 @@ def update(results: Results, root: Path) -> None:
                 _make(choice, able, kept, data, folder)
             except ConfigError as error:
                 log.warning("The panels of %s are not made: %s", results.benchmark, error)
-            kept = valid(results, root, choice)
-    right = {f"{name}.webp" for name in _files(kept)} | ({INDEX} if kept else set())
+    if (index := valid(results, root, choice)) is not None:
+        files.write_bytes(folder / INDEX, files.json_bytes(files.sealed(index)))
+    wanted = right(results, root)
     for path in folder.glob("*") if folder.is_dir() else ():
-        if path.name not in right:
+        if path not in wanted:
             path.unlink()
     with contextlib.suppress(OSError):
         folder.rmdir()  # when nothing is left in it
 
 
+def place(results: Results, root: Path) -> Path:
+    return root / "reports" / results.benchmark / FOLDER
+
+
+def right(results: Results, root: Path) -> set[Path]:
+    """The files of a benchmark's panels that belong to the records of today."""
+    folder, index = place(results, root), valid(results, root, choose(results))
+    return {folder / f"{name}.webp" for name in _files(index)} | ({folder / INDEX} if index else set())
+
+
 def valid(results: Results, root: Path, choice: Choice | None) -> dict[str, Any] | None:
     """panels.json with the sheets that belong to the records of today and are the files they were."""
-    folder = root / "reports" / results.benchmark / "panels"
+    folder = place(results, root)
     try:
         index = files.unseal((folder / INDEX).read_bytes())
     except (OSError, ValueError):
@@ -132,7 +143,8 @@ def valid(results: Results, root: Path, choice: Choice | None) -> dict[str, Any]
         return None
     current = {m: r.run["weights_sha256"] for m, r in choice.cells.items()}
     weights = {m: w for m, w in index["weights"].items() if m in whole and current.get(m) == w}
-    return index | {"weights": weights}
+    totals = {name: index["files"][name] for name in sorted({PHOTOS, TRUTH, *weights})}
+    return index | {"weights": weights, "files": totals}
 
 
 def shown(results: Results, root: Path) -> dict[str, Any] | None:
@@ -142,7 +154,7 @@ def shown(results: Results, root: Path) -> dict[str, Any] | None:
     if choice is None:
         return None
     sheets = _sheets(index)
-    folder = root / "reports" / results.benchmark / "panels"
+    folder = place(results, root)
     rows: list[tuple[str, str, list[float]]] = []
     for method, record in choice.cells.items():
         if method in sheets:
@@ -229,13 +241,21 @@ def _predictions(record: Record, images: Sequence[Any]) -> list[np.ndarray]:
     """The class of every pixel, as the evaluation of the cell saw it."""
     import torch
 
-    from pipelines.config import Training
+    from pipelines.config import Network, Training
     from pipelines.datasets.transforms import normalise
     from pipelines.engine import deploy, evaluate, machine
+    from pipelines.engine.teacher import load_state
+    from pipelines.networks import SegmentationNetwork, read_state
 
     training = Training.model_validate(record.run["config"]["training"])
-    device = machine.device()
-    network = deploy.load(record.run, record.folder / "weights.safetensors").to(device)
+    device, weights = machine.device(), record.folder / "weights.safetensors"
+    deploy.check_file(record.run, weights)
+    state = read_state(weights)
+    shape = Network.model_validate({**record.run["config"]["network"], "weights": None})
+    auxiliary = any(name.startswith("auxiliary.") for name in state)  # as in a teacher's file
+    network = SegmentationNetwork(shape, len(record.run["classes"]), auxiliary)
+    load_state(network, network.state_dict(), state, str(weights), "Train the cell again.")
+    network.eval().to(device)
     found = []
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
         for image in images:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 from pipelines import config
 from pipelines.config import EXPORTS, ROOT, TEACHER, ConfigError, Params
 from pipelines.datasets.folder import DESCRIPTION
-from pipelines.reports import figures, network_table, ranks
+from pipelines.reports import figures, network_table, panels, ranks
 from pipelines.reports.results import Results
 from pipelines.runs import budget, counts, exports, tracking
 from pipelines.runs.confusion import summary
@@ -75,7 +75,12 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
     except ConfigError as error:  # a seed of two machines; of unequal budgets, it is in the list already
         return list(dict.fromkeys([*listed, str(error)]))
     try:
-        return listed + list(_texts(params, every, root)) + list(_figures(every, root))
+        return (
+            listed
+            + list(_texts(params, every, root))
+            + list(_figures(every, root))
+            + list(_panels(every, root))
+        )
     except ConfigError as error:  # a damaged README
         return [*listed, str(error)]
 
@@ -313,7 +318,7 @@ def _texts(params: Params, every: Sequence[Results], root: Path) -> Iterator[str
         report.write_texts(params, every, root, target)
         readme.write(params, root, target)
         wanted = {p.relative_to(target): p.read_bytes() for p in sorted(target.rglob("*")) if p.is_file()}
-    kinds = (".md", ".csv", ".tex")
+    kinds = (".md", ".csv", ".tex", ".html")
     have = {p.relative_to(root) for p in (root / "reports").rglob("*") if p.suffix in kinds}
     for path in sorted(have - wanted.keys() - {budget.path(params, root).relative_to(root)}):
         yield f"{path} is no table of today's records: delete it."
@@ -341,6 +346,15 @@ def _figures(every: Sequence[Results], root: Path) -> Iterator[str]:
             yield f"{name} is missing: run `make tables`."
         elif _origin(path) != wanted[path]:
             yield f"{name} was drawn from other records, or changed: run `make tables`."
+
+
+def _panels(every: Sequence[Results], root: Path) -> Iterator[str]:
+    """Every image of the panels against its sum and against the weights and images of the records."""
+    wanted = {path for results in every for path in panels.right(results, root)}
+    for path in sorted(
+        path for path in (root / "reports").glob(f"*/{panels.FOLDER}/*") if path not in wanted
+    ):
+        yield f"{path.relative_to(root)} is no panel of today's records: run `make tables`."
 
 
 def _origin(path: Path) -> str | None:
