@@ -186,7 +186,7 @@ def texts(root: Path, *kinds: str) -> dict[str, bytes]:
     found = [
         path
         for path in sorted((root / "reports").rglob("*"))
-        if path.suffix in (kinds or (".md", ".csv", ".tex", ".png"))
+        if path.suffix in (kinds or (".md", ".csv", ".tex", ".png", ".html"))
     ]
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
 
@@ -387,14 +387,17 @@ def test_equal_compute_is_never_extrapolated_nor_taken_from_other_seeds(done: Pa
 def test_the_compute_figure_has_the_curve_of_the_student_alone(done: Path) -> None:
     figure = figures.compute(read(done))
     (axis,) = figure.axes
-    *seeds, mean = [line for line in axis.get_lines() if len(line.get_xdata())]
-    curve = ("none", "none-x1.5", "none-x2")
-    scores = np.array([[miou(done, key, seed) for key in curve] for seed in SEEDS])
-    assert all(line.get_xdata() == pytest.approx([0.3, 0.45, 0.6]) for line in (*seeds, mean))
-    assert np.array([line.get_ydata() for line in seeds]) == pytest.approx(scores)
-    assert mean.get_ydata() == pytest.approx(scores.mean(axis=0))
-    _, labels = axis.get_legend_handles_labels()
-    assert labels == ["none", "none ×1.5", "none ×2", "kd", "cwd", "acfd"]
+    (curve,) = [line for line in axis.get_lines() if len(line.get_xdata()) == 3]
+    gains = [
+        np.mean([miou(done, key, s) - miou(done, "none", s) for s in SEEDS]) for key in read(done).controls
+    ]
+    assert curve.get_xdata() == pytest.approx([1, 1.5, 2])
+    assert curve.get_ydata() == pytest.approx([0, *gains])
+    names = {text.get_text(): text.xyann[1] for text in axis.texts}
+    assert set(names) == {"none", "none ×1.5", "none ×2", "kd", "cwd", "acfd"}
+    low, high = axis.get_ylim()
+    line = (high - low) * 9 / 72 / figure.get_figheight()  # of 9 points
+    assert min(np.diff(sorted(names.values()))) > line
 
 
 def test_official_weights_stand_beside_their_method_and_are_not_tested(done: Path, tmp_path: Path) -> None:
@@ -644,7 +647,7 @@ def test_history_has_each_point_once(done: Path) -> None:
 def test_second_report_changes_nothing(done: Path) -> None:
     before, ids = texts(done), {run.info.run_id for run in runs(done)}
     text = (done / "README.md").read_bytes()
-    assert len(before) == len(readme.TABLES) * 3 + len(figures.NAMES)
+    assert len(before) == len(readme.TABLES) * 3 + len(figures.NAMES) + 1
     report.report(make_params(), done)
     assert texts(done) == before
     assert (done / "README.md").read_bytes() == text
@@ -870,7 +873,7 @@ def test_a_readme_without_markers_stays_as_it_is(root: Path) -> None:
 
 
 def test_benchmarks_without_a_record_get_no_report(done: Path, tmp_path: Path) -> None:
-    assert sorted(path.name for path in (done / "reports").iterdir()) == ["streets"]
+    assert sorted(path.name for path in (done / "reports").iterdir()) == ["index.html", "streets"]
     assert report.finished(make_params(), tmp_path) == {}
     report.report(make_params(), tmp_path)
     assert not (tmp_path / "reports").exists()

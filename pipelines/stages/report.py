@@ -104,7 +104,8 @@ def write_texts(params: Params, every: Sequence[Results], root: Path, target: Pa
         speed_table.write(params, folder, root)
         benchmark_table.write(params, folder, root)
     spread_table.write(params, every, folder, root)
-    page.write(params, every, folder, root)
+    if every or (root / claims.FILE).is_file():
+        page.write(params, every, folder, root)
 
 
 def main() -> None:

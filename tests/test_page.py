@@ -1,0 +1,110 @@
+"""What the page says, without a browser: the answer in words, the rank groups, what a method's file tells."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_report import SEEDS, STUDENT, make_params, make_record, make_root, read, row
+
+from pipelines import config
+from pipelines.reports import figures, page
+from pipelines.reports.looks import looks
+from pipelines.runs.records import Cell, expected_cells, teacher_cell
+from pipelines.stages import report
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_root(tmp_path_factory.mktemp("suite"), make_params())
+    report.report(make_params(), root)
+    return root
+
+
+def test_the_answer_follows_from_the_table(done: Path) -> None:
+    """cwd and acfd are better by both intervals, kd has two seeds, whose t-interval is wide."""
+    rows = {name: row(done, name) for name in ("kd", "cwd", "acfd")}
+    apart = {
+        name
+        for name, own in rows.items()
+        if float(own["over_seeds_low"]) > 0 and float(own["over_images_low"]) > 0
+    }
+    assert apart == {"cwd", "acfd"}
+    first, *others = page.answer(read(done), STUDENT)
+    order = sorted(apart, key=lambda name: -float(rows[name]["diff_mean"]))
+    assert first == f"Yes, at equal steps, for 2 of 3 methods: {order[0]} and {order[1]}."
+    text = " ".join(others)
+    assert "Not told apart from it: kd." in text
+    assert f"{float(rows[order[0]]['diff_mean']):+.2f} points of test mIoU ({order[0]})" in text
+    assert "Tested together" not in text and "tested together (max-T, 5 %), 0 of 3 are better." in text
+    assert "Exploratory: n = 3: the smallest p that a sign-flip test can reach is 0.25." in text
+    equal = [name for name in order if float(rows[name]["equal_over_seeds_low"]) > 0]
+    assert ("none is told apart" in text) == (not equal)
+
+
+def test_the_answer_admits_what_is_not_known(done: Path, tmp_path: Path) -> None:
+    results = read(done)
+    nothing = replace(results, cells=results.cells[results.cells["method"] == "none"])
+    assert page.answer(nothing, STUDENT) == [
+        f"Not known yet: no seed of {STUDENT} has finished with a method and without one."
+    ]
+    alone = replace(results, controls={}, methods=["none", "cwd"])
+    assert "nothing is known: the student alone has not trained longer" in " ".join(
+        page.answer(alone, STUDENT)
+    )
+    params = make_params(controls=[], methods=["kd"], variants=[])
+    make_record(teacher_cell(params, "streets"), tmp_path, params=params)
+    for seed in SEEDS:
+        make_record(Cell("streets", STUDENT, "none", seed), tmp_path, params=params)
+        make_record(Cell("streets", STUDENT, "kd", seed), tmp_path, skill=0.40, params=params)
+    first, second, *_ = page.answer(read(tmp_path, params), STUDENT)
+    assert first == "Not shown: kd is not told apart from the student alone as better."
+    assert second == "Worse than the student alone: kd."
+
+
+def test_groups_begin_with_what_is_not_told_from_the_best(done: Path) -> None:
+    results = read(done)
+    groups = results.groups(STUDENT, results.methods)
+    places = {m: s.place for m, s in results.standings(STUDENT, results.methods).items()}
+    assert {m for m, group in groups.items() if group == 1} == {m for m, p in places.items() if p}
+    assert set(groups) == {"none", "kd", "cwd", "acfd-full"} and groups["none"] > 1
+
+
+def test_every_method_has_a_summary_and_its_paper() -> None:
+    params = config.load()
+    for method in params.method_keys:
+        about = page.about(method, params)
+        assert about["summary"] and (ROOT / about["file"]).is_file(), method
+        if params.module_key(method) != params.suite.reference:
+            assert about["paper"], method
+            assert len(re.sub("<.*?>", "", about["formula"])) < 1500, method
+
+
+def test_a_method_has_one_look_on_every_benchmark(done: Path) -> None:
+    results, params = read(done), make_params()
+    fewer = replace(results, methods=["none", "cwd"])
+    assert looks(fewer) == looks(results)
+    look = looks(replace(results, weights={key: {} for key in config.load().method_keys}))
+    rivals = [key for key in config.load().methods if key != params.suite.reference]
+    assert len({look[key] for key in rivals}) == len(rivals)
+
+
+def test_the_page_asks_for_nothing(done: Path) -> None:
+    text = (done / "reports" / "index.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
+    own = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert re.findall(r"(?:src|href)=\"(?!#|data:)([^\"]*)", own) == []
+    assert str(done) not in text and all(figures.sentence(name, read(done)) for name in figures.NAMES)
+
+
+def test_a_name_is_no_markup(tmp_path: Path) -> None:
+    """A class and a note of a failure with characters of HTML stand on the page as they are."""
+    root = make_root(tmp_path, make_params())
+    note = next(c for c in expected_cells(make_params(), "streets") if (c.method, c.seed) == ("kd", 1))
+    (note.scratch(root) / "failure.txt").write_text("<script>alert(1)</script> & more")
+    report.report(make_params(), root)
+    text = (root / "reports" / "index.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text and "car &amp; van" in text
