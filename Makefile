@@ -39,7 +39,7 @@ spread: $(READY)  ## how far a cell of BENCHMARK moves when it is trained again 
 	python -m pipelines.tools.spread --benchmark $(BENCHMARK) $(if $(METHOD),--method $(METHOD)) $(if $(REPEATS),--repeats $(REPEATS))
 
 browser: $(READY)  ## the page of the reports in Chromium, if it is installed
-	python -m pytest tests/test_browser.py -rs
+	python -m pytest -m browser -rs tests/test_browser.py
 
 show: $(READY)  ## open the page of the reports
 	python -m webbrowser "file://$(CURDIR)/reports/index.html"

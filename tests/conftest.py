@@ -67,6 +67,7 @@ def put_figures(path: Path, lines: list[str]) -> None:
     files.write_bytes(path, "".join(new).encode())
 
 
+TINY_STUDENT = "pspnet-resnet18"
 TINY_DATA = {"dataset": "streets", "size": [32, 48], "train": 8, "val": 4, "test": 4, "seed": 0}
 CIRKD = {"pixel_queue": 200, "region_queue": 20, "pixel_keys": 64, "region_keys": 16}  # seconds, else
 TINY_TRAINING = {"steps": 6, "batch_size": 2, "crop": [32, 32], "warmup_steps": 2, "validate_every": 3}
@@ -139,6 +140,27 @@ def tiny_root(_one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Pa
     params = checked(config.load(root / "params.yaml"))
     fetch(root / "data", "streets", params.benchmark("streets"))
     run_cell(teacher_cell(params, "streets"), params, root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def reported(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with a tiny suite that has finished, two seeds of it, and its reports. Do not change it."""
+    from pipelines.engine.pack import run_pack
+    from pipelines.stages import report
+
+    root = Path(shutil.copytree(tiny_root, tmp_path_factory.mktemp("reported") / "suite"))
+    raw = read_params(root)
+    raw["suite"] |= {"methods": ["none", "kd", "cwd", "at"], "seeds": [0, 1], "controls": [1.5, 2]}
+    write_params(root, raw)
+    (root / "reports").mkdir()
+    for made in ("reports/claims.yaml", "reports/networks.yaml", "runs/networks.json", "runs/speed.json"):
+        shutil.copy(ROOT / made, root / made)
+    params = checked(config.load(root / "params.yaml"))
+    for seed in params.suite.seeds:
+        cells = [records.Cell("streets", TINY_STUDENT, method, seed) for method in params.suite_methods]
+        assert not any(run_pack(cells, params, root).values())
+    report.report(params, root)
     return root
 
 

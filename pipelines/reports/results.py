@@ -92,17 +92,23 @@ class Results:
         groups = self.cells.sort_values("seed").groupby(["student", "method"])
         return {(str(student), str(method)): rows for (student, method), rows in groups}
 
-    def rows(self, student: str, method: str) -> pd.DataFrame:
-        """The finished cells of a row, by seed."""
-        return self._rows.get((student, method), self.cells.iloc[:0])
+    @cached_property
+    def _values(self) -> dict[tuple[str, str, str], dict[int, float]]:
+        """Every number of the finished cells, by student, method and metric, then by seed."""
+        return {
+            (student, method, str(metric)): {
+                int(seed): float(value)
+                for seed, value in zip(rows["seed"], rows[metric], strict=True)
+                if not pd.isna(value)
+            }
+            for (student, method), rows in self._rows.items()
+            for metric in rows
+            if pd.api.types.is_numeric_dtype(rows[metric])
+        }
 
     def by_seed(self, student: str, method: str, metric: str = SCORE) -> dict[int, float]:
         """A metric of a row, by seed; a seed that has no such value is left out."""
-        found = self.rows(student, method)
-        if metric not in found:
-            return {}
-        values = zip(found["seed"], found[metric], strict=True)
-        return {int(seed): float(value) for seed, value in values if not pd.isna(value)}
+        return dict(self._values.get((student, method, metric), {}))
 
     def shown(self, student: str) -> list[str]:
         """The variants with a row for a student: those of the suite, and those with a cell."""
