@@ -43,7 +43,7 @@ smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
 
 torture: $(READY)  ## kills, clusters, damaged files, hostile input: many times each; figures to RELIABILITY.md
 	ACFD_TORTURE=RELIABILITY.md python -m pytest -n auto --maxprocesses 4 --dist worksteal \
-	  tests/test_reliability.py tests/test_suite.py tests/test_corruption.py tests/test_hostile.py
+	  tests/test_reliability.py tests/test_suite.py tests/test_corruption.py tests/test_hostile.py tests/test_pairs.py
 
 ui: $(READY)  ## MLflow's web page
 	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
