@@ -26,7 +26,7 @@ from pipelines.config import OFFICIAL, PAPER, Params
 from pipelines.reports import claims, figures, panels, ranks, statistics, svg, tables
 from pipelines.reports.looks import looks
 from pipelines.reports.ranks import Ranks
-from pipelines.reports.results import RESAMPLES, Gain, Results, Standing, variant
+from pipelines.reports.results import FEWEST, RESAMPLES, Gain, Results, Standing, variant
 from pipelines.runs import records
 
 FILE = "index.html"
@@ -107,6 +107,8 @@ def answer(results: Results, student: str) -> list[str]:
         f"seed{'s' * (seeds > 1)}, one over {results.images} test images. Each is of one method by itself; "
         f"tested together (max-T, 5 %), {len(sure)} of {n} are better{': ' * bool(sure)}{listed(sure)}."
     )
+    if (results.images or 0) < FEWEST:
+        found.append(f"Nothing is told apart here: that takes {FEWEST} test images.")
     if seeds < statistics.SEEDS_FOR_SIGNIFICANCE:
         found.append(f"Exploratory: {tables.power(seeds).removesuffix(', exploratory')}.")
     return found

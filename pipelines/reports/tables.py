@@ -20,7 +20,7 @@ import pandas as pd
 from pipelines import files
 from pipelines.config import PAPER, TEACHER
 from pipelines.reports import statistics
-from pipelines.reports.results import COMPUTE, RESAMPLES, SCORE, Results, Standing, machines, variant
+from pipelines.reports.results import COMPUTE, FEWEST, RESAMPLES, SCORE, Results, Standing, machines, variant
 from pipelines.reports.statistics import Interval
 from pipelines.runs import exports
 from pipelines.runs.tracking import metric_name
@@ -172,6 +172,12 @@ def warnings(results: Results) -> list[str]:
             f"{len(results.stale)} cells are left out, because their settings, data or teacher are not those "
             f"of today ({named}); run `make repro`, or delete their folders in runs/."
         )
+    for split in ("val", "test"):
+        if missing := results.absent(split):
+            found.append(
+                f"no pixel of {split} is of {', '.join(missing)}: no score there, and the mean is over the "
+                "other classes."
+            )
     for tag, kind in (("data_sha256", "versions of the data"), ("teacher.sha256", "teachers")):
         if len(results.distinct(f"tags.{tag}", students_only=True)) > 1:  # there is no record of the teacher
             found.append(f"the cells were trained with different {kind}; run `make repro`.")
@@ -234,7 +240,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
             f"95 % interval of the same difference from {RESAMPLES:,} bootstrap resamples of {images}, "
             "paired over methods, the trained networks held fixed: another uncertainty than that over seeds, "
             "never pooled with it; images count as independent, which the frames of one video are not, so "
-            "there it is too narrow",
+            f"there it is too narrow; of fewer than {FEWEST} images there is none, and nothing is told apart",
         ),
         (
             "≈ best",

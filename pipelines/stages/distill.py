@@ -6,6 +6,7 @@ import argparse
 
 from pipelines import cli, config
 from pipelines.methods import checked
+from pipelines.suite.place import check_links
 
 
 def main() -> None:
@@ -15,6 +16,7 @@ def main() -> None:
     parser.add_argument("--method", required=True, help="a key of `methods`, or acfd-<variant>")
     parser.add_argument("--seed", required=True, type=int)
     options = parser.parse_args()
+    check_links()
     params = checked(config.load())
 
     from pipelines.engine.pack import run_cell

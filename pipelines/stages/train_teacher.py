@@ -6,12 +6,14 @@ import argparse
 
 from pipelines import cli, config
 from pipelines.methods import checked
+from pipelines.suite.place import check_links
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--benchmark", required=True)
     options = parser.parse_args()
+    check_links()
     params = checked(config.load())
 
     from pipelines.engine.pack import run_cell
