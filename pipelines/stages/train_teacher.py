@@ -9,8 +9,10 @@ from pipelines.methods import checked
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--benchmark", required=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.stages.train_teacher", description="Train the teacher of a benchmark."
+    )
+    parser.add_argument("--benchmark", required=True, help="an entry of `benchmarks` in params.yaml")
     options = parser.parse_args()
     params = checked(config.load())
 

@@ -48,7 +48,11 @@ def write(params: Params, root: Path, target: Path) -> None:
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="make readme", description=__doc__).parse_args()
+    argparse.ArgumentParser(
+        prog="make readme",
+        description="For maintainers: write the reports and the generated parts of README and docs from the "
+        "committed records.",
+    ).parse_args()
     params = config.load()
     report.report(params, ROOT, committed(params))
     write(params, ROOT, ROOT)

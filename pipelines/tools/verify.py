@@ -413,7 +413,11 @@ def _sum(path: Path, kind: str) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    argparse.ArgumentParser(
+        prog="make verify",
+        description="Check that the records support every number of the reports, README and docs. Needs no "
+        "weights, no data and no MLflow.",
+    ).parse_args()
     params = config.load()
     found = problems(params)
     with contextlib.suppress(ConfigError):  # a damaged dvc.lock is among the problems
