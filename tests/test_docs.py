@@ -31,7 +31,7 @@ ELSEWHERE = {
     r"make tables": "tests/test_end_to_end.py: pipelines.stages.report",
     r"make verify": "tests/test_end_to_end.py: pipelines.tools.verify",
     r"make tune": "tests/test_tune.py: tune",
-    r"make speed .*": "tests/test_speed.py: def test_every_training_is_measured",
+    r"make speed( .*)?": "tests/test_speed.py: def test_every_training_is_measured",
     r"make spread( .*)?": "tests/test_spread.py: pipelines.tools.spread",
     r"ACFD_MIRROR=\S+ make repro": "tests/test_datasets.py: ACFD_MIRROR",
     r"make repro (SCHEDULER|JOBS)=.*|(?:CUDA_VISIBLE_DEVICES=0 )?dask .*|cd /shared/checkout.*": (

@@ -123,7 +123,7 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
         lines += [
             "",
             f"The GPU hours of {', '.join(estimated)} are **estimates**, from counted operations at "
-            f"{rate / 1e12:.3g} TFLOP/s ({source}), until somebody has measured them on a GPU.",
+            f"{rate / 1e12:.3g} TFLOP/s ({source}), until they are measured.",
         ]
     return "\n".join(lines)
 
