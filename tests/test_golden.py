@@ -1,9 +1,10 @@
 """What a training computes, against what it computed when the version of the engine was raised last.
 
-Three steps of every method of params.yaml, and of a teacher before them, at a tiny size: the terms of each
-step and two probes of what it did to the weights. ``tests/golden.json`` holds the settings too, so that a
-weight that was tuned since changes nothing here, and the sum of each method's files: one that has changed
-makes its own cells due and is left out. ``python tests/test_golden.py`` renews the file.
+Three steps of every method of params.yaml, and of a teacher before them, at a tiny size: the learning rate
+and the terms of each step, the settings of the optimisers, and two probes of what the steps did to the
+weights. ``tests/golden.json`` holds the settings too, so that a weight that was tuned since changes nothing
+here, and the sum of each method's files: one that has changed makes its own cells due and is left out.
+``python tests/test_golden.py`` renews the file.
 
 Tolerance: twenty times MEASURED, the largest relative difference between the kernels of one processor, which
 ``python tests/test_golden.py --measure`` prints: those of its choice (AVX2, an AMD EPYC) without oneDNN 2e-6
@@ -44,9 +45,14 @@ from pipelines.runs.records import Cell, teacher_cell
 from pipelines.stages.fetch import fetch
 
 FILE = Path(__file__).with_name("golden.json")
-MEASURED = {"terms": 1.2e-4, "weights": 1.0e-3}
+MEASURED = {
+    "terms": 1.2e-4,
+    "weights": 1.0e-3,
+    "exact": 1e-8,
+}  # exact: no kernel computes it, seven digits are kept
 TOLERANCE = 20  # times as much
 FLOOR = 1e-2  # what is smaller is compared as if it were as large: almost 0 has no relative difference
+OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "betas", "eps")  # of an optimiser
 
 CHANGED = (
     "What a training computes has changed: raise `engine` in params.yaml by one and renew tests/golden.json "
@@ -92,10 +98,18 @@ def settings(known: dict[str, Any]) -> Params:
 
 
 States = dict[str, dict[str, torch.Tensor]]
+OPTIMIZERS = "optimizers"  # the room of their options among the states
 
 
 def states(one: Trainee) -> States:
-    rooms = {"student": one.student.state_dict(), "method": one.method.state_dict()}
+    options = {
+        f"{name} {type(optimizer).__name__} {number} {option}": torch.tensor(group[option]).double()
+        for name, optimizer in one.found.items()
+        for number, group in enumerate(optimizer.param_groups)
+        for option in OPTIONS
+        if option in group
+    }
+    rooms = {"student": one.student.state_dict(), "method": one.method.state_dict(), OPTIMIZERS: options}
     return {room: {name: value.clone() for name, value in own.items()} for room, own in rooms.items()}
 
 
@@ -146,10 +160,14 @@ def learn(params: Params, root: Path, methods: list[str]) -> dict[str, Values]:
 
 def values(rows: list[dict[str, float]], before: States, after: States) -> Values:
     """The terms of each step, and of the change of the weights its mean size and a random direction."""
-    names = [name for name in rows[0] if name not in ("step", "val_miou")]
+    names = [name for name in rows[0] if name not in ("step", "val_miou", "lr")]
+    options = {name: value.flatten().tolist() for name, value in after[OPTIMIZERS].items()}
     return {
+        "exact": {"lr": [float(f"{row['lr']:.7g}") for row in rows]} | options,
         "terms": {name: [float(f"{row[name]:.7g}") for row in rows] for name in names},
-        "weights": {room: probe(before[room], after[room]) for room in after if after[room]},
+        "weights": {
+            room: probe(before[room], own) for room, own in after.items() if own and room != OPTIMIZERS
+        },
     }
 
 
@@ -171,7 +189,8 @@ def furthest(one: Values, other: Values) -> tuple[float, str]:
             return float("inf"), f"the {kind} {sorted(one[kind].keys() ^ other[kind].keys())}"
         for name in one[kind]:
             for number, pair in enumerate(zip(one[kind][name], other[kind][name], strict=True)):
-                gap = abs(pair[0] - pair[1]) / max(FLOOR, *map(abs, pair))
+                least = 1e-30 if kind == "exact" else FLOOR
+                gap = abs(pair[0] - pair[1]) / max(least, *map(abs, pair))
                 found.append((gap / MEASURED[kind], f"{name} [{number}] {pair[0]:g} → {pair[1]:g}"))
     return max(found)
 
@@ -230,6 +249,8 @@ def _mean_over_all(logits: torch.Tensor, batch: Any) -> torch.Tensor:
     [
         (engine, "cross_entropy", lambda logits, batch: 1.01 * _mean_over_all(logits, batch)),
         (engine, "auxiliary_weight", lambda training, recipe: 0.39),
+        (engine, "schedule", lambda training, step: (1 - step / training.steps) ** 0.95),
+        (engine, "SGD", lambda *some, **more: torch.optim.SGD(*some, **more | {"weight_decay": 0.0})),
         (transforms, "contrast", lambda images, factor: images),
         (transforms, "saturation", lambda images, factor: images),
     ],

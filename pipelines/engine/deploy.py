@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.config import ConfigError, Network
+from pipelines.config import ConfigError, Network, explain
 from pipelines.datasets.folder import Split, Stream
 from pipelines.datasets.transforms import normalise
 from pipelines.engine.teacher import load_state
@@ -73,7 +73,8 @@ def load(run: Mapping[str, Any], weights: Path) -> SegmentationNetwork:
             Network.model_validate({**run["config"]["network"], "weights": None}), len(run["classes"])
         )
     except ValidationError as error:
-        raise ConfigError(f"run.json beside {weights} describes no known network: {error}.") from None
+        said = explain("config.network", error, "run.json")
+        raise ConfigError(f"run.json beside {weights} describes no known network. {said}") from None
     load_state(network, network.exported(), read_state(weights), str(weights), "Train the cell again.")
     return network.eval()
 

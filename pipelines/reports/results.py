@@ -30,6 +30,7 @@ SCORE = "test/miou"
 COMPUTE = "compute/flops"
 
 RESAMPLES = 10_000  # of the test images
+FEWEST = 20  # test images of which a resample says something
 RESAMPLING_SEED = 0
 
 
@@ -124,6 +125,11 @@ class Results:
         for value in self.distinct("tags.classes"):
             return list(json.loads(value))
         return []
+
+    def absent(self, split: str) -> list[str]:
+        """The classes without a pixel in ``val`` or ``test``, which have no score there."""
+        scores: dict[str, float | None] = next((record.metrics[split]["iou"] for record in self.finished), {})
+        return [name for name, score in scores.items() if score is None]
 
     def distinct(self, column: str, students_only: bool = False) -> list[str]:
         """The different values of a column of strings, sorted."""
@@ -247,9 +253,10 @@ class Results:
 
     @cached_property
     def bootstraps(self) -> dict[str, ImageBootstrap]:
-        """Resampled test images, by student; none where the cells were not scored on the same images."""
+        """Resampled test images, by student; none where the cells were not scored on the same images, and of
+        a split of a few: resamples of a handful repeat it, and their interval excludes almost everything."""
         found = {}
-        for student in self.students:
+        for student in self.students if (self.images or 0) >= FEWEST else ():
             own = [r for r in self.finished if r.cell.student == student]
             if own and len({(r.run["data_sha256"], tuple(r.test_names())) for r in own}) == 1:
                 found[student] = statistics.image_bootstrap(_Counts(own), RESAMPLES, RESAMPLING_SEED)

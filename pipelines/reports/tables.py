@@ -21,7 +21,7 @@ import pandas as pd
 from pipelines import files
 from pipelines.config import PAPER, TEACHER
 from pipelines.reports import statistics
-from pipelines.reports.results import COMPUTE, SCORE, Results, Standing, machines, variant
+from pipelines.reports.results import COMPUTE, FEWEST, SCORE, Results, Standing, machines, variant
 from pipelines.reports.statistics import Interval
 from pipelines.runs import exports
 from pipelines.runs.tracking import metric_name
@@ -246,6 +246,12 @@ def warnings(results: Results) -> list[str]:
             f"{len(results.stale)} cells are left out, because their settings, data or teacher are not those "
             f"of today ({named}); run `make repro`, or delete their folders in runs/."
         )
+    for split in ("val", "test"):
+        if missing := results.absent(split):
+            found.append(
+                f"no pixel of {split} is of {', '.join(missing)}: no score there, and the mean is over the "
+                "other classes."
+            )
     for tag, kind in (("data_sha256", "versions of the data"), ("teacher.sha256", "teachers")):
         if len(results.distinct(f"tags.{tag}", students_only=True)) > 1:  # there is no record of the teacher
             found.append(f"the cells were trained with different {kind}; run `make repro`.")
@@ -281,9 +287,12 @@ def facts(results: Results) -> list[tuple[str, str]]:
             + ("unknown" if lead is None else f"{lead:+.2f} (mean over n = {n})")
         )
     hashes = [value[:12] for value in results.distinct("tags.data_sha256")]
+    images = str(results.images or "unknown")
+    if results.images and results.images < FEWEST:
+        images += f", fewer than {FEWEST}: no interval over images, and nothing is told apart"
     found = [
         ("benchmark", f"{results.benchmark}; data {', '.join(hashes) or 'unknown'}"),
-        ("test images", str(results.images or "unknown")),
+        ("test images", images),
         ("teacher", "not run" if test == "–" else f"{val} validation / {test} test mIoU"),
         ("lead of the teacher on validation", "; ".join(leads)),
         ("seeds", "; ".join(map(power, counts)) or "none has finished"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from pipelines import cli, config, files
@@ -36,7 +37,7 @@ def write(params: Params, root: Path, target: Path) -> None:
     found = {name: records for name, records in report.finished(params, root).items() if name in own}
     frames = {name: tracking.frame(map(tracking.entry, records)) for name, records in found.items()}
     every = report.gather_all(params, root, found, frames)
-    texts = (
+    texts: tuple[tuple[tuple[str, str], Callable[[], str]], ...] = (
         (readme.RESULTS, lambda: readme.block(every, params)),
         (readme.PLANS, lambda: benchmark_table.overview(params, every, root)),
         (readme.RULES, readme.rules),
