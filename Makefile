@@ -1,13 +1,18 @@
 # Everything a user types. Each target makes .venv first when it is not there; nothing else is needed.
 PYTHON ?= python3
-VENV := $(CURDIR)/.venv
+VENV := .venv# relative: the path of the checkout may have spaces
 READY := $(VENV)/.installed
 SHELL := bash
-export PATH := $(VENV)/bin:$(PATH)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_OFFLINE := 1
 export PYTHONPATH := $(CURDIR)
+
+# The scripts of an environment name its place: one that was moved with its checkout is made again.
+ifeq ($(shell test -e $(READY) && ! grep -qxF "$$(realpath $(VENV))" $(READY) && echo moved),moved)
+.PHONY: $(READY)
+endif
 
 .PHONY: repro test lint tables readme verify ui tune bench speed spread smoke torture clean lock
 
@@ -43,10 +48,10 @@ smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
 
 torture: $(READY)  ## kills, clusters, damaged files, hostile input: many times each; figures to docs/reliability.md
 	ACFD_TORTURE=docs/reliability.md python -m pytest -n auto --maxprocesses 4 --dist worksteal \
-	  tests/test_reliability.py tests/test_suite.py tests/test_corruption.py tests/test_hostile.py
+	  tests/test_reliability.py tests/test_suite.py tests/test_corruption.py tests/test_hostile.py tests/test_pairs.py
 
 ui: $(READY)  ## MLflow's web page
-	mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+	python -m mlflow ui --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db"
 
 lint: $(READY)
 	ruff check .
@@ -63,7 +68,7 @@ clean:  ## remove what can be rebuilt; records, reports, data, weights and resum
 
 $(READY): requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
-	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python --require-hashes -r requirements.lock
-	touch $@
+	$(VENV)/bin/python -m uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python --require-hashes -r requirements.lock
+	realpath $(VENV) > $@

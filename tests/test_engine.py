@@ -364,14 +364,14 @@ def test_a_method_that_changes_the_teacher_is_caught(place: Path, monkeypatch: p
     params, real = load(place), pack_module.train
 
     def meddling(trainees: Any, teacher: Any, *others: Any) -> None:
-        *shared, finish, tell = others
+        *shared, finish, tell, left = others
 
         def late(trainee: Any) -> None:
             if "/kd/" in trainee.label:
                 next(teacher.buffers()).data.add_(1)
             finish(trainee)
 
-        real(trainees, teacher, *shared, late, tell)
+        real(trainees, teacher, *shared, late, tell, left)
 
     monkeypatch.setattr(pack_module, "train", meddling)
     cells = [student_cell(key) for key in ("none", "kd", "cwd")]

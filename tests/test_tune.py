@@ -118,7 +118,11 @@ def test_a_trial_scores_the_same_beside_any_other(place: Path, params: Params) -
     assert short.benchmark("streets").training.steps == 2 != params.benchmark("streets").training.steps
 
 
-def test_a_killed_search_goes_on_with_the_trials_it_would_have_had(place: Path, params: Params) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_killed_search_goes_on_with_the_trials_it_would_have_had(
+    place: Path, params: Params, elsewhere: bool
+) -> None:
+    """From its database, or on another machine from the log of the rounds that it finished."""
     original = (place / "params.yaml").read_bytes()
     usual = Scored()
     tune.tune(params, place, usual)
@@ -128,10 +132,14 @@ def test_a_killed_search_goes_on_with_the_trials_it_would_have_had(place: Path, 
     for name in ("tuning.db", "reports/streets/tuning.csv"):
         (place / name).unlink()
     killed = Scored(stops=(1, 3, 4))
-    for _ in range(3):
+    for done in (0, 1, 1):
         with pytest.raises(KeyboardInterrupt):
             tune.tune(params, place, killed)
-        assert not (place / "reports" / "streets" / "tuning.csv").exists()
+        log = rows(place) if done else []
+        assert log == [row | {"chosen": ""} for row in whole if int(row["trial"]) < done]
+        assert budget.trials(params, place) == {}  # no table counts them
+        if elsewhere:
+            (place / "tuning.db").unlink()
     tune.tune(params, place, killed)
     assert rows(place) == whole
     first, second, third = usual.rounds

@@ -59,10 +59,16 @@ def weights(row: dict[str, str]) -> dict[str, float]:
     return {name: float(value) for name, value in (pair.split("=") for pair in row["weights"].split())}
 
 
+def finished(rows: list[dict[str, str]]) -> bool:
+    """Whether a search has chosen the weights of every method."""
+    return any(row["chosen"] for row in rows)
+
+
 def trials(params: Params, root: Path = ROOT) -> dict[str, int]:
-    """Trials by method. :class:`ConfigError` when one method was given more than another: such weights are no
-    fair comparison."""
-    counts = Counter(row["method"] for row in read(path(params, root)))
+    """Trials by method, none while the search goes on. :class:`ConfigError` when one method was given more
+    than another: such weights are no fair comparison."""
+    rows = read(path(params, root))
+    counts = Counter(row["method"] for row in (rows if finished(rows) else ()))
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{method} {count}" for method, count in counts.items())
         raise ConfigError(

@@ -6,6 +6,7 @@ import argparse
 
 from pipelines import cli, config
 from pipelines.methods import checked
+from pipelines.suite.place import check_links
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
         "--seed", required=True, type=int, help="of initial weights, batches and augmentation"
     )
     options = parser.parse_args()
+    check_links()
     params = checked(config.load())
 
     from pipelines.engine.pack import run_cell

@@ -12,6 +12,7 @@ from typing import Any
 from pipelines import cli, config, files
 from pipelines.config import ConfigError
 from pipelines.datasets import folder
+from pipelines.suite.place import check_links
 
 
 def fetch(
@@ -78,6 +79,7 @@ def main() -> None:
     benchmark = parser.parse_args().benchmark
     from pipelines.methods import checked  # needs torch, which the rest here has no use for
 
+    check_links()
     params = checked(config.load())
     students = [params.student(key) for key in params.suite.students]
     fetch(config.ROOT / "data", benchmark, params.benchmark(benchmark), students)

@@ -6,6 +6,7 @@ import argparse
 
 from pipelines import cli, config
 from pipelines.methods import checked
+from pipelines.suite.place import check_links
 
 
 def main() -> None:
@@ -14,6 +15,7 @@ def main() -> None:
     )
     parser.add_argument("--benchmark", required=True, help="an entry of `benchmarks` in params.yaml")
     options = parser.parse_args()
+    check_links()
     params = checked(config.load())
 
     from pipelines.engine.pack import run_cell

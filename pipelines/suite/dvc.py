@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines import files
 from pipelines.config import ROOT, ConfigError
+from pipelines.suite.place import in_git
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ class Pipeline:
 
         logging.getLogger("dvc").setLevel(logging.ERROR)
         try:
-            repo = Repo(str(self.root))
+            alone = {} if in_git(self.root) else {"core": {"no_scm": True}}
+            repo = Repo(str(self.root), config=alone)
             _ = repo.index.stages
         except Exception as error:  # of DVC's own family, and of its parsers
             raise _refused(error) from None

@@ -36,7 +36,7 @@ from pipelines import cli, config, files  # noqa: E402
 from pipelines.config import PAPER, ROOT, ConfigError, Params  # noqa: E402
 from pipelines.runs import records  # noqa: E402
 from pipelines.runs.records import Cell, teacher_cell  # noqa: E402
-from pipelines.suite import dvc, plan, work  # noqa: E402
+from pipelines.suite import dvc, place, plan, work  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -267,6 +267,9 @@ def check_networks(params: Params, root: Path = ROOT) -> None:
 def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
     """Bring everything up to date; the sentences of what failed."""
     params = config.load(root / "params.yaml")
+    place.check_links(root)
+    if (why := place.no_commit(root)) is not None:
+        log.warning("records will name no commit of the code: %s", why)
     dvc.heal(root)
     plan.restore_teachers(params, root)
     pipeline = dvc.Pipeline(root)

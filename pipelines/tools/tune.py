@@ -2,10 +2,10 @@
 
 What is searched, and in which range, stands in the ``Config`` of each method (``pipelines.method.Search``).
 Every method gets ``tuning.trials`` trials on the same schedule and seed: first the middle of its ranges, then
-what Optuna's TPE proposes. The trials of all methods train side by side, in packs. A killed search goes on
-where it stopped and proposes the same trials. The test split is never read. When all methods have their
-trials, the best weights of each go into params.yaml and the log of all trials to
-``reports/<benchmark>/tuning.csv``; the seeds of the tables play no part.
+what Optuna's TPE proposes. The trials of all methods train side by side, in packs. The test split is never
+read, and the seeds of the tables play no part. After each round the log of all trials is in
+``reports/<benchmark>/tuning.csv``: a killed search goes on where it stopped, on another machine too, and
+proposes the same trials. When all methods have theirs, the best weights of each go into params.yaml.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def tune(params: Params, root: Path = ROOT, train: Callable[[Round], Scores] | N
         for method, (trial, weights) in asked.items():
             _tell(method, studies[method], trial, weights, scores[method])
         if due:
+            _export(path, params, tasks, studies, {})
             log.info("round %d of %d: %d trials.", number + 1, tuning.trials, len(due))
     chosen = {task.method: _best(task, studies[task.method]) for task in tasks}
     _export(path, params, tasks, studies, chosen)
@@ -207,6 +208,7 @@ def _export(
     studies: dict[str, optuna.Study],
     chosen: dict[str, Weights],
 ) -> None:
+    """Write the log; a search that goes on has ``chosen`` nothing."""
     text = io.StringIO()
     writer = csv.DictWriter(text, budget.COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -214,7 +216,7 @@ def _export(
         marked = False
         for number, trial in enumerate(_counted(studies[task.method])):
             weights = {name: _value(trial.params[name]) for name in task.ranges}
-            mark = trial.value is not None and weights == chosen[task.method] and not marked
+            mark = trial.value is not None and weights == chosen.get(task.method) and not marked
             marked |= mark
             writer.writerow(
                 {

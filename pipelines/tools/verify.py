@@ -294,9 +294,12 @@ def _tuning(params: Params, root: Path) -> Iterator[str]:
         yield f"{name}: trials of other lengths or seeds than tuning.steps and tuning.seed of params.yaml."
     if {row["method"] for row in rows} != set(tuning.methods):
         yield f"{name}: has not the methods of tuning.methods of params.yaml."
+    done = tuning.trials if budget.finished(rows) else max(int(row["trial"]) for row in rows) + 1
     for method in tuning.methods:
-        if [int(row["trial"]) for row in rows if row["method"] == method] != [*range(tuning.trials)]:
-            yield f"{name}: has not the {tuning.trials} trials (tuning.trials of params.yaml) of {method}."
+        if [int(row["trial"]) for row in rows if row["method"] == method] != [*range(done)]:
+            yield f"{name}: has not the {done} trials (tuning.trials of params.yaml) of {method}."
+    if not budget.finished(rows):  # `make tune` goes on from there, and no table counts them
+        return
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method and row["val_miou"]]
         chosen = [row for row in own if row["chosen"]]

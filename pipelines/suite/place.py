@@ -1,0 +1,46 @@
+"""What is wrong with the place of a checkout is said before anything is made in it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from pipelines.config import ROOT, ConfigError
+
+TRACKED = ("data", "weights", "runs", "reports", "teachers")  # DVC follows no link in them
+
+
+def check_links(root: Path = ROOT) -> None:
+    """:class:`ConfigError` for a folder of results that is a link."""
+    for folder in (path for name in TRACKED for path in (root / name, *(root / name).glob("*"))):
+        if folder.is_symlink():
+            name, disk = folder.relative_to(root), folder.readlink()
+            raise ConfigError(
+                f"{name} is a link to {disk}, and DVC follows no links: put the whole checkout on that disk, "
+                f"or mount it there (`mount --bind {disk} {name}`). Most room is taken by DVC's cache, which "
+                "may lie anywhere: `dvc cache dir --local /another/disk`."
+            )
+
+
+def in_git(root: Path) -> bool:
+    return any((folder / ".git").exists() for folder in (root, *root.parents))
+
+
+def no_commit(root: Path = ROOT) -> str | None:
+    """Why records can name no commit of the code, with what would help; None where they can."""
+    if not in_git(root):
+        return "this is no git checkout. All else works; clone the repository to have them named."
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return "git is not installed."
+    if done.returncode == 0:
+        return None
+    if "dubious ownership" in done.stderr:
+        return (
+            "its files belong to another user. "
+            f"`git config --global --add safe.directory '{root}'` allows them."
+        )
+    return f"{' '.join(done.stderr.split())[:200]}."

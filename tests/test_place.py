@@ -1,0 +1,90 @@
+"""Where a checkout lies: spaces in its path, links, no git, files of another user, a moved environment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, copy_repository
+
+from pipelines.config import ConfigError
+from pipelines.suite.dvc import Pipeline
+from pipelines.suite.place import check_links, no_commit
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    return copy_repository(tmp_path / "my disk" / "kd suite")
+
+
+def say(root: Path, target: str = "tables") -> str:
+    """What `make` would do."""
+    done = subprocess.run(["make", "--dry-run", target], cwd=root, check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def test_make_in_a_path_with_spaces_makes_one_environment_and_again_after_a_move(clone: Path) -> None:
+    assert "-m venv --clear .venv\n" in say(clone)
+    ready = clone / ".venv" / ".installed"
+    ready.parent.mkdir()
+    ready.write_text(f"{ready.parent.resolve()}\n")
+    assert say(clone) == "python -m pipelines.stages.report\n"
+    assert f'"sqlite:///{clone}/mlflow.db"' in say(clone, "ui")
+    moved = clone.rename(clone.with_name("moved suite"))
+    assert "-m venv --clear .venv\n" in say(moved)
+    # an environment that several checkouts share by a link has not moved
+    other = copy_repository(clone.with_name("other"))
+    (moved / ".venv" / ".installed").write_text(f"{moved.resolve() / '.venv'}\n")
+    (other / ".venv").symlink_to(moved / ".venv")
+    assert say(other) == "python -m pipelines.stages.report\n"
+
+
+@pytest.mark.parametrize("name", ["data", "runs", "data/streets"])
+def test_a_link_to_another_disk_is_refused_before_anything_is_made(clone: Path, name: str) -> None:
+    disk = clone.parent / "disk"
+    disk.mkdir()
+    shutil.rmtree(clone / name, ignore_errors=True)
+    (clone / name).parent.mkdir(exist_ok=True)
+    (clone / name).symlink_to(disk)
+    with pytest.raises(ConfigError, match=rf"^{name} is a link to .*disk.*mount --bind.*dvc cache dir"):
+        check_links(clone)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.stages.fetch", "--benchmark", "streets"],
+        cwd=clone, env={**os.environ, "PYTHONPATH": str(clone)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {name} is a link to")
+    assert not [*disk.iterdir()]
+
+
+def test_without_git_dvc_works_and_records_name_no_commit(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(clone)
+    shutil.rmtree(clone / ".git")
+    if (reason := no_commit(clone)) is None:
+        pytest.skip("the temporary folder lies inside a git checkout")
+    assert "no git checkout" in reason
+    pipeline = Pipeline(clone)
+    assert "fetch@streets" in pipeline.stages and "count" not in pipeline.changed()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_files_of_another_user_are_said_with_what_allows_them(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert no_commit(clone) is None
+    monkeypatch.setenv("HOME", str(clone.parent))  # a developer may have allowed every folder
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    for path in (clone, clone / ".git"):
+        os.chown(path, 12345, 12345)
+    assert f"git config --global --add safe.directory '{clone}'" in (no_commit(clone) or "")
+    subprocess.run(["git", "config", "--global", "--add", "safe.directory", str(clone)], check=True)
+    assert no_commit(clone) is None
+
+
+def test_this_checkout_is_a_good_place() -> None:
+    check_links(ROOT)
