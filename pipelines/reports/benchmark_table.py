@@ -80,7 +80,8 @@ def table(params: Params, root: Path = ROOT) -> Table:
         f"sustains {rate / 1e12:.3g} TFLOP/s, {source}. {speed_table.COMMAND} measures your own.",
         f"Student: {key}. trainings: the methods, controls and seeds of params.yaml.",
     ]
-    return Table("benchmarks", "planned compute", pd.DataFrame(data, dtype=object), COLUMNS, text, notes)
+    frame = pd.DataFrame(data, dtype=object)
+    return Table("benchmarks", "planned compute", frame, COLUMNS, text, notes, frozenset({COLUMNS[2]}))
 
 
 def write(params: Params, folder: Path, root: Path = ROOT) -> None:
