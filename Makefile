@@ -25,10 +25,10 @@ test: $(READY)  ## the tests, on all cores
 tables: $(READY)  ## regenerate tables and figures from the committed run records: no weights, no GPU
 	python -m pipelines.stages.report
 
-readme: $(READY)  ## for maintainers: reports/ and the results in README.md from the committed records alone
+readme: $(READY)  ## for maintainers: reports/ and the generated parts of README.md and docs/, from the committed records
 	python -m pipelines.tools.readme
 
-verify: $(READY)  ## whether the run records support every number of the reports and the README
+verify: $(READY)  ## whether the run records support every number of the reports, README and docs
 	python -m pipelines.tools.verify
 
 tune: $(READY)  ## the same trials of loss weights for every method, on the validation split
@@ -52,8 +52,8 @@ show: $(READY)  ## open the page of the reports
 smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
 	python -m pytest -m smoke
 
-torture: $(READY)  ## kills, clusters, damaged files, hostile input: many times each; figures to RELIABILITY.md
-	ACFD_TORTURE=RELIABILITY.md python -m pytest -n auto --maxprocesses 4 --dist worksteal \
+torture: $(READY)  ## kills, clusters, damaged files, hostile input: many times each; figures to docs/reliability.md
+	ACFD_TORTURE=docs/reliability.md python -m pytest -n auto --maxprocesses 4 --dist worksteal \
 	  tests/test_reliability.py tests/test_suite.py tests/test_corruption.py tests/test_hostile.py tests/test_pairs.py
 
 ui: $(READY)  ## MLflow's web page

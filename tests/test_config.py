@@ -193,33 +193,6 @@ def test_stage_list_is_the_matrix_of_params() -> None:
     assert sorted(listed) == sorted([*expected, "count", "report"])
 
 
-def test_every_command_of_the_readme_exists() -> None:
-    text = (ROOT / "README.md").read_text()
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    used = set(re.findall(r"(?:`|^)make ([a-z]+)", text, re.MULTILINE))
-    assert {"repro", "test", "verify", "tables", "ui", "lint", "clean", "tune", "bench"} <= used <= targets
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
-    for name in re.findall(r"`(acfd|baselines|pipelines|reports)/([a-z_/-]+\.[a-z]+)`", text):
-        if name[1] not in ("mymethod.py",):
-            assert (ROOT / "/".join(name)).exists(), name
-
-
-def test_what_the_readme_adds_is_accepted(tmp_path: Path) -> None:
-    """The student and the method that the README shows are valid entries."""
-    text = (ROOT / "README.md").read_text()
-    student = re.search(r"`(pspnet-mobilenetv2: \{.*?\})`", text)
-    method = re.search(r"`(mymethod: \{.*?\})`", text)
-    assert student and method
-    raw = read_params()
-    raw["students"] |= yaml.safe_load(student[1])
-    write_params(tmp_path, raw)
-    assert (
-        checked(config.load(tmp_path / "params.yaml")).student("pspnet-mobilenetv2").encoder
-        == "tu-mobilenetv2_100"
-    )
-    assert yaml.safe_load(method[1]) == {"mymethod": {"weight": 0.1}}
-
-
 def test_yaml_is_read_as_dvc_reads_and_writes_it() -> None:
     """DVC writes small numbers into dvc.lock as 6e-05, which is a text in YAML 1.1."""
     assert config.parse_yaml("lr: 6e-05", "dvc.lock") == {"lr": 0.00006}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -18,6 +19,7 @@ import yaml
 from conftest import ROOT, copy_repository, read_params, tiny, write_params
 from PIL import Image
 from suites import change, environment, git, repro, run_dvc
+from test_docs import ELSEWHERE, PAGES, own_data, shell
 
 from pipelines.reports import figures, readme
 
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.smoke
 
 # the method that the README adds
 NEW = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+OWN = own_data()
 STUDENT = "streets/pspnet-resnet18"
 
 
@@ -174,6 +177,45 @@ def test_every_method_of_params_yaml_runs(clone: Path) -> None:
     assert {*methods, "kd (official weight)"} <= set(rows)
     assert {rows[name]["status"] for name in (*methods, "kd (official weight)")} == {"complete"}
     assert due(clone) == set() and not json.loads(run_dvc(clone, "status", "--json").stdout)
+
+
+def test_the_blocks_of_shell_in_the_docs_run(clone: Path) -> None:
+    """As a user types them, with images and masks of their own; those of ELSEWHERE have other tests."""
+    ran = []
+    (clone / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    os.utime(clone / "requirements.lock", (0, 0))  # the environment is there
+    for folder in ("photos", "masks"):
+        (clone / folder).mkdir()
+    rng = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        names = [f"{split}{i}" for i in range(4)]
+        (clone / f"{split}.txt").write_text("\n".join(names))
+        for name in names:
+            Image.fromarray(rng.integers(0, 256, (32, 48, 3), np.uint8)).save(clone / f"photos/{name}.jpg")
+            Image.fromarray(rng.integers(0, 3, (32, 48), np.uint8)).save(clone / f"masks/{name}.png")
+    raw = read_params(clone)
+    change(
+        clone,
+        lambda raw: raw["benchmarks"].update(mine={**raw["benchmarks"]["streets"], "data": OWN["data"]}),
+    )
+    change(clone, lambda raw: raw["suite"].update(benchmarks=["streets", "mine"], methods=["none"]))
+    for page in PAGES:
+        for block in shell(page):
+            if any(re.fullmatch(pattern, line) for pattern in ELSEWHERE for line in block):
+                continue
+            script = "\n".join(["set -e", *block])
+            done = subprocess.run(
+                ["bash", "-c", script], cwd=clone, env=environment(clone), capture_output=True, text=True
+            )
+            assert done.returncode == 0, (page.name, block, done.stdout[-2000:] + done.stderr[-3000:])
+            ran += block
+    assert {"make repro", "dvc repro -f fetch@mine"} <= set(ran)
+    assert (clone / "masks/legend.png").is_file() and (clone / "deployed/student.onnx").is_file()
+    assert (clone / "reports/mine/comparison.md").is_file()
+    for made in ("runs/mine", "reports/mine", "photos", "masks", "deployed"):
+        shutil.rmtree(clone / made)
+    write_params(clone, raw)
+    repro(clone)
 
 
 @pytest.fixture(scope="module")

@@ -692,6 +692,8 @@ def rendered(names: list[str], folder_: Path) -> tuple[str, str]:
 
 def check_tables(names: list[str], target: Path) -> None:
     markdown, tex = rendered(names, target)
+    (links,) = (line for line in markdown.splitlines() if line.startswith("- [What the columns mean]("))
+    markdown = markdown.replace(f"{links}\n", "")  # which has nothing of these names
     wanted = [" ".join(name.split()) for name in names]
     tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(markdown)
     inline = [child for token in tokens for child in token.children or ()]
@@ -714,7 +716,7 @@ def check_tables(names: list[str], target: Path) -> None:
     for line in lines:
         left = re.sub(known, "", line)
         assert left.count("&") == 1 and not re.search(r"[\\%$#_{}~^<>|]", left), line
-    assert all(line.startswith("%") for line in tex.split("\\begin{tabular}")[0].splitlines())
+    assert all(line.startswith("%") for line in tex.split("\\begingroup")[0].splitlines())
 
 
 def test_tables_print_hostile_names_as_they_stand(tmp_path: Path) -> None:
@@ -751,7 +753,7 @@ def test_a_hostile_note_of_a_failure_stays_in_its_cell(place: Path) -> None:
     assert (
         "&lt;script&gt;alert(1)&lt;/script&gt; | a_b | \\input{x} $y$ 50%" in html and "<script" not in html
     )
-    assert row.count(" | ") >= 10
+    assert row.count(" | ") >= 7
     assert (place / "README.md").read_text().count("<!-- results:end -->\nafter\n") == 1
     assert r"\textbackslash{}input\{x\} \$y\$ 50\%" in (place / "reports/streets/comparison.tex").read_text()
 

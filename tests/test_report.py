@@ -7,8 +7,10 @@ import io
 import itertools
 import json
 import logging
+import re
 import shutil
 import statistics as stdlib
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from PIL import Image
 from pipelines import config
 from pipelines.config import Params
 from pipelines.files import json_bytes, write_bytes
-from pipelines.reports import benchmark_table, figures, ranks, readme, tables
+from pipelines.reports import benchmark_table, claims, figures, network_table, ranks, readme, tables
 from pipelines.reports.results import COMPUTE, SCORE, Results, gather
 from pipelines.runs import tracking
 from pipelines.runs.confusion import summary
@@ -51,7 +53,6 @@ SKILL = {
 }
 STUDENT = "psp_net-r18"
 SEEDS = [0, 1, 2]
-IMAGES = 24  # of test: from results.FEWEST on they have an interval
 PROCESSOR = "A Processor (R) 2.0 GHz"
 
 
@@ -98,7 +99,7 @@ def make_record(
         rates[:, range(5), range(5)] = right
         return rng.poisson(rates * pixels[None, :, None]).astype(np.int64)
 
-    test, val = counts(IMAGES, skill), counts(5, skill + 0.08)
+    test, val = counts(24, skill), counts(5, skill + 0.08)
     metrics = {"val": summary(val, CLASSES), "test": summary(test, CLASSES)}
     best = metrics["val"]["miou"] + 0.5
     rows = []
@@ -120,9 +121,7 @@ def make_record(
     writer.writeheader()
     writer.writerows(rows)
     arrays = io.BytesIO()
-    np.savez_compressed(
-        arrays, test=test, val=val, test_names=np.array([f"{i:03}.png" for i in range(IMAGES)])
-    )
+    np.savez_compressed(arrays, test=test, val=val, test_names=np.array([f"{i:03}.png" for i in range(24)]))
     distils = not cell.method.startswith("none") and not cell.is_teacher
     steps = 300 if cell.is_teacher else params.schedule(cell.benchmark, cell.method).steps
     plain = {key: 10**9 for key in ("none", *params.controls)}
@@ -366,8 +365,11 @@ def test_equal_compute_is_the_interpolated_student_alone_seed_by_seed(done: Path
     mean, low, high = (
         float(row(done, "cwd")[f"equal_{key}"]) for key in ("diff_mean", "over_seeds_low", "over_seeds_high")
     )
-    assert rf"{mean:+.2f} \[{low:+.2f}, {high:+.2f}\], images \[" in text
-    assert "1.5, 2 times the steps" in text and "Nothing is extrapolated" in text
+    above = min(low, float(row(done, "cwd")["equal_over_images_low"])) > 0
+    assert row(done, "cwd")["equal_verdict"] == ("gain" if above else "undecided")
+    assert rf"{mean:+.2f} \[{low:+.2f}, {high:+.2f}\]{' ↑' * above} |" in text
+    assert "1.5, 2 times the steps" in (done / "reports/streets/conditions.md").read_text(encoding="utf-8")
+    assert "never extrapolated" in " ".join((ROOT / "docs" / "tables.md").read_text(encoding="utf-8").split())
 
 
 def test_equal_compute_is_never_extrapolated_nor_taken_from_other_seeds(done: Path) -> None:
@@ -419,9 +421,7 @@ def test_official_weights_stand_beside_their_method_and_are_not_tested(done: Pat
         assert {key: row(tmp_path, name)[key] for key in ("p_holm", "p_max_t", "near_best")} == {
             key: line[key] for key in ("p_holm", "p_max_t", "near_best")
         }
-    text = (tmp_path / "reports/streets/comparison.md").read_text(encoding="utf-8")
-    assert "rows with official weights are descriptive: neither is tested or counted" in text
-    assert "not tuned" not in text
+    assert "not tuned" not in (tmp_path / "reports/streets/comparison.md").read_text(encoding="utf-8")
 
 
 def test_a_control_alone_is_no_result(tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ def test_a_control_alone_is_no_result(tmp_path: Path) -> None:
     found = read(tmp_path)
     assert readme.sentences(found, STUDENT) == [f"No cell of {STUDENT} has finished yet."]
     assert readme.in_short([found]) == [] and ranks.rank([found]) is None
-    assert row_text(found, "none ×2")[2] == "1" and row_text(found, "none ×2")[4] == ""
+    assert row_text(found, "none ×2")[2].endswith("(n = 1)") and row_text(found, "none ×2")[3] == ""
 
 
 def test_methods_outside_the_suite_have_a_row_only_where_they_have_a_cell(done: Path) -> None:
@@ -469,7 +469,7 @@ def test_seeds_from_different_machines_are_fine_and_named(root: Path) -> None:
     for folder in (root / "runs/streets" / STUDENT).glob("*/1"):
         rewrite(folder, {"hardware": {"device": "NVIDIA H100", "processor": "B", "cores": 2, "threads": 2}})
     report.report(make_params(), root)
-    text = (root / "reports/streets/comparison.md").read_text(encoding="utf-8")
+    text = (root / "reports/streets/conditions.md").read_text(encoding="utf-8")
     assert r"seed 0, 2: A Processor (R) 2.0 GHz, threads: 2, torch 2.9.0; " in text
     assert r"seed 1: NVIDIA H100, torch 2.9.0" in text
     assert "seeds ran on different machines" in text
@@ -486,16 +486,20 @@ def test_significance_is_said_after_holm_and_whether_it_could_be_reached(done: P
     results = read(done)
     methods = ["none", "none-x1.5", "cwd", "acfd-full"]
     text = tables.significance(results, STUDENT, methods) or ""
-    assert "for 2 comparisons: nothing below 0.05; with n = 3 the first could reach 0.5, so no" in text
-    assert "(n = 7 is needed). By the max-T test over all of them: nothing below 0.05; it could" in text
+    assert text == (
+        "sign-flip tests of 2 methods, n = 3: nothing below 0.05 by Holm (it could reach 0.5: n = 7 is "
+        "needed), nothing below 0.05 by max-T (it could reach 0.25)"
+    )
     assert tables.significance(results, STUDENT, ["none"]) is None
     cells = results.cells[results.cells["seed"] == 0]
     more = pd.concat([cells.assign(seed=seed) for seed in range(8)], ignore_index=True)
     more.loc[more["method"] == "cwd", SCORE] += 5 + more["seed"]
     text = tables.significance(replace(results, cells=more), STUDENT, ["none", "cwd"]) or ""
-    assert "for 1 comparison: cwd below 0.05; with n = 8 the first could reach 0.0078. By" in text
-    assert text.endswith("cwd below 0.05; it could reach 0.0078")
-    assert "Sign-flip test, adjusted by Holm" in (done / "README.md").read_text()
+    assert text == (
+        "sign-flip tests of 1 method, n = 8: cwd below 0.05 by Holm (it could reach 0.0078), cwd below 0.05 "
+        "by max-T (it could reach 0.0078)"
+    )
+    assert "sign-flip tests of 3 methods" in (done / "reports/streets/comparison.md").read_text()
 
 
 def test_comparison_holds_what_the_methods_cost(done: Path) -> None:
@@ -563,24 +567,19 @@ def test_headers_say_what_was_measured(done: Path) -> None:
     }
     teacher = json.loads((done / "runs/streets/teacher/metrics.json").read_text())
     lead = teacher["val"]["miou"] - stdlib.fmean(val.values())
-    for name in readme.TABLES:
-        for kind in ("md", "tex"):
-            text = (done / f"reports/streets/{name}.{kind}").read_text(encoding="utf-8")
-            assert f"{lead:+.2f} (mean over n = 3)" in text
-            assert (
-                f"{teacher['val']['miou']:.2f} validation / {teacher['test']['miou']:.2f} test mIoU" in text
-            )
-            for part in (
-                "d" * 12,
-                "ddof 1",
-                "last iterate",
-                f"steps {make_params().benchmark('streets').training.steps}",
-                "A Processor (R) 2.0 GHz",
-                "exploratory",
-            ):
-                assert part in text
-            assert "warning" not in text.lower()
-            assert "MLflow" not in text
+    for name in (tables.CONDITIONS, *(f"{table}.tex" for table in readme.TABLES)):
+        text = (done / "reports/streets" / name).read_text(encoding="utf-8")
+        assert f"{lead:+.2f} (mean over n = 3)" in text
+        assert f"{teacher['val']['miou']:.2f} validation / {teacher['test']['miou']:.2f} test mIoU" in text
+        for part in (
+            "d" * 12,
+            f"steps {make_params().benchmark('streets').training.steps}",
+            "A Processor (R) 2.0 GHz",
+            "exploratory",
+        ):
+            assert part in text
+        assert "warning" not in text.lower()
+        assert "MLflow" not in text
 
 
 def test_tex_and_markdown_keep_names_as_they_are(done: Path) -> None:
@@ -589,12 +588,101 @@ def test_tex_and_markdown_keep_names_as_they_are(done: Path) -> None:
     assert r"car \& van &" in tex
     assert r"$\pm$" in tex
     body = tex[tex.index(r"\midrule") : tex.index(r"\bottomrule")].splitlines()[1:]
-    columns = int(tex.split("*{ ")[1].split(" }")[0])
+    columns = len(tex.split(r"\begin{tabular}{ ")[1].split(" }")[0])
     assert {line.replace(r"\&", "").count("&") for line in body} == {columns - 1}
     assert tables.escape_tex(r"50% #1 a_b {x} ~ ^ $ \n" + "\nnext") == (
         r"50\% \#1 a\_b \{x\} \textasciitilde{} \textasciicircum{} \$ \textbackslash{}n next"
     )
     assert tables.escape_markdown("a|b_c\n<d>") == r"a\|b\_c \<d\>"
+
+
+# --- tables that can be read ---
+
+COMMANDS = {
+    *("begingroup", "endgroup", "footnotesize", "setlength", "tabcolsep", "noindent", "resizebox", "ifdim"),
+    *("width", "linewidth", "else", "fi", "begin", "end", "toprule", "midrule", "bottomrule"),
+    *("textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater", "textbar"),
+    *("pm", "approx", "times", "Delta", "uparrow", "downarrow"),
+}
+
+
+def all_tables(root: Path) -> Path:
+    """Every table there is, of made-up records and the repository's own counts and measurements."""
+    params = make_params()
+    target = root / "all"
+    for name in ("runs/networks.json", "runs/speed.json", "runs/spread.json", "reports/networks.yaml"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    for benchmark in ("streets", "camvid-small"):
+        make_root(root, params, benchmark)
+    found = report.finished(params, root)
+    frames = {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
+    every = report.gather_all(params, root, found, frames)
+    report.write_texts(params, every, root, target)
+    whole = config.load()
+    network_table.write(network_table.load(ROOT / network_table.PUBLISHED), whole, target / "reports")
+    claims.write(claims.load(ROOT / claims.FILE), every, whole, target / "reports")
+    return target / "reports"
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return all_tables(tmp_path_factory.mktemp("everything"))
+
+
+def test_a_markdown_table_has_eight_columns_and_three_lines_of_notes(everything: Path) -> None:
+    pages = sorted(everything.rglob("*.md"))
+    assert {"comparison", "cost", "ablation", "per_class", "ranks", "networks", "speed", "spread"} <= {
+        page.stem for page in pages
+    }
+    for page in (page for page in pages if page.name != tables.CONDITIONS):
+        lines = page.read_text(encoding="utf-8").splitlines()
+        for head in (lines[i - 1] for i, line in enumerate(lines) if re.match(r"\| ?---", line)):
+            assert head.replace(r"\|", "").count("|") - 1 <= tables.MOST, page
+        for _, part in itertools.groupby(lines, key=lambda line: not line.startswith("#")):
+            assert sum(line.startswith("- ") for line in part) <= 3, page
+        targets = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+        assert targets
+        for target in targets:
+            path, _, anchor = target.replace("\\", "").partition("#")
+            here = (page.parent / path).resolve()
+            there = ROOT / here.relative_to(everything.parent.resolve())
+            assert here.is_file() or there.is_file(), (page, target)
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, target
+
+
+def test_a_tex_table_is_sound_and_fits_a_page(everything: Path) -> None:
+    """Known commands, balanced braces, letters that pdfLaTeX has, as many cells as columns."""
+    files = sorted(everything.rglob("*.tex"))
+    assert len(files) >= 2 * len(readme.TABLES) + 3
+    for file in files:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        body = "\n".join(line for line in lines if not line.startswith("%"))
+        assert {*re.findall(r"\\([A-Za-z]+)", body)} <= COMMANDS, file
+        plain = re.sub(r"\\[{}]", "", body)
+        assert plain.count("{") == plain.count("}") and body.count("$") % 2 == body.count(r"\$") % 2
+        assert all(character < "\u0250" for character in body), file
+        for part in body.split(r"\begin{tabular}{ ")[1:]:
+            columns = len(part.split(" }")[0])
+            rows = [line for line in part.splitlines()[1:] if line.endswith(r" \\")]
+            assert {row.replace(r"\&", "").count("&") for row in rows} == {columns - 1}, file
+            assert len(rows) <= tables.LINES + 1 and columns <= tables.MOST
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
+def test_a_tex_table_compiles(everything: Path, tmp_path: Path) -> None:
+    files = sorted(everything.rglob("*.tex"))
+    inputs = "\n\\clearpage\n".join(f"\\input{{{file}}}" for file in files)
+    (tmp_path / "all.tex").write_text(
+        "\\documentclass{article}\n\\usepackage{booktabs,graphicx}\n\\begin{document}\n"
+        f"{inputs}\n\\end{{document}}\n"
+    )
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert found.returncode == 0, found.stdout[-2000:]
+    assert "Overfull" not in found.stdout and f"({len(files)} pages" in found.stdout, found.stdout[-2000:]
 
 
 def test_every_run_is_finished_and_complete(done: Path) -> None:
@@ -650,7 +738,7 @@ def test_history_has_each_point_once(done: Path) -> None:
 def test_second_report_changes_nothing(done: Path) -> None:
     before, ids = texts(done), {run.info.run_id for run in runs(done)}
     text = (done / "README.md").read_bytes()
-    assert len(before) == len(readme.TABLES) * 3 + len(figures.NAMES) + 1
+    assert len(before) == len(readme.TABLES) * 3 + 1 + len(figures.NAMES) + 1  # and the page
     report.report(make_params(), done)
     assert texts(done) == before
     assert (done / "README.md").read_bytes() == text
@@ -686,7 +774,7 @@ def test_the_tables_do_not_depend_on_the_store(root: Path, caplog: pytest.LogCap
     after = texts(root)
     assert {name: after[name] for name in csvs} == csvs
     for name in before:
-        if name.endswith((".md", ".tex")):
+        if name.endswith(".tex") or name.endswith(tables.CONDITIONS):
             extra = [
                 line
                 for line in after[name].decode().splitlines()
@@ -695,6 +783,8 @@ def test_the_tables_do_not_depend_on_the_store(root: Path, caplog: pytest.LogCap
             assert len(extra) == 1
             assert "MLflow could not be used" in extra[0]
             assert str(root) not in extra[0]
+        elif name.endswith(".md"):
+            assert after[name] == before[name]
 
 
 @pytest.mark.parametrize("cut", ["small", "teacher", "none"])
@@ -712,7 +802,7 @@ def test_a_lead_that_is_small_or_missing_is_a_warning(cut: str, tmp_path: Path) 
     results = gather(params, "streets", tracking.frame(map(tracking.entry, records)), tmp_path)
     tables.write(results, tmp_path / "reports/streets")
     (tmp_path / "README.md").write_text("<!-- results:begin --><!-- results:end -->", encoding="utf-8")
-    assert readme.update(tmp_path / "README.md", readme.RESULTS, readme.block([results], None, []))
+    assert readme.update(tmp_path / "README.md", readme.RESULTS, readme.block([results], params))
     wanted = {
         "small": f"the teacher leads the undistilled {STUDENT} by ",
         "teacher": f"the lead of the teacher over {STUDENT} is unknown, because the teacher has no finished "
@@ -783,18 +873,38 @@ def test_cells_of_other_data_or_another_teacher_are_left_out(done: Path, tmp_pat
 def test_readme_block(done: Path) -> None:
     text = (done / "README.md").read_text(encoding="utf-8")
     assert text.startswith(
-        "# A\n<!-- results:begin -->\n### In short\n\n- Does distillation help here? Of 3 "
+        "# A\n<!-- results:begin -->\nDoes distillation help? On streets with psp\\_net-r18 (2 or 3 seeds), "
+        "3 of 3 methods are above "
     )
     assert text.endswith("<!-- results:end -->\nafter\n")
     assert "\nold\n" not in text
     acfd = row(done, "acfd")
-    assert f"| acfd | 3 | {float(acfd['miou_mean']):.2f} ± {float(acfd['miou_sd']):.2f} |" in text
-    best, second = sorted(table(done, "comparison"), key=lambda line: -float(line["miou_mean"]))[:2]
-    assert f"Best mean test mIoU of psp\\_net-r18: {best['method']}, {float(best['miou_mean']):.2f}; " in text
-    assert second["method"] in text.split("; not told apart from it: ")[1].split(".")[0].split(", ")
-    assert "exploratory" in text
+    assert f"| acfd | {float(acfd['miou_mean']):.2f} ± {float(acfd['miou_sd']):.2f} (n = 3) |" in text
+    best = max(table(done, "comparison"), key=lambda line: float(line["miou_mean"]))
+    assert f"The best is {best['method']}, {float(best['diff_mean']):+.2f} " in text
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
+    wanted = sorted(table(done, "comparison"), key=lambda line: -float(line["miou_mean"]))
+    assert rows == ["| method", *(f"| {line['method']}" for line in wanted)]
+    assert "Not finished: 1 of 6 rows lack trainings." in text
     for part in text.split("](")[1:]:
-        assert (done / part.split(")")[0]).is_file()
+        assert (done / part.split(")")[0]).is_file() or part.startswith("docs/tables.md#comparison")
+
+
+def test_the_readme_shows_eight_rows_of_the_benchmark_of_tuning(done: Path, tmp_path: Path) -> None:
+    """Without its records it says that there are none; with them all, who is first."""
+    params = make_params(methods=["kd", "cwd"])
+    rivals = {f"kd{i}": {"weight": 1.0} for i in range(8)}
+    methods = params.methods | rivals
+    suite = params.suite.model_copy(update={"methods": ["kd", "cwd", *rivals]})
+    params = params.model_copy(update={"methods": methods, "suite": suite})
+    text = readme.block([], params)
+    assert text.startswith("The table is not finished: no student of `camvid-half` has been trained")
+    found = read(done, params)
+    text = readme.block([found], params)  # of the first that there is
+    assert text.count("\n| ") == 1 + readme.ROWS and "8 of 14 rows" in text
+    assert "| none |" in text and "| acfd |" in text and "9 of 14 rows lack trainings" in text
+    every = [replace(found, benchmark="other"), replace(found, benchmark="camvid-half")]
+    assert "On camvid-half with" in readme.block(every, params)
 
 
 def test_sentences_follow_the_scores(tmp_path: Path) -> None:
@@ -818,8 +928,8 @@ def test_sentences_follow_the_scores(tmp_path: Path) -> None:
     assert worse.startswith("cwd -") and rest.startswith("acfd ") and "kd" not in rest
     equal = text.split("to each method's own compute, by both intervals: ")[1].split("]. ")[0]
     assert equal.startswith("above: kd +") and "below: cwd -" in equal and "acfd -" in equal
-    assert "Holm for 3 comparisons: nothing below 0.05" in text and "(n = 7 is needed)" in text
-    assert "By the max-T test over all of them: kd, cwd below 0.05; it could reach 0.031." in text
+    assert "n = 6: nothing below 0.05 by Holm (it could reach 0.094: n = 7 is needed)" in text
+    assert "kd, cwd below 0.05 by max-T (it could reach 0.031)" in text
     short = " ".join(readme.in_short([read(root, params)]))
     assert "Of 3 comparisons (method, benchmark, student)" in short
     assert "Holm's adjustment; 2 of 3 below 0.05 by the max-T test (kd on streets" in short
@@ -901,9 +1011,7 @@ def test_the_plan_of_a_benchmark_follows_from_counts_and_schedule() -> None:
     assert rows.loc["cityscapes", "cells"] == len(suite.seeds) * (methods + 1 + len(suite.controls))
     text = benchmark_table.overview(config.load(), [], ROOT)
     assert "| `cityscapes` | leftImg8bit_trainvaltest.zip" in text
-    assert (
-        f"| {whole / benchmark_table.SUSTAINED / 3600:,.0f} GPU hours, estimated at 40 TFLOP/s, assumed |"
-        in text
-    )
+    assert f"| {whole / benchmark_table.SUSTAINED / 3600:,.0f} GPU hours |" in text
+    assert "ade20k are **estimates**, from counted operations at 40 TFLOP/s (assumed)" in text
     settings = "benchmarks: [voc], students: [pspnet-resnet18-imagenet], weights: [resnet18, resnet101]"
     assert f"| `{settings}` |" in text and "| `benchmarks: [streets]` |" in text

@@ -20,19 +20,13 @@ COPIES = 3  # of a data set on disk: its archives, data/<benchmark>, DVC's cache
 (HEIGHT, WIDTH), _ = counts.SIZES[0]  # at which the networks were counted
 COLUMNS = [
     "benchmark",
-    "crop",
-    "batch",
-    "teacher: steps",
-    "PFLOP",
-    "h",
-    "student alone: steps",
-    "PFLOP",
-    "h",
-    "with its teacher: PFLOP",
-    "h",
-    "cells of the suite",
-    "h",
-    "h, by measured steps",
+    "batch, crop",
+    "steps: teacher, student",
+    "teacher (h)",
+    "student alone (h)",
+    "with its teacher (h)",
+    "trainings",
+    "all of them (h)",
 ]
 
 
@@ -76,22 +70,18 @@ def table(params: Params, root: Path = ROOT) -> Table:
         measured = speed_table.hours(name, params, root)
         row |= dict(zip(("measured_hours", "device"), measured or (None, None), strict=True))
         data.append(row)
-        steps = f"{row['teacher_steps']:,}", f"{row['steps']:,}"
-        costs = [_cost(flops, rate) for flops in (learned, alone, guided, whole)]
-        parts = (steps[0], *costs[0], steps[1], *costs[1], *costs[2], str(cells), costs[3][1])
-        last = f"{_hours(measured[0])} ({measured[1]})" if measured else "–"
-        text.append([name, str(row["crop"]), str(row["batch_size"]), *parts, last])
+        hours = [_cost(flops, rate) for flops in (learned, alone, guided, whole)]
+        if measured:
+            hours[-1] = f"{_hours(measured[0])}, by measured steps ({measured[1]})"
+        steps = f"{row['teacher_steps']:,}, {row['steps']:,}"
+        text.append([name, f"{row['batch_size']}, {row['crop']}", steps, *hours[:3], str(cells), hours[3]])
     notes = [
-        "Estimated, not measured: multiply-adds of the networks (networks.md), scaled from "
-        f"{HEIGHT}×{WIDTH} pixels to the crop; a training step costs 3 forward passes of what is trained and "
-        "1 of the teacher. The terms of a method and validation are not in it.",
-        f"Student: {key}. PFLOP: 10¹⁵ operations, 2 per multiply-add. h: hours of one GPU that sustains "
-        f"{rate / 1e12:.3g} TFLOP/s, {source}. {speed_table.COMMAND} measures the steps of a benchmark on "
-        "your GPU, before any data is there; they then stand in the last column and in speed.md.",
-        "cells of the suite: the methods, controls and seeds of params.yaml; h: of the teacher and of these, "
-        "a method counted with its teacher, the student alone without, a control for its longer training.",
+        "Estimated from counted operations, not measured, unless a row says so: hours of one GPU that "
+        f"sustains {rate / 1e12:.3g} TFLOP/s, {source}. {speed_table.COMMAND} measures your own.",
+        f"Student: {key}. trainings: the methods, controls and seeds of params.yaml.",
     ]
-    return Table("benchmarks", "planned compute", pd.DataFrame(data, dtype=object), COLUMNS, text, notes)
+    frame = pd.DataFrame(data, dtype=object)
+    return Table("benchmarks", "planned compute", frame, COLUMNS, text, notes, frozenset({COLUMNS[2]}))
 
 
 def write(params: Params, folder: Path, root: Path = ROOT) -> None:
@@ -103,7 +93,7 @@ def write(params: Params, folder: Path, root: Path = ROOT) -> None:
 
 
 def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str:
-    """The table of benchmarks in the README: what to download, room, time, and how to run it."""
+    """The table of benchmarks in docs/: what to download, room, time, and how to run it."""
     planned = {row["benchmark"]: row["suite_flops"] for row in table(params, root).data.to_dict("records")}
     measured = {results.benchmark: results.finished for results in every}
     rate, source = _rate(params, root)
@@ -111,6 +101,7 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
         "| benchmark | what to download | disk, about | time | `make repro`, with this under `suite` |",
         "|---|---|--:|---|---|",
     ]
+    estimated = []
     for name, benchmark in params.benchmarks.items():
         module = config.dataset_module(benchmark.data, name)
         if records := measured.get(name):
@@ -122,14 +113,19 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
         elif pd.isna(planned[name]):
             time = "not known"
         else:
-            time = (
-                f"{_cost(planned[name], rate)[1]} GPU hours, estimated at {rate / 1e12:.3g} TFLOP/s, {source}"
-            )
+            time = f"{_cost(planned[name], rate)} GPU hours"
+            estimated.append(name)
         room = "–" if module.GIGABYTES is None else f"{COPIES * module.GIGABYTES:.1f} GB"
         settings, weights = _settings(params, name)
         needs = module.NEEDS + (f"; ImageNet weights {', '.join(weights)}" if weights else "")
         texts = (f"`{name}`", needs, room, time, f"`{settings}`")
         lines.append(f"| {' | '.join(texts)} |")
+    if estimated:
+        lines += [
+            "",
+            f"The GPU hours of {', '.join(estimated)} are **estimates**, from counted operations at "
+            f"{rate / 1e12:.3g} TFLOP/s ({source}), until they are measured.",
+        ]
     return "\n".join(lines)
 
 
@@ -142,7 +138,8 @@ def _settings(params: Params, name: str) -> tuple[str, list[str]]:
         return found, []
     plain = params.student(first)
     same = (plain.architecture, plain.encoder)
-    student = next(
+    tuned = params.tuning.student if name == params.tuning.benchmark else None
+    student = tuned or next(
         (
             key
             for key, network in params.students.items()
@@ -167,11 +164,9 @@ def _rate(params: Params, root: Path) -> tuple[float, str]:
     return SUSTAINED, "assumed"
 
 
-def _cost(flops: float | None, rate: float) -> tuple[str, str]:
-    """In PFLOP and in hours."""
-    if flops is None:
-        return "–", "–"
-    return number(flops / 1e15, ".3g" if flops < 1e18 else ",.0f"), _hours(flops / rate / 3600)
+def _cost(flops: float | None, rate: float) -> str:
+    """In hours."""
+    return "–" if flops is None else _hours(flops / rate / 3600)
 
 
 def _hours(spent: float) -> str:

@@ -295,40 +295,34 @@ def table(claims: Claims, every: Sequence[Results], params: Params) -> Table:
         data.append(row)
         where = f"{claim.dataset or 'data set not stated'}{f' ({claim.split})' if claim.split else ''}"
         teacher = f" from {claim.teacher}" if claim.teacher else ", teacher not stated"
+        name = f" as {claim.published_as}" if claim.published_as else ""
         text.append(
             [
                 claim.id,
-                claim.method,
-                claim.published_as or "",
+                f"{claim.method}{name}",
                 where,
                 (claim.student or "student not stated") + teacher,
-                _claimed_text(claim),
+                f"{_claimed_text(claim)} ({claim.source})",
+                "–" if measured is None else f"{_measured_text(measured)}, {_place(measured)}",
                 verdict.word,
                 _why(verdict),
-                "–" if measured is None else f"{_measured_text(measured)}, {_place(measured)}",
-                "–" if verdict.gap is None else f"{verdict.gap:+.2f}",
-                claim.source,
-                claim.evidence,
             ]
         )
     columns = [
         "claim",
         "method",
-        "published as",
         "data set (split)",
         "student from teacher",
-        "claimed gain",
+        "claimed gain (source)",
+        "measured gain",
         "verdict",
         "why",
-        "measured gain",
-        "measured − claimed",
-        "source",
-        "evidence",
     ]
+    words = [row["verdict"] for row in data]
     notes = [
-        "gains: points of mIoU; in brackets the 95 % t-interval over n paired seeds.",
-        "measured gain: of the comparable benchmark, else of the closest one with the same data set (same "
-        "student first, then fewest differences); of any data set where the source does not state its own.",
+        f"{len(words)} claims: " + ", ".join(f"{words.count(word)} {word}" for word in VERDICTS) + ".",
+        "measured gain: of the comparable benchmark, else of the closest one; with the 95 % t-interval over "
+        "n paired seeds.",
     ]
     return Table("claims", "claims", pd.DataFrame(data, dtype=object), columns, text, notes)
 
@@ -419,37 +413,21 @@ def sentences(claims: Claims, every: Sequence[Results], params: Params) -> list[
 def write(claims: Claims, every: Sequence[Results], params: Params, folder: Path) -> None:
     """Write ``folder/claims.md`` and ``folder/claims.csv``; the same input gives the same bytes."""
     judged, outline = table(claims, every, params), directions(claims, every)
-    words = judged.data["verdict"].tolist()
+    rules = "[How a claim is judged](../docs/tables.md#claims)"
     lines = [
         "# Published against measured",
         "",
-        "Generated from claims.yaml, params.yaml and the run records: the verdicts are computed.",
+        _plain(" ".join(sentences(claims, every, params))),
         "",
         "## Does the direction hold?",
         "",
         *_markdown(outline),
         "",
-        "## How a claim is judged",
-        "",
-        *(f"- {rule}" for rule in RULE),
-        "",
         "## Claims",
-        "",
-        f"{len(words)} claims: " + ", ".join(f"{words.count(word)} {word}" for word in VERDICTS) + ".",
         "",
         *_markdown(judged),
         "",
-        "## Sources",
-        "",
-        *(f"- **{key}**: {_plain(s.cite)}. Read in: {_plain(s.where)}." for key, s in claims.sources.items()),
-        "",
-        "## Evidence",
-        "",
-        *(f"- **{key}**: {_plain(text)}" for key, text in claims.evidence.items()),
-        "",
-        "## Published protocols",
-        "",
-        *(f"- **{key}**: {_plain(_protocol_text(p))}" for key, p in claims.protocols.items()),
+        f"{rules}, [all columns](claims.csv), sources, evidence and protocols in [claims.yaml](claims.yaml).",
         "",
     ]
     files.write_bytes(folder / "claims.md", "\n".join(lines).encode())
@@ -677,28 +655,11 @@ def _listed(items: Sequence[Direction]) -> str:
     )
 
 
-def _protocol_text(protocol: Protocol) -> str:
-    stated = [
-        text
-        for text, value in (
-            (f"{protocol.images} images", protocol.images),
-            (f"crop {_pixels(protocol.crop or ())}", protocol.crop),
-            (f"batches of {protocol.batch_size} images", protocol.batch_size),
-            (f"{protocol.steps or 0:,} steps", protocol.steps),
-            (f"learning rate {protocol.lr or 0:g}", protocol.lr),
-            (f"weight decay {protocol.weight_decay or 0:g}", protocol.weight_decay),
-            ("ImageNet weights" if protocol.pretrained else "no ImageNet weights", protocol.pretrained),
-        )
-        if value is not None
-    ]
-    return "; ".join([*stated, protocol.text])
-
-
 def _markdown(shown: Table) -> list[str]:
     """A table in Markdown, its notes below it."""
     rows = [shown.columns, ["---"] * len(shown.columns), *shown.rows]
     lines = ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows]
-    return [*lines, "", *(f"- {_plain(note)}" for note in shown.notes)]
+    return [*(f"- {_plain(note)}" for note in shown.notes), "", *lines]
 
 
 def _plain(text: str) -> str:

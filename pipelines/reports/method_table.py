@@ -32,13 +32,7 @@ def table(params: Params, root: Path = ROOT) -> Table:
     ]
     notes = [
         f"Counted, not measured, for PSPNet-ResNet101 to PSPNet-ResNet18 at {size[0]}×{size[1]}, "
-        f"{counts.BATCH} images, {classes} classes: the method's own terms, their gradients and its own "
-        "optimiser's step, without student and teacher.",
-        "TFLOP: 10¹² operations of convolutions and matrix products, 2 per multiply-add; distances and "
-        "correlations by elements are not in it. Memory: what is kept for the backward pass, the teacher's "
-        "taps and the method's parameters with their gradients. The largest tensor exists for a moment on "
-        "top.",
-        "Parameters are trained with the student and not exported.",
+        f"{counts.BATCH} images, {classes} classes: the method's own part, without student and teacher.",
     ]
     columns = ["method", "TFLOP a step", "memory (GiB)", "largest tensor (GiB)", "parameters (M)"]
     return Table("methods", "what each method adds to a step", pd.DataFrame(data), columns, rows, notes)

@@ -83,34 +83,28 @@ def table(published: Published, params: Params, root: Path = ROOT) -> Table:
         base = _at(own, *counts.SIZES[0])
         row: dict[str, Any] = {"network": key, "used_as": "; ".join(uses)}
         row |= {"parameters": base.get("parameters"), "macs": base.get("macs")}
-        beside = [_beside(entry, count, own) for entry, count in _of(published, network)]
-        data += [row | more for more in beside or [dict.fromkeys(BESIDE)]]
+        beside = [
+            _beside(entry, count, own) | {"differences": _explained(entry)}
+            for entry, count in _of(published, network)
+        ]
+        data += [row | more for more in beside or [dict.fromkeys((*BESIDE, "differences"))]]
     size = "×".join(map(str, counts.SIZES[0][0]))
-    columns = ["network", "used as", "parameters (M)", f"GMACs, {size}", "source", "input, classes"]
-    columns += ["published (M)", "here (M)", "and differences (M)"]
-    columns += ["published GMACs", "here GMACs", "and differences GMACs"]
+    columns = ["network", "used as", "parameters (M)", f"GMACs, {size}", "published by", "input, classes"]
+    columns += ["published / here (M)", "published / here (GMACs)"]
     notes = [
-        f"Counted: the deployed network (no auxiliary head), one image of {size} pixels, "
-        f"{counts.SIZES[0][1]} classes. GMACs: 10⁹ multiply-adds of convolutions and matrix "
-        "products, those of attention included; "
-        "FLOPs in the other tables are twice as many.",
-        "Beside a published count stands that of this suite at the same input and number of classes, and "
-        "with what the source's network is known to have more or less (below). What is left is rounding, and "
-        "normalisation and activations, which some sources count.",
-        *(_explained(entry) for entry in published.networks if entry.differences),
-        "SegFormer at 1024×2048: the source does not state the number of classes; the numbers fit 150, not "
-        "the 19 of Cityscapes.",
-        "Where the source does not state the input, multiply-adds are not compared.",
+        f"Counted on the deployed network, {counts.SIZES[0][1]} classes. Beside a published count stands the "
+        "suite's own at the same input, with what the source's network is known to have more or less.",
+        "These differences and the sources: networks.yaml.",
     ]
-    return Table("networks", "parameters and multiply-adds", _frame(data), columns, _text(data), notes)
+    wide = frozenset({"used as"})
+    return Table("networks", "parameters and multiply-adds", _frame(data), columns, _text(data), notes, wide)
 
 
 def write(published: Published, params: Params, folder: Path, root: Path = ROOT) -> None:
     """Write ``folder/networks.{md,csv,tex}``."""
-    facts = [(key, f"{source.cite}. Read in: {source.where}.") for key, source in published.sources.items()]
     absent = counts.missing(params, root)
     warnings = [f"not counted yet, run {counts.COMMAND}: {', '.join(absent)}."] if absent else []
-    head = {"benchmark": "all networks", "facts": facts, "warnings": warnings}
+    head = {"benchmark": "all networks", "facts": [], "warnings": warnings}
     render(table(published, params, root), folder, head)
 
 
@@ -162,8 +156,7 @@ def _of(published: Published, network: Network) -> list[tuple[Publication, Count
 
 
 def _explained(entry: Publication) -> str:
-    parts = [f"{d.what} ({d.parameters / 1e6:+.2f} M)" for d in entry.differences]
-    return f"{entry.architecture}-{entry.encoder} of {entry.source}: {', '.join(parts)}."
+    return "; ".join(f"{d.what} ({d.parameters / 1e6:+.2f} M)" for d in entry.differences)
 
 
 def _frame(data: list[dict[str, Any]]) -> pd.DataFrame:
@@ -187,9 +180,9 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
         yield f"{row['published_size'] or 'not stated'}, {row['published_classes']}"
     else:
         yield "–"
-    yield number(row["published_parameters_m"], ".1f")
-    yield scaled("parameters_there", 1e6, ".2f")
-    yield scaled("parameters_with_differences", 1e6, ".2f")
-    yield number(row["published_gmacs"], ".1f")
-    yield scaled("macs_there", 1e9, ".1f")
-    yield scaled("macs_with_differences", 1e9, ".1f")
+    for published, own, unit, form in (
+        ("published_parameters_m", "parameters_with_differences", 1e6, ".2f"),
+        ("published_gmacs", "macs_with_differences", 1e9, ".1f"),
+    ):
+        known = row[published] is not None
+        yield f"{number(row[published], '.1f')} / {scaled(own, unit, form)}" if known else "–"

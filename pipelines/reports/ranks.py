@@ -98,27 +98,14 @@ def table(found: Ranks) -> Table:
         shown = "–" if chance is None else f"{chance:.2f} {between(interval, '.2f')}"
         text.append([label(method), str(found.seeds[method]), f"{mean:.2f}", shown])
     columns = ["method", "seeds (fewest)", "mean rank", f"probability of improvement on {found.reference}"]
-    return Table("ranks", "mean ranks", pd.DataFrame(data, dtype=object), columns, text)
-
-
-def facts(found: Ranks) -> list[tuple[str, str]]:
-    """What stands above the table."""
     p = "unknown" if found.friedman_p is None else f"p = {found.friedman_p:.2g}"
-    return [
-        ("blocks", "; ".join(", ".join(block) for block in found.blocks)),
-        ("mean rank", "of the mean test mIoU over the seeds, 1 is the best of a block; mean over the blocks"),
-        ("Friedman test", f"that the methods do not differ: {p}"),
-        (
-            "critical difference",
-            f"{found.critical_difference:.2f} (Nemenyi, 5 %): mean ranks that are closer are not told apart; "
-            f"not told apart here: {_groups(found)}",
-        ),
-        (
-            "probability of improvement",
-            f"that a run of the method beats a run of {found.reference} on the same block, mean over the "
-            f"blocks; 95 % interval from {RESAMPLES:,} bootstrap resamples of the seeds inside each block",
-        ),
+    blocks = "; ".join(", ".join(block) for block in found.blocks)
+    notes = [
+        sentence(found),
+        f"Blocks: {blocks}. Friedman's test that the methods do not differ: {p}. Mean ranks closer than "
+        f"{found.critical_difference:.2f} (Nemenyi, 5 %) are not told apart: {_groups(found)}.",
     ]
+    return Table("ranks", "mean ranks", pd.DataFrame(data, dtype=object), columns, text, notes)
 
 
 def warnings(found: Ranks) -> list[str]:
@@ -150,7 +137,7 @@ def write(found: Ranks, folder: Path) -> None:
     """Write ``folder/ranks.{md,csv,tex}``."""
     head = {
         "benchmark": "all benchmarks and students",
-        "facts": facts(found),
+        "facts": [],
         "warnings": warnings(found),
     }
     render(table(found), folder, head)

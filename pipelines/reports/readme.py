@@ -1,22 +1,27 @@
-"""The results as they stand in the README: tables, sentences in plain words, figures; all of it generated."""
+"""What README.md and docs/ say of the records, generated: the answer with its table, and the words for it."""
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines import files
-from pipelines.config import PAPER, ConfigError
-from pipelines.reports import figures, ranks, tables
-from pipelines.reports.ranks import Ranks
-from pipelines.reports.results import HEADLINE, SCORE, Gain, Results, Standing
-from pipelines.reports.tables import between, escape_markdown, plus_minus
+from pipelines.config import OFFICIAL, PAPER, ROOT, ConfigError, Params
+from pipelines.reports import claims, tables
+from pipelines.reports.results import HEADLINE, Gain, Results, Standing
+from pipelines.reports.tables import between, escape_markdown
 from pipelines.runs.tracking import metric_name
 
 RESULTS = ("<!-- results:begin -->", "<!-- results:end -->")
 PLANS = ("<!-- benchmarks:begin -->", "<!-- benchmarks:end -->")
+RULES = ("<!-- claims:begin -->", "<!-- claims:end -->")
+METHODS = ("<!-- methods:begin -->", "<!-- methods:end -->")
 UNLEARNT = 1.0  # IoU in percent below which a class is not found at all
 TABLES = ("comparison", "cost", "ablation", "per_class")
+FIGURE = "compute"
+ROWS = 8  # of the table in the README
 
 
 def update(path: Path, markers: tuple[str, str], text: str) -> bool:
@@ -34,27 +39,102 @@ def update(path: Path, markers: tuple[str, str], text: str) -> bool:
     return True
 
 
-def block(every: Sequence[Results], ranked: Ranks | None, claimed: Sequence[str], rounding: str = "") -> str:
-    """The whole of the results; ``claimed`` are the sentences about what was published, ``rounding`` is what
-    rounding alone did to scores."""
-    parts = [_benchmark(results) for results in every]
-    if (short := in_short(every)) and rounding:
-        short.append(
-            "And rounding? Sums taken in another order (the mode `strict`), all else the same, move the test "
-            f"mIoU of a cell by {rounding}: see reports/spread.md. The spread over seeds holds this too."
+def block(every: Sequence[Results], params: Params) -> str:
+    """The answer in one sentence, eight rows and a figure: of the benchmark that the methods were tuned on,
+    else of the first that has results."""
+    wanted = params.tuning.benchmark
+    named = [results for results in every if results.benchmark == wanted]
+    if not every:
+        return (
+            f"The table is not finished: no student of `{wanted}` has been trained and committed yet, so "
+            "there is no answer here so far."
         )
-    if short:
-        parts.insert(0, "\n".join(["### In short", "", *(f"- {escape_markdown(text)}" for text in short)]))
-    if ranked:
-        lines = ["### All benchmarks and students", "", escape_markdown(ranks.sentence(ranked)), ""]
-        lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in ranks.warnings(ranked)]
-        lines += ["Table: [ranks](reports/ranks.md).", "", "![mean ranks](reports/ranks.png)"]
-        parts.append("\n".join(lines))
-    if claimed:
-        lines = ["### Published against measured", "", escape_markdown(" ".join(claimed)), ""]
-        lines += ["Every claim, its source, the rule and the verdict: [claims](reports/claims.md)."]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    results = (named or list(every))[0]
+    students = results.students
+    student = params.tuning.student if params.tuning.student in students else students[0]
+    folder = f"reports/{results.benchmark}"
+    lines = [escape_markdown(answer(results, student)), ""]
+    lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in tables.warnings(results)]
+    found = tables.comparison(results)
+    own = [row for row in found.rows if row[0] == student]
+    shown = _chosen(results, student)
+    kept = [i for i, name in enumerate(found.columns) if name != "student"]
+    head = [found.columns[i] for i in kept]
+    lines += ["| " + " | ".join(map(escape_markdown, head)) + " |"]
+    lines += ["|" + "|".join("--:" if found.right[i] else "---" for i in kept) + "|"]
+    order = {results.label(method): place for place, method in enumerate(shown)}
+    for row in sorted((row for row in own if row[1] in order), key=lambda row: order[row[1]]):
+        lines.append("| " + " | ".join(escape_markdown(row[i]) for i in kept) + " |")
+    lines += [
+        "",
+        f"{len(order)} of {len(own)} rows, by mean score; all: [comparison]({folder}/comparison.md), "
+        "[what the columns mean](docs/tables.md#comparison).",
+        "",
+        f"![gain against training compute on {results.benchmark}]({folder}/{FIGURE}.png)",
+    ]
+    return "\n".join(lines)
+
+
+def _chosen(results: Results, student: str) -> list[str]:
+    """The rows of the README, best first: the reference, the paper's method, the best of the others; and what
+    has no score, where there is room."""
+    means = {m: -1.0 if (mean := results.mean(student, m)) is None else mean for m in results.methods}
+    order = sorted(results.methods, key=lambda m: -means[m])
+    always = [m for m in (results.reference, HEADLINE) if m in order]
+    others = [m for m in order if m not in always and not m.endswith(OFFICIAL)]
+    chosen = {*always, *others[: ROWS - len(always)]}
+    return [m for m in order if m in chosen]
+
+
+def answer(results: Results, student: str) -> str:
+    """Whether distillation helps on one benchmark and student, how sure that is, and whether all has run."""
+    standings, reference = results.standings(student, results.methods), results.reference
+    tested = {m: standings[m] for m in results.tested(results.methods) if standings[m].gain.paired.n}
+    place = f"{results.benchmark} with {student}"
+    lacking = sum(results.status(student, m) != "complete" for m in results.methods)
+    rest = f" Not finished: {lacking} of {len(results.methods)} rows lack trainings." if lacking else ""
+    if not tested:
+        return f"On {place}, no method has finished beside {reference} yet.{rest}"
+    seeds = " or ".join(str(n) for n in sorted({s.gain.paired.n for s in tested.values()}))
+    above, equal = (
+        sum(gain.verdict == "gain" for gain in gains)
+        for gains in ([s.gain for s in tested.values()], [s.equal for s in tested.values()])
+    )
+    joint = sum(
+        s.p_max is not None and s.p_max < tables.ALPHA and (s.gain.paired.mean or 0.0) > 0
+        for s in tested.values()
+    )
+    best = max(tested, key=lambda m: results.mean(student, m) or 0.0)
+    return (
+        f"Does distillation help? On {place} ({seeds} seeds), {above} of {len(tested)} methods are above the "
+        f"student trained alone for the same steps, and {equal} above it at the same compute, by both 95 % "
+        f"intervals (over seeds and over images); {joint} are above it by the max-T test, which allows for "
+        f"all methods together. The best is {results.label(best)}, {_gain(tested[best].gain)}.{rest}"
+    )
+
+
+def rules() -> str:
+    """How a published claim is judged."""
+    return "\n".join(f"- {rule}" for rule in claims.RULE)
+
+
+def methods(params: Params, root: Path = ROOT) -> str:
+    """Every method of params.yaml by the words of its own file."""
+    lines = ["| method | what it does | source | authors' weights |", "|---|---|---|---|"]
+    for name in params.methods:
+        file = Path("baselines") / f"{name}.py"
+        text = ast.get_docstring(ast.parse((root / file).read_text(encoding="utf-8"))) or ""
+        first = " ".join(text.split("\n\n")[0].split())
+        source = re.search(r"Source: (.*?\([^()]*\d{4}[^()]*\))", " ".join(text.split()))
+        own = params.official.get(name, {})
+        weights = ", ".join(f"{key.removeprefix('weight_')} {value:g}" for key, value in own.items())
+        cells = (
+            (first.partition(": ")[2] or first).removesuffix("."),
+            source[1] if source else "–",
+            weights or "–",
+        )
+        lines.append(f"| [{name}](../{file}) | " + " | ".join(map(escape_markdown, cells)) + " |")
+    return "\n".join(lines)
 
 
 def in_short(every: Sequence[Results]) -> list[str]:
@@ -181,46 +261,3 @@ def _best(results: Results, student: str, standings: dict[str, Standing]) -> str
 
 def _gain(gain: Gain) -> str:
     return f"{gain.paired.mean:+.2f} {between(gain.over_seeds)}"
-
-
-def _benchmark(results: Results) -> str:
-    folder = f"reports/{results.benchmark}"
-    lines = [f"### {results.benchmark}", ""]
-    lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in tables.warnings(results)]
-    columns = ["student", "method", "n", "test mIoU", "≈ best", f"Δ {results.reference}", "over seeds"]
-    columns += ["p (Holm)", "p (max-T)", "over images", "Δ at equal compute"]
-    columns += [f"compute (× {results.reference})", "status"]
-    lines += ["| " + " | ".join(columns) + " |", "|---|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|---|"]
-    for row in tables.comparison(results).data.to_dict("records"):
-        cells = [
-            row["student"],
-            row["method"],
-            str(row["n"]),
-            plus_minus(row["miou_mean"], row["miou_sd"]),
-            row["near_best"],
-            tables.number(row["diff_mean"], "+.2f"),
-            between(tables.interval(row, "over_seeds")),
-            tables.number(row["p_holm"], ".2g"),
-            tables.number(row["p_max_t"], ".2g"),
-            between(tables.interval(row, "over_images")),
-            tables.equal_text(row),
-            tables.number(row["compute_ratio"], ".2f"),
-            row["status"],
-        ]
-        lines.append("| " + " | ".join(escape_markdown(cell) for cell in cells) + " |")
-    for student in results.students:
-        lines += ["", f"**{escape_markdown(student)}**", ""]
-        lines += [f"- {escape_markdown(text)}" for text in sentences(results, student)]
-    teacher = results.teacher(SCORE)
-    leads = {s: lead for s in results.students if (lead := results.lead(s)) is not None}
-    if teacher is not None and leads:
-        named = ", ".join(f"{student} {lead:+.2f}" for student, lead in leads.items())
-        text = (
-            f"The teacher scores {teacher:.2f}; its lead over the undistilled student on validation: {named}."
-        )
-        lines += ["", escape_markdown(text)]
-    links = ", ".join(f"[{name}]({folder}/{name}.md)" for name in TABLES)
-    lines += ["", f"All tables: {links}.", ""]
-    for name in figures.NAMES:
-        lines.append(f"![{results.benchmark}: {name.replace('_', ' ')}]({folder}/{name}.png)")
-    return "\n".join(lines)

@@ -29,16 +29,11 @@ COLUMNS = [
     "batch",
     "what is trained",
     "ms a step",
-    "quartiles",
     "× reference",
-    "steps a second",
-    "TFLOP/s",
     "memory (MB)",
-    "evaluation (ms an image)",
-    "loading (ms a sample)",
-    "processes to load",
     "status",
 ]
+WIDE = frozenset({"device", "status"})
 
 
 def read(root: Path = ROOT) -> list[dict[str, Any]]:
@@ -145,12 +140,8 @@ def table(params: Params, root: Path = ROOT) -> Table:
     notes = [
         f"By {COMMAND}: the real loader, loop and evaluation on random images of the real size, from random "
         "weights; a step holds the student, its teacher and the method's terms.",
-        "ms a step: the median. TFLOP/s: counted operations of a step over its time. memory: peak of the "
-        "GPU, or of the process on the CPU. loading: by one process; processes to load: as many as a step "
-        "of this time needs (`suite.workers`).",
-        f"× reference: of {params.suite.reference}, whose controls take the same steps, more of them.",
     ]
-    return Table("speed", "measured steps", pd.DataFrame(data, dtype=object), COLUMNS, text, notes)
+    return Table("speed", "measured steps", pd.DataFrame(data, dtype=object), COLUMNS, text, notes, WIDE)
 
 
 def _times(own: Mapping[str, Any], reference: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
@@ -179,21 +170,14 @@ def _times(own: Mapping[str, Any], reference: Mapping[str, Any], batch_size: int
 
 
 def _text(row: Mapping[str, Any]) -> list[str]:
-    def quartiles() -> str:
-        low, high = row["step_ms_low"], row["step_ms_high"]
-        return "–" if low is None else f"{low:,.0f} to {high:,.0f}"
-
+    step = number(row["step_ms"], ",.0f")
+    if row["step_ms"] is not None:
+        step += f" ({row['step_ms_low']:,.0f} to {row['step_ms_high']:,.0f})"
     return [
         *(str(row[name]) for name in ("benchmark", "device", "batch_size", "trained")),
-        number(row["step_ms"], ",.0f"),
-        quartiles(),
+        step,
         number(row["ratio"], ".2f"),
-        number(row["steps_per_s"], ".3g"),
-        number(row["tflops"], ".3g"),
         number(row["memory_mb"], ",.0f"),
-        number(row["evaluation_ms"], ",.0f"),
-        number(row["loading_ms"], ",.1f"),
-        number(row["processes"], "d"),
         str(row["status"]),
     ]
 

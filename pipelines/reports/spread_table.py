@@ -15,7 +15,7 @@ import pandas as pd
 from pipelines.config import ROOT, Params
 from pipelines.reports import statistics
 from pipelines.reports.results import Results, label
-from pipelines.reports.tables import Table, number, render
+from pipelines.reports.tables import Table, number, plus_minus, render
 from pipelines.runs import journal
 from pipelines.runs.fingerprint import same_settings
 from pipelines.runs.journal import device, on_gpu
@@ -28,18 +28,13 @@ COLUMNS = [
     "benchmark",
     "device",
     "what is trained",
-    "seed",
     "mode",
-    "repeats",
     "different weights",
     "test mIoU",
-    "sd",
     "largest difference",
-    "sd over seeds",
-    "training (s)",
-    "without a deterministic kernel",
     "status",
 ]
+WIDE = frozenset({"device", "status"})
 
 
 def read(root: Path = ROOT) -> list[dict[str, Any]]:
@@ -96,21 +91,14 @@ def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
             data.append({key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()})
             text.append(_text(row))
     notes = [
-        f"By {COMMAND}: one cell, the same seed, trained again and again on one machine, each time in a "
-        "process of its own. What differs is the arithmetic of the device alone.",
-        "different weights: 1 is the same bits every time. sd, largest difference: of the test mIoU of the "
-        "repeats. sd over seeds: of the row of the comparison table, where it has more than one.",
-        "strict: `suite.strict: true`; without a deterministic kernel are the operations that torch warned "
-        "of while this cell was trained.",
+        f"By {COMMAND}: one cell, the same seed, trained again and again on one machine. What differs is the "
+        "arithmetic of the device alone.",
     ]
     if apart := rounding(params, root):
-        notes.append(
-            "On a CPU the two modes compute the same but for rounding. What that alone does to a score, over "
-            f"a whole training, is how far they lie apart: {apart}."
-        )
+        notes.append(f"What rounding alone does to a score on a CPU, from one mode to the other: {apart}.")
     if not any(on_gpu(entry) for entry in entries):
-        notes.append("No GPU has been measured yet.")
-    return Table("spread", "trainings repeated", pd.DataFrame(data, dtype=object), COLUMNS, text, notes)
+        notes[0] += " No GPU has been measured yet."
+    return Table("spread", "trainings repeated", pd.DataFrame(data, dtype=object), COLUMNS, text, notes, WIDE)
 
 
 def rounding(params: Params, root: Path = ROOT) -> str:
@@ -130,16 +118,13 @@ def rounding(params: Params, root: Path = ROOT) -> str:
 
 def _text(row: Mapping[str, Any]) -> list[str]:
     return [
-        *(
-            str(row[name])
-            for name in ("benchmark", "device", "trained", "seed", "mode", "repeats", "weights")
-        ),
-        number(row["test_miou"], ".2f"),
-        number(row["sd"], ".3f"),
+        str(row["benchmark"]),
+        str(row["device"]),
+        f"{row['trained']}, seed {row['seed']}",
+        str(row["mode"]),
+        f"{row['weights']} of {row['repeats']}",
+        plus_minus(row["test_miou"], row["sd"]),
         number(row["range"], ".3f"),
-        number(row["sd_over_seeds"], ".2f"),
-        number(row["training_s"], ",.0f"),
-        "–" if row["kernels"] is None else row["kernels"] or "none met",
         str(row["status"]),
     ]
 

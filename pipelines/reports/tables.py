@@ -1,8 +1,9 @@
-"""The tables of a benchmark, in Markdown, CSV and TeX.
+"""The tables of a benchmark, in Markdown, CSV and TeX, and the conditions under which they were measured.
 
-Rows come from params.yaml, numbers from :class:`pipelines.reports.results.Results`. A cell that is missing
-or failed stands in its row as such. Nothing depends on when or where the tables are made, so making them
-twice gives the same bytes.
+Rows come from params.yaml, numbers from :class:`pipelines.reports.results.Results`. The CSV has every number,
+Markdown the columns that are read first, TeX those that fit a page; what they mean is explained in
+docs/tables.md. A cell that is missing or failed is shown as such. Nothing depends on when or where the tables
+are made, so making them twice gives the same bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pandas as pd
 from pipelines import files
 from pipelines.config import PAPER, TEACHER
 from pipelines.reports import statistics
-from pipelines.reports.results import COMPUTE, FEWEST, RESAMPLES, SCORE, Results, Standing, machines, variant
+from pipelines.reports.results import COMPUTE, FEWEST, SCORE, Results, Standing, machines, variant
 from pipelines.reports.statistics import Interval
 from pipelines.runs import exports
 from pipelines.runs.tracking import metric_name
@@ -29,11 +30,17 @@ LEAD = 3.0  # mIoU by which a teacher has to beat the undistilled student before
 ALPHA = 0.05  # of a test
 
 TEMPLATES = Path(__file__).with_name("templates")
+CONDITIONS = "conditions.md"
+MOST = 8  # columns that are read at a glance
+LINES = 45  # rows of a TeX table that fit a page
+NUMBER = re.compile(r"[-+<]?\d.*|–.*|")
+ARROWS = {"gain": " ↑", "loss": " ↓"}
 
 
 @dataclass(frozen=True)
 class Table:
-    """``data`` is the CSV; ``columns`` and ``rows`` are the text of the Markdown and TeX tables."""
+    """``data`` is the CSV; ``columns`` (at most ``MOST``) and ``rows`` are the text of the Markdown table,
+    and of the TeX table without the columns ``wide``; ``notes`` (at most two) stand above it."""
 
     name: str
     title: str
@@ -41,28 +48,42 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
+    wide: frozenset[str] = frozenset()
+
+    @property
+    def right(self) -> list[bool]:
+        """Which columns hold numbers."""
+        return [all(NUMBER.fullmatch(row[i]) for row in self.rows) for i in range(len(self.columns))]
+
+    def narrow(self) -> Table:
+        """What TeX prints."""
+        kept = [i for i, name in enumerate(self.columns) if name not in self.wide]
+        rows = [[row[i] for i in kept] for row in self.rows]
+        return replace(self, columns=[self.columns[i] for i in kept], rows=rows)
+
+    @property
+    def pages(self) -> list[list[list[str]]]:
+        """The rows, as many as fit a page at a time."""
+        return [self.rows[start : start + LINES] for start in range(0, len(self.rows), LINES)] or [[]]
 
 
 def comparison(results: Results) -> Table:
     """Student × method: scores, gains over the undistilled student with both uncertainties, compute, and
     what the deployed student costs."""
-    data, text, notes = [], [], list[str]()
+    data, text = [], []
     for student in results.students:
         standings = results.standings(student, results.methods)
-        notes += _tests(results, student, results.methods)
         for method in results.methods:
             row = {"student": student, "method": results.label(method)}
             row |= _scores(results, student, method, standings[method])
             row |= _compute(results, student, method) | _deployed(results, student, method)
             row |= {"status": results.status(student, method)}
             data.append(row)
-            texts = [*_score_text(row), *_compute_text(row), *_size_text(row), _ratio_text(row)]
-            text.append([student, results.label(method), *texts, row["status"]])
-    columns = ["student", "method", *_score_columns(results), *SIZE_COLUMNS, _ratio_column(results), "status"]
-    notes += _deployed_notes(results)
-    return Table(
-        "comparison", "comparison of methods", pd.DataFrame(data, dtype=object), columns, text, notes
-    )
+            text.append([student, results.label(method), *_score_text(row), row["status"]])
+    columns = ["student", "method", *_score_columns(results), "status"]
+    notes = [_lead(results), " ".join(_tests(results, results.methods))]
+    frame = pd.DataFrame(data, dtype=object)
+    return Table("comparison", "comparison of methods", frame, columns, text, notes, _wide(results))
 
 
 def cost(results: Results) -> Table:
@@ -73,50 +94,48 @@ def cost(results: Results) -> Table:
             row = {"student": student, "method": results.label(method)} | _deployed(results, student, method)
             row |= _costs(results, student, method) | {"status": results.status(student, method)}
             data.append(row)
-            text.append([student, results.label(method), *_cost_text(row), row["status"]])
-    columns = ["student", "method", *SIZE_COLUMNS, "ONNX latency (ms)", _ratio_column(results), *COST_COLUMNS]
-    notes = [
-        *_deployed_notes(results),
-        "GFLOPs a step, ms a step (median), training: teacher and method included, validation not.",
-        f"times of training: median over seeds, under the load of the machine then. {results.reference} and "
-        "its controls take the same step: where their times differ, it is that load, and other differences "
-        "of this size are too.",
-        "memory: peak of the training process, largest of the seeds.",
-        "trials: of the search for the loss weights, the same number for every method (`make tune`)"
-        + "".join(f"; {results.label(m)}: {n} different ones" for m, n in results.different.items())
-        + ".",
-    ]
-    return Table("cost", "cost of methods", pd.DataFrame(data, dtype=object), columns, text, notes)
+            text.append([student, results.label(method), *_cost_text(row)])
+    columns = ["student", "method", "parameters (M)", "GFLOPs", f"latency (× {results.reference})"]
+    columns += ["GFLOPs a step", "ms a step", "memory (MB)"]
+    notes = [_deployed_note(results), _trials_note(results)]
+    frame = pd.DataFrame(data, dtype=object)
+    return Table("cost", "cost of methods", frame, columns, text, notes, _wide(results))
 
 
 def ablation(results: Results) -> Table:
     """The variants of the paper's method, with the undistilled student as the reference."""
     weights = list(dict.fromkeys(name for key in results.variants for name in results.weights[key]))
-    data, text, notes = [], [], ["A weight of 0 switches a term off; the weights are those of params.yaml."]
+    data, text, tests = [], [], list[str]()
     for student in results.students:
         methods = [key for key in results.methods if key == results.reference] + results.shown(student)
-        notes += _tests(results, student, methods)
+        tests += _tests(results, methods, student)
         standings = results.standings(student, methods)
         for method in methods:
+            own = results.weights.get(method, {})
             row: dict[str, Any] = {"student": student, "method": variant(method)}
             row |= _scores(results, student, method, standings[method])
-            row |= {name: results.weights.get(method, {}).get(name) for name in weights}
+            row |= {name: own.get(name) for name in weights}
             row |= _compute(results, student, method) | {"status": results.status(student, method)}
             data.append(row)
-            shown = [number(row[name], "g") for name in weights]
-            texts = [*shown, *_score_text(row), *_compute_text(row)]
-            text.append([student, variant(method), *texts, row["status"]])
-    columns = ["student", "variant", *weights, *_score_columns(results), "status"]
-    return Table("ablation", f"ablation of {PAPER}", pd.DataFrame(data, dtype=object), columns, text, notes)
+            named = (f"{name.removeprefix('weight_')} {own[name]:g}" for name in weights if own.get(name))
+            score, place, gain, equal, _ = _score_text(row)
+            text.append([student, variant(method), ", ".join(named) or "–", score, place, gain, equal])
+            text[-1].append(row["status"])
+    columns = ["student", "variant", "terms and weights", *_score_columns(results)[:-1], "status"]
+    notes = [_lead(results), " ".join(tests)]
+    frame = pd.DataFrame(data, dtype=object)
+    return Table("ablation", f"ablation of {PAPER}", frame, columns, text, notes, _wide(results))
 
 
 def per_class(results: Results) -> Table:
-    """IoU of every class per method, mean ± sd over the seeds, and the teacher's."""
+    """IoU of every class, mean ± sd over the seeds: the teacher's, the undistilled student's, and the methods
+    with the highest and the lowest mean; the CSV has all methods."""
     names = {f"test/iou/{metric_name(name)}": name for name in results.classes()} | {SCORE: "mean (mIoU)"}
-    data, text = [], []
+    data, text, reference = [], [], results.reference
     for student in results.students:
         for metric, name in names.items():
-            line = [student, name]
+            line = [student, name, number(results.teacher(metric), ".2f")]
+            known: dict[str, tuple[float, str, str]] = {}  # mean, as text, difference as text
             for method in results.methods:
                 values, paired = (
                     results.by_seed(student, method, metric).values(),
@@ -124,23 +143,78 @@ def per_class(results: Results) -> Table:
                 )
                 mean, sd = statistics.mean(values), statistics.sd(values)
                 row = {"student": student, "method": results.label(method), "class": name, "n": len(values)}
-                difference = None if method == results.reference else paired.mean
+                difference = None if method == reference else paired.mean
                 data.append(row | _rounded({"iou_mean": mean, "iou_sd": sd, "diff_mean": difference}))
-                line.append(plus_minus(mean, sd))
-            line.append(number(results.teacher(metric), ".2f"))
+                if mean is not None:
+                    known[method] = mean, plus_minus(mean, sd), number(difference, "+.2f")
+            line.append(known[reference][1] if reference in known else "–")
+            tested = [method for method in results.tested(results.methods) if method in known]
+            for choose in (max, min):
+                method = choose(tested, key=lambda m: known[m][0], default="")
+                found = known.get(method)
+                line += [f"{results.label(method)}, {found[1]}", found[2]] if found else ["–", "–"]
             text.append(line)
     for metric, name in names.items():
         score = results.teacher(metric)
         row = {"student": TEACHER, "method": "", "class": name, "n": int(score is not None)}
         data.append(row | _rounded({"iou_mean": score, "iou_sd": None, "diff_mean": None}))
-    columns = [
-        "student",
-        "class",
-        *(f"{results.label(m)} (n = {_seeds(results, m)})" for m in results.methods),
-        TEACHER,
+    columns = ["student", "class", TEACHER, reference, "highest", f"its Δ {reference}"]
+    columns += ["lowest", f"Δ {reference} of that"]
+    notes = [
+        _lead(results),
+        f"highest, lowest: of the {len(results.tested(results.methods))} methods, class by class, so partly "
+        "luck.",
     ]
-    notes = ["A class without a pixel in the test split has no IoU and is left out of the mean."]
-    return Table("per_class", "IoU per class", pd.DataFrame(data, dtype=object), columns, text, notes)
+    frame = pd.DataFrame(data, dtype=object)
+    return Table("per_class", "IoU per class", frame, columns, text, notes, _wide(results))
+
+
+def _wide(results: Results) -> frozenset[str]:
+    """The columns that TeX has no room for."""
+    return frozenset({"status", *(["student"] if len(results.students) == 1 else [])})
+
+
+def _lead(results: Results) -> str:
+    """The first note: what there was to distil, and how many trainings stand behind a number."""
+    score = results.teacher(SCORE)
+    leads = [
+        f"over {student} {lead:+.2f}"
+        for student in results.students
+        if (lead := results.lead(student)) is not None
+    ]
+    text = "The teacher has not run." if score is None else f"Teacher: {score:.2f} test mIoU."
+    if score is not None and leads:
+        text = f"Teacher: {score:.2f} test mIoU; its lead on validation: {', '.join(leads)}."
+    counts = {len(results.by_seed(s, m)) for s in results.students for m in results.methods} - {0}
+    return text + (f" {power(min(counts))}." if counts else " No cell has finished yet.")
+
+
+def _deployed_note(results: Results) -> str:
+    size = " or ".join(
+        "×".join(map(str, json.loads(value)))
+        for value in results.distinct("tags.student.input", students_only=True)
+    )
+    text = f"Parameters and GFLOPs: of the exported student, one image of {size or '?'} pixels"
+    return f"{text}; latency: {'; '.join(_exported(results)) or 'the stage `export` has not run'}."
+
+
+def _exported(results: Results) -> list[str]:
+    """How the latencies of each student were measured."""
+    return [
+        f"{student}: seed {record['seed']}, {record['rounds']} rounds, "
+        f"{'×'.join(map(str, record['input']))} pixels, {record['hardware']['threads']} threads of "
+        f"{record['hardware']['processor']}, onnxruntime {record['versions']['onnxruntime']}"
+        for student, record in results.exports.items()
+    ]
+
+
+def _trials_note(results: Results) -> str:
+    trials = max(results.trials.values(), default=None)
+    text = "A step: teacher and method included." + (
+        f" Tuning: {trials} trials for every method" if trials else " No method was tuned"
+    )
+    different = "".join(f"; {results.label(m)}: {n} different ones" for m, n in results.different.items())
+    return f"{text}{different}."
 
 
 def warnings(results: Results) -> list[str]:
@@ -200,7 +274,7 @@ def warnings(results: Results) -> list[str]:
 
 
 def facts(results: Results) -> list[tuple[str, str]]:
-    """The header of every table: what was measured, on what, and what each uncertainty means."""
+    """Under which conditions a benchmark was measured; what the numbers mean is said in docs/tables.md."""
     counts = sorted({len(results.by_seed(s, m)) for s in results.students for m in results.methods} - {0})
     val, test = (number(results.teacher(metric), ".2f") for metric in ("val/miou", SCORE))
     leads, reference = [], results.reference
@@ -213,73 +287,58 @@ def facts(results: Results) -> list[tuple[str, str]]:
             + ("unknown" if lead is None else f"{lead:+.2f} (mean over n = {n})")
         )
     hashes = [value[:12] for value in results.distinct("tags.data_sha256")]
-    images = f"the {results.images} test images" if results.images else "the test images"
+    images = str(results.images or "unknown")
+    if results.images and results.images < FEWEST:
+        images += f", fewer than {FEWEST}: no interval over images, and nothing is told apart"
     found = [
         ("benchmark", f"{results.benchmark}; data {', '.join(hashes) or 'unknown'}"),
+        ("test images", images),
         ("teacher", "not run" if test == "–" else f"{val} validation / {test} test mIoU"),
         ("lead of the teacher on validation", "; ".join(leads)),
-        (
-            "scores",
-            "mIoU in percent on the test split, from the summed confusion matrix, at the last iterate; "
-            "± is the sample standard deviation over n seeds (ddof 1)",
-        ),
         ("seeds", "; ".join(map(power, counts)) or "none has finished"),
+        ("tests", " ".join(_tests(results, results.methods)) or "none"),
         (
-            "over seeds",
-            f"mean difference to {reference}, paired by seed; 95 % t-interval; exact two-sided sign-flip p",
+            "student alone",
+            f"{reference}; for the comparison at equal compute also {controls} times the steps",
         ),
-        (
-            "p (Holm), p (max-T)",
-            "that p adjusted for the methods of this table (of one student): by Holm from each by itself; by "
-            "the step-down max-T test of Westfall and Young, which turns the signs of a seed for all methods "
-            f"at once. {reference} trained longer is no method, rows with official weights are descriptive: "
-            "neither is tested or counted",
-        ),
-        (
-            "over images",
-            f"95 % interval of the same difference from {RESAMPLES:,} bootstrap resamples of {images}, "
-            "paired over methods, the trained networks held fixed: another uncertainty than that over seeds, "
-            "never pooled with it; images count as independent, which the frames of one video are not, so "
-            f"there it is too narrow; of fewer than {FEWEST} images there is none, and nothing is told apart",
-        ),
-        (
-            "≈ best",
-            f"the best mean (best) of {reference} and the tested methods, and every one of them that cannot "
-            "be told from it (≈): the interval over seeds or the one over images of the difference to it "
-            "holds 0",
-        ),
-        (
-            "Δ at equal compute",
-            f"difference to {reference} alone at the method's own training compute, paired by seed; 95 % "
-            "t-interval over seeds, then the bootstrap interval over images. The score of the student alone "
-            f"is interpolated linearly in FLOPs, for each seed by itself, between {reference} and its "
-            f"controls ({controls} times the steps): the intervals are of these differences and hold the "
-            "noise of both neighbours, not the error of the straight line, which lies below a curve that "
-            "flattens and so favours the method. Nothing is extrapolated",
-        ),
-        ("training compute", "floating-point operations of all training steps, teacher and method included"),
-        ("best val", "of each training, picked on the validation split; for information, no headline"),
         ("training", _training(results)),
         ("machine of each seed", "; ".join(_machines(results)) or "unknown"),
+        ("latency", "; ".join(_exported(results)) or "the stage `export` has not run"),
     ]
+    lacking = [
+        f"{student}, {results.label(method)}: {status}"
+        for student in results.students
+        for method in dict.fromkeys((*results.methods, *results.shown(student)))
+        if (status := results.status(student, method)) != "complete"
+    ]
+    if lacking:
+        found.append(("not complete", "; ".join(lacking)))
     if results.tracking:
         found.append(("tracking", f"{results.tracking}: these numbers come straight from the run records"))
     return found
 
 
 def write(results: Results, folder: Path) -> None:
-    """Write every table of a benchmark to ``folder/<name>.{md,csv,tex}``."""
-    head = {"benchmark": results.benchmark, "facts": facts(results), "warnings": warnings(results)}
+    """Write every table of a benchmark to ``folder/<name>.{md,csv,tex}``, and ``folder/conditions.md``."""
+    about, said = facts(results), warnings(results)
+    head = {"benchmark": results.benchmark, "facts": about, "warnings": said}
     for table in (comparison(results), cost(results), ablation(results), per_class(results)):
-        render(table, folder, head)
+        render(table, folder, head, "../../")
+    lines = [f"# {escape_markdown(results.benchmark)}: what was measured, and how", ""]
+    for text in said:
+        lines += [f"> **Warning:** {escape_markdown(text)}", ""]
+    lines += [f"- **{name}**: {escape_markdown(text)}" for name, text in about]
+    lines += ["", "What the numbers mean: [how to read the tables](../../docs/tables.md)."]
+    files.write_bytes(folder / CONDITIONS, "\n".join([*lines, ""]).encode())
 
 
-def render(table: Table, folder: Path, head: dict[str, Any]) -> None:
-    """Write one table as ``folder/<name>.{csv,md,tex}``; ``head`` holds what stands above it."""
+def render(table: Table, folder: Path, head: dict[str, Any], up: str = "../") -> None:
+    """Write one table as ``folder/<name>.{csv,md,tex}``; ``head`` has its ``benchmark``, ``warnings`` and
+    ``facts``, which are comments in TeX; ``up`` leads from the folder to the repository."""
     files.write_bytes(
         folder / f"{table.name}.csv", table.data.to_csv(index=False, lineterminator="\n").encode()
     )
-    for kind, escape in (("md", escape_markdown), ("tex", escape_tex)):
+    for kind, escape, shown in (("md", escape_markdown, table), ("tex", escape_tex, table.narrow())):
         # Every value that a template prints goes through `escape`; what stands in the template does not.
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -291,7 +350,9 @@ def render(table: Table, folder: Path, head: dict[str, Any]) -> None:
             comment_start_string="<#",
             comment_end_string="#>",
         )
-        content = environment.get_template(f"table.{kind}.j2").render(table=table, **head)
+        anchor = table.name.replace("_", "-")
+        about = {"table": shown, "up": up, "anchor": anchor, "conditions": CONDITIONS}
+        content = environment.get_template(f"table.{kind}.j2").render(**about, **head)
         if kind == "tex" and any(character > "\u024f" and character.isalpha() for character in content):
             content = f"{SCRIPTS}\n{content}"
         files.write_bytes(folder / f"{table.name}.{kind}", content.encode())
@@ -336,32 +397,17 @@ TEX = str.maketrans(
         "≈": r"$\approx$",
         "×": r"$\times$",
         "Δ": r"$\Delta$",
+        "↑": r"$\uparrow$",
+        "↓": r"$\downarrow$",
+        "−": "$-$",
         "–": "--",
     }
 )
 
-SIZE_COLUMNS = ["student parameters (M)", "student GFLOPs"]
-COST_COLUMNS = [
-    "torch latency (ms)",
-    "largest difference",
-    "steps",
-    "GFLOPs a step",
-    "ms a step",
-    "training (s)",
-    "memory (MB)",
-    "trials",
-    "status",
-]
-
-
-def _ratio_column(results: Results) -> str:
-    return f"latency × {results.reference}"
-
 
 def _score_columns(results: Results) -> list[str]:
-    columns = ["n", "test mIoU", "≈ best", "seed:test mIoU", f"Δ {results.reference}", "over seeds", "p"]
-    columns += ["p (Holm)", "p (max-T)", "over images", "Δ at equal compute", "val mIoU", "best val mIoU"]
-    return [*columns, "training TFLOP", f"× {results.reference}"]
+    reference = results.reference
+    return ["test mIoU", "≈ best", f"Δ {reference}", "Δ at equal compute", f"compute (× {reference})"]
 
 
 def _scores(results: Results, student: str, method: str, standing: Standing) -> dict[str, Any]:
@@ -391,6 +437,8 @@ def _scores(results: Results, student: str, method: str, standing: Standing) -> 
             "equal_diff_mean": standing.equal.paired.mean,
             "equal_n": standing.equal.paired.n,
             "equal_why": standing.why,
+            "verdict": standing.gain.verdict if known else None,
+            "equal_verdict": standing.equal.verdict if standing.equal.paired.n else None,
             "val_miou_mean": results.mean(student, method, "val/miou"),
             "best_val_miou_mean": results.mean(student, method, "best_val/miou"),
         }
@@ -448,48 +496,9 @@ def _deployed(results: Results, student: str, method: str) -> dict[str, Any]:
     return _rounded(row) | {"largest_difference": None if apart is None else float(f"{apart:.6g}")}
 
 
-def _deployed_notes(results: Results) -> list[str]:
-    size = " or ".join(
-        "×".join(map(str, json.loads(value)))
-        for value in results.distinct("tags.student.input", students_only=True)
-    )
-    measured = [
-        f"{student}: seed {record['seed']}, {record['rounds']} rounds, "
-        f"{'×'.join(map(str, record['input']))} pixels, {record['hardware']['threads']} threads of "
-        f"{record['hardware']['processor']}, onnxruntime "
-        f"{record['versions']['onnxruntime']}"
-        for student, record in results.exports.items()
-    ]
-    return [
-        f"student parameters and GFLOPs: of the exported student, one image of {size or '?'} pixels, without "
-        "teacher, adapters and auxiliary head.",
-        "latency: of single inferences of the exported student in float32 after a warm-up, all methods by "
-        f"turns in every round, median [quartiles]; × {results.reference}: ratio of the medians with "
-        "onnxruntime, 95 % bootstrap interval over rounds, noise of the machine where the ONNX graphs are "
-        "equal; "
-        f"{'; '.join(measured) or 'the stage `export` has not run'}.",
-        "largest difference: of a logit between the trained network and its ONNX or torch.export form, over "
-        "the largest absolute logit, on test images.",
-    ]
-
-
 def _whole(values: Iterable[float]) -> int | None:
     """The number that all seeds of a row share."""
     return next((int(value) for value in values), None)
-
-
-def _size_text(row: Mapping[str, Any]) -> list[str]:
-    return [
-        number(None if row["parameters"] is None else row["parameters"] / 1e6, ".2f"),
-        number(None if row["flops"] is None else row["flops"] / 1e9, ".2f"),
-    ]
-
-
-def _latency_text(row: Mapping[str, Any], runtime: str) -> str:
-    if (median := row[f"{runtime}_ms"]) is None:
-        return "–"
-    quartiles = Interval(row[f"{runtime}_ms_q1"], row[f"{runtime}_ms_q3"])
-    return f"{median:.2f} {between(quartiles, '.2f')}"
 
 
 def _ratio_text(row: Mapping[str, Any], runtime: str = "onnxruntime") -> str:
@@ -499,53 +508,50 @@ def _ratio_text(row: Mapping[str, Any], runtime: str = "onnxruntime") -> str:
 
 
 def _score_text(row: dict[str, Any]) -> list[str]:
-    n = row["diff_n"]
     return [
-        str(row["n"]),
-        plus_minus(row["miou_mean"], row["miou_sd"]),
+        score_text(row),
         row["near_best"],
-        row["seeds"] or "–",
-        number(row["diff_mean"], "+.2f") + (f" (n = {n})" if n and n < row["n"] else ""),
-        between(interval(row, "over_seeds")),
-        number(row["p"], ".3g"),
-        number(row["p_holm"], ".3g"),
-        number(row["p_max_t"], ".3g"),
-        between(interval(row, "over_images")),
+        gain_text(row),
         equal_text(row),
-        number(row["val_miou_mean"], ".2f"),
-        number(row["best_val_miou_mean"], ".2f"),
+        number(row["compute_ratio"], ".2f"),
     ]
 
 
-def _compute_text(row: dict[str, Any]) -> list[str]:
-    return [number(row["training_tflop"], "#.3g"), number(row["compute_ratio"], ".2f")]
+def score_text(row: Mapping[Any, Any]) -> str:
+    """``41.20 ± 0.30 (n = 3)``"""
+    return plus_minus(row["miou_mean"], row["miou_sd"]) + (f" (n = {row['n']})" if row["n"] else "")
+
+
+def gain_text(row: Mapping[Any, Any]) -> str:
+    """``+1.20 [+0.30, +2.10] ↑``: over seeds, and an arrow where both intervals leave 0 out."""
+    n = row["diff_n"]
+    text = _gain_text(row, "diff_mean", "over_seeds", "verdict")
+    return text + (f" (n = {n})" if n and n < row["n"] else "")
 
 
 def equal_text(row: Mapping[Any, Any]) -> str:
-    """``+0.40 [-0.10, +0.90], images [+0.20, +0.60]`` at equal compute, and why seeds are not in it."""
-    text = number(row["equal_diff_mean"], "+.2f")
-    if over_seeds := interval(row, "equal_over_seeds"):
-        text += f" {between(over_seeds)}"
-    if over_images := interval(row, "equal_over_images"):
-        text += f", images {between(over_images)}"
+    """The same at equal compute, and why seeds are not in it."""
+    text = _gain_text(row, "equal_diff_mean", "equal_over_seeds", "equal_verdict")
     if row["equal_n"] and row["equal_n"] < row["n"]:
         text += f" (n = {row['equal_n']})"
     return text + (f" ({row['equal_why']})" if row["equal_why"] else "")
 
 
+def _gain_text(row: Mapping[Any, Any], mean: str, over_seeds: str, verdict: str) -> str:
+    text = number(row[mean], "+.2f")
+    if found := interval(row, over_seeds):
+        text += f" {between(found)}"
+    return text + ARROWS.get(row[verdict] or "", "")
+
+
 def _cost_text(row: dict[str, Any]) -> list[str]:
     return [
-        *_size_text(row),
-        _latency_text(row, "onnxruntime"),
+        number(None if row["parameters"] is None else row["parameters"] / 1e6, ".2f"),
+        number(None if row["flops"] is None else row["flops"] / 1e9, ".2f"),
         _ratio_text(row),
-        _latency_text(row, "torch"),
-        number(row["largest_difference"], ".1e"),
-        number(row["steps"], "d"),
         number(None if row["step_flops"] is None else row["step_flops"] / 1e9, ".1f"),
         number(row["step_ms"], ".0f"),
-        number(row["training_s"], ".0f"),
         number(row["memory_mb"], ".0f"),
-        number(row["trials"], "d"),
     ]
 
 
@@ -573,29 +579,29 @@ def significance(results: Results, student: str, methods: Sequence[str]) -> str 
 
     n = max(s.gain.paired.n for s in tested.values())
     first, least = min(1.0, len(tested) * statistics.smallest_p(n)), statistics.smallest_p(n)
-    text = (
-        f"sign-flip test, adjusted by Holm for {len(tested)} comparison{'s' * (len(tested) > 1)}: "
-        f"{below('p_holm')}; with n = {n} the first could reach {first:.2g}"
-    )
+    how = f"it could reach {first:.2g}"
     if first >= ALPHA:
-        needed = statistics.seeds_needed(len(tested), ALPHA)
-        text += f", so no method can be significant by Holm with so few seeds (n = {needed} is needed)"
-    return text + f". By the max-T test over all of them: {below('p_max')}; it could reach {least:.2g}"
+        how += f": n = {statistics.seeds_needed(len(tested), ALPHA)} is needed"
+    return (
+        f"sign-flip tests of {len(tested)} method{'s' * (len(tested) > 1)}, n = {n}: {below('p_holm')} by "
+        f"Holm ({how}), {below('p_max')} by max-T (it could reach {least:.2g})"
+    )
 
 
-def _tests(results: Results, student: str, methods: Sequence[str]) -> list[str]:
-    """The notes of a table about the tests of one student, and about rows that differ in their seeds."""
+def _tests(results: Results, methods: Sequence[str], *students: str) -> list[str]:
+    """What a table says about the tests of each student, and about rows that differ in their seeds."""
     found = []
-    if text := significance(results, student, methods):
-        found.append(f"{student}, {text}.")
-    ranked = (results.reference, *results.tested(methods))
-    seeds = {tuple(s) for m in ranked if (s := results.by_seed(student, m))}
-    if len(seeds) > 1:
-        shared = sorted(set.intersection(*map(set, seeds)))
-        found.append(
-            f"{student}, the rows have different seeds: compare Δ {results.reference}, not the means; best "
-            f"is the highest mean over the seeds that all have ({', '.join(map(str, shared)) or 'none'})."
-        )
+    for student in students or results.students:
+        if text := significance(results, student, methods):
+            found.append(f"{student}, {text}.")
+        ranked = (results.reference, *results.tested(methods))
+        seeds = {tuple(s) for m in ranked if (s := results.by_seed(student, m))}
+        if len(seeds) > 1:
+            shared = sorted(set.intersection(*map(set, seeds)))
+            found.append(
+                f"{student}, the rows have different seeds: compare Δ {results.reference}, not the means; "
+                f"best is by the seeds that all have ({', '.join(map(str, shared)) or 'none'})."
+            )
     return found
 
 
@@ -620,13 +626,6 @@ def _machines(results: Results) -> list[str]:
         for kind in kinds:
             found.setdefault((student, kind), []).append(str(seed))
     return [f"{student}, seed {', '.join(seeds)}: {kind}" for (student, kind), seeds in found.items()]
-
-
-def _seeds(results: Results, method: str) -> str:
-    """How many seeds a column has, over all students: ``3``, or ``1 or 3``."""
-    return " or ".join(
-        str(n) for n in sorted({len(results.by_seed(student, method)) for student in results.students})
-    )
 
 
 def number(value: float | None, form: str) -> str:

@@ -10,11 +10,16 @@ from pipelines.suite.place import check_links
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--benchmark", required=True)
-    parser.add_argument("--student", required=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.stages.distill",
+        description="Train one cell: a student on a benchmark, by a method, with a seed.",
+    )
+    parser.add_argument("--benchmark", required=True, help="an entry of `benchmarks` in params.yaml")
+    parser.add_argument("--student", required=True, help="an entry of `students` in params.yaml")
     parser.add_argument("--method", required=True, help="a key of `methods`, or acfd-<variant>")
-    parser.add_argument("--seed", required=True, type=int)
+    parser.add_argument(
+        "--seed", required=True, type=int, help="of initial weights, batches and augmentation"
+    )
     options = parser.parse_args()
     check_links()
     params = checked(config.load())

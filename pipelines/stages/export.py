@@ -182,13 +182,24 @@ def _record(cell: Cell, root: Path) -> Record:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="pipelines.stages.export", description=__doc__)
-    parser.add_argument("--benchmark", required=True)
-    parser.add_argument("--student", required=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.stages.export",
+        description="Export one trained student as ONNX and as a torch.export program, with a description in "
+        "student.json. Without --method, --seed and --output: measure what the students of all methods cost "
+        "when they are deployed, as `make repro` does.",
+    )
+    parser.add_argument("--benchmark", required=True, help="an entry of `benchmarks` in params.yaml")
+    parser.add_argument("--student", required=True, help="an entry of `students` in params.yaml")
     parser.add_argument("--method", help="a key of `methods`, or acfd-<variant>")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--output", type=Path, help="the folder for student.onnx, student.pt2, student.json")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of the images, in pixels")
+    parser.add_argument("--seed", type=int, help="of the trained cell")
+    parser.add_argument("--output", type=Path, help="folder for student.onnx, student.pt2 and student.json")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="input size in pixels; default: that of the data set",
+    )
     options = parser.parse_args()
     params = checked(config.load())
     one = (options.method, options.seed, options.output)

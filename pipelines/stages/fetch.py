@@ -70,8 +70,12 @@ def clear_leftovers(data: Path, benchmark: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="pipelines.stages.fetch", description=__doc__)
-    parser.add_argument("--benchmark", required=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.stages.fetch",
+        description="Fetch and check the data of a benchmark, and write it to data/<benchmark>/. Nothing "
+        "half finished is left there.",
+    )
+    parser.add_argument("--benchmark", required=True, help="an entry of `benchmarks` in params.yaml")
     benchmark = parser.parse_args().benchmark
     from pipelines.methods import checked  # needs torch, which the rest here has no use for
 

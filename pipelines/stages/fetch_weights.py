@@ -33,8 +33,11 @@ def fetch(key: str, weights: Weights, root: Path = config.ROOT) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="pipelines.stages.fetch_weights", description=__doc__)
-    parser.add_argument("--weights", required=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.stages.fetch_weights",
+        description="Download the ImageNet weights of an encoder and check them.",
+    )
+    parser.add_argument("--weights", required=True, help="an entry of `weights` in params.yaml")
     key = parser.parse_args().weights
     weights = config.load().encoder_weights(key)
     log.info("%s is there: sha256 %s.", weights.file, fetch(key, weights))

@@ -109,7 +109,11 @@ def write_texts(params: Params, every: Sequence[Results], root: Path, target: Pa
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    argparse.ArgumentParser(
+        prog="make tables",
+        description="Make the tables, figures and pages of reports/ from the records in runs/. Needs no "
+        "weights, no data and no GPU.",
+    ).parse_args()
     report(config.load())
 
 

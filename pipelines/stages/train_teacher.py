@@ -10,8 +10,10 @@ from pipelines.suite.place import check_links
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--benchmark", required=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.stages.train_teacher", description="Train the teacher of a benchmark."
+    )
+    parser.add_argument("--benchmark", required=True, help="an entry of `benchmarks` in params.yaml")
     options = parser.parse_args()
     check_links()
     params = checked(config.load())

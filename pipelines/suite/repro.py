@@ -339,13 +339,19 @@ def _current(params: Params, benchmark: str, root: Path) -> list[Cell]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="make repro", description=__doc__)
-    parser.add_argument(
-        "--jobs", type=int, help="processes; else one a GPU, or as many as the CPU has room for"
+    parser = argparse.ArgumentParser(
+        prog="make repro",
+        description="Train everything in params.yaml that is not up to date, then write reports/. What was "
+        "interrupted goes on where it stopped.",
     )
-    parser.add_argument("--scheduler", help="the address of a Dask scheduler that runs already")
-    parser.add_argument("--cluster", help="slurm, pbs, lsf, htcondor: submit --jobs jobs to this queue")
-    parser.add_argument("--dashboard", action="store_true", help="print the address of Dask's dashboard")
+    parser.add_argument(
+        "--jobs", type=int, help="processes; default: one a GPU, or as many as the CPU has room for"
+    )
+    parser.add_argument("--scheduler", help="address of a running Dask scheduler")
+    parser.add_argument("--cluster", help="submit --jobs jobs to a queue: slurm, pbs, lsf or htcondor")
+    parser.add_argument(
+        "--dashboard", action="store_true", help="start Dask's dashboard and print its address"
+    )
     options = parser.parse_args()
     if options.jobs is not None and options.jobs < 1:
         raise ConfigError(f"JOBS = {options.jobs}: it must be 1 or more.")

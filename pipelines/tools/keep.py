@@ -45,8 +45,11 @@ def keep(benchmark: str, params: Params, root: Path = ROOT) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="pipelines.tools.keep", description=__doc__)
-    parser.add_argument("--benchmark", required=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.tools.keep",
+        description="For maintainers: copy the teacher of a benchmark into teachers/, to commit it.",
+    )
+    parser.add_argument("--benchmark", required=True, help="an entry of `benchmarks` in params.yaml")
     kept = keep(parser.parse_args().benchmark, config.load())
     log.info("%s is there: commit it with the records of runs/.", kept.relative_to(ROOT))
 

@@ -331,12 +331,20 @@ def _png(image: Image.Image) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="pipelines.tools.predict", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.tools.predict",
+        description="Segment your own images: for each a mask (the value of a pixel is its class) and an "
+        "overlay, and one legend, as PNG. Of a stack or a video every frame.",
+    )
     parser.add_argument("--weights", required=True, type=Path, help="weights.safetensors of a cell")
     parser.add_argument("--images", required=True, type=Path, help="an image, or a folder of images")
-    parser.add_argument("--output", required=True, type=Path, help="a folder for the results")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the results")
     parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"), help="what images are resized to for the network"
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="resize images to this for the network; masks keep their size",
     )
     options = parser.parse_args()
     if options.size and min(options.size) < 1:

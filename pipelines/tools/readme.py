@@ -1,19 +1,22 @@
-"""``make readme``, for maintainers: reports and the results in README.md from the committed records alone.
+"""``make readme``, for maintainers: reports, and what README.md and docs/ say of the committed records.
 
-A run of the suite writes to ``reports/`` only, so that the README always says what its own repository holds.
+A run of the suite writes to ``reports/`` only, so that these pages always say what their repository holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from pipelines import cli, config, files
 from pipelines.config import ROOT, Params
-from pipelines.reports import benchmark_table, claims, ranks, readme, spread_table
+from pipelines.reports import benchmark_table, readme
 from pipelines.runs import tracking
 from pipelines.stages import report
+
+PAGES = ("README.md", "docs/benchmarks.md", "docs/tables.md", "docs/methods.md")  # with generated parts
 
 
 def committed(params: Params, root: Path = ROOT) -> list[str]:
@@ -28,22 +31,29 @@ def committed(params: Params, root: Path = ROOT) -> list[str]:
 
 
 def write(params: Params, root: Path, target: Path) -> None:
-    """Bring the generated parts of ``target/README.md`` up to the committed records."""
+    """Bring the generated parts of the ``PAGES`` below ``target`` up to the committed records of ``root``."""
     files.clear_parts(target, below=False)
     own = committed(params, root)
     found = {name: records for name, records in report.finished(params, root).items() if name in own}
     frames = {name: tracking.frame(map(tracking.entry, records)) for name, records in found.items()}
     every = report.gather_all(params, root, found, frames)
-    said = []
-    if (root / claims.FILE).is_file():
-        said = claims.sentences(claims.load(root / claims.FILE), every, params)
-    text = readme.block(every, ranks.rank(every), said, spread_table.rounding(params, root))
-    readme.update(target / "README.md", readme.RESULTS, text)
-    readme.update(target / "README.md", readme.PLANS, benchmark_table.overview(params, every, root))
+    texts: tuple[tuple[tuple[str, str], Callable[[], str]], ...] = (
+        (readme.RESULTS, lambda: readme.block(every, params)),
+        (readme.PLANS, lambda: benchmark_table.overview(params, every, root)),
+        (readme.RULES, readme.rules),
+        (readme.METHODS, lambda: readme.methods(params, root)),
+    )
+    for page, (markers, text) in zip(PAGES, texts, strict=True):
+        if (target / page).is_file():
+            readme.update(target / page, markers, text())
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="make readme", description=__doc__).parse_args()
+    argparse.ArgumentParser(
+        prog="make readme",
+        description="For maintainers: write the reports and the generated parts of README and docs from the "
+        "committed records.",
+    ).parse_args()
     params = config.load()
     report.report(params, ROOT, committed(params))
     write(params, ROOT, ROOT)

@@ -243,11 +243,17 @@ def _row(params: Params, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--benchmark", required=True, help="an entry of benchmarks in params.yaml")
-    parser.add_argument("--batch-size", type=int, help="in place of the protocol's, where memory is short")
-    parser.add_argument("--size", type=int, nargs=2, help="of images whose size is not known: height, width")
-    parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
+    parser = argparse.ArgumentParser(
+        prog="make speed",
+        description="Measure steps a second and memory of a benchmark's protocol on this machine, on random "
+        "images, without its data.",
+    )
+    parser.add_argument("--benchmark", required=True, help="an entry of `benchmarks` in params.yaml")
+    parser.add_argument("--batch-size", type=int, help="images a batch, where memory is short")
+    parser.add_argument(
+        "--size", type=int, nargs=2, help="height and width of the images, for data of your own"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="how many steps to time")
     for hidden, kind in (("--row", str), ("--count", int), ("--data", Path), ("--params", Path)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -135,10 +135,14 @@ def _entry(cell: Cell, found: dict[str, list[Path]], root: Path) -> dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--benchmark", required=True, help="an entry of benchmarks in params.yaml")
+    parser = argparse.ArgumentParser(
+        prog="make spread",
+        description="Train one cell again and again with the same seed, in the fast and the strict mode, to "
+        "see how far it moves on this machine. No record of the tables is touched.",
+    )
+    parser.add_argument("--benchmark", required=True, help="an entry of `benchmarks` in params.yaml")
     parser.add_argument(
-        "--method", help="a key of `methods`, acfd-full, …; the undistilled student if not given"
+        "--method", help="a key of `methods`, or acfd-<variant>; default: the undistilled student"
     )
     parser.add_argument("--repeats", type=int, default=3, help="trainings in each mode")
     for hidden, kind in (("--mode", str), ("--place", Path), ("--params", Path)):

@@ -285,8 +285,12 @@ def _hash(content: Any) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, help="processes; else one a GPU, or one a core")
+    parser = argparse.ArgumentParser(
+        prog="make tune",
+        description="Search the loss weights of every method by the same number of short trainings, scored "
+        "on validation; the best go into params.yaml. What was interrupted goes on where it stopped.",
+    )
+    parser.add_argument("--jobs", type=int, help="processes; default: one a GPU, or one a core")
     jobs, params = parser.parse_args().jobs, checked(config.load())
     gpus = cluster.visible_gpus()
     with (
