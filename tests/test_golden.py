@@ -184,7 +184,7 @@ def probe(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> li
 def furthest(one: Values, other: Values) -> tuple[float, str]:
     """The largest relative difference, in units of what was measured, and where it is."""
     found = [(0.0, "")]
-    for kind in ("terms", "weights"):
+    for kind in ("exact", "terms", "weights"):
         if one[kind].keys() != other[kind].keys():
             return float("inf"), f"the {kind} {sorted(one[kind].keys() ^ other[kind].keys())}"
         for name in one[kind]:
