@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import reprlib
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -374,14 +375,18 @@ def dataset(data: dict[str, Any], benchmark: str) -> tuple[Any, Any]:
         raise ConfigError(explain(f"benchmarks.{benchmark}.data", error)) from None
 
 
-def dataset_module(data: dict[str, Any], benchmark: str) -> Any:
-    """The module of a benchmark's data set."""
-    name = data.get("dataset")
-    have = sorted(
+@cache
+def _datasets() -> list[str]:
+    return sorted(
         p.stem
         for p in (ROOT / "pipelines" / "datasets").glob("[a-z]*.py")
         if p.stem not in ("archives", "folder", "pixels", "transforms", "writer")
     )
+
+
+def dataset_module(data: dict[str, Any], benchmark: str) -> Any:
+    """The module of a benchmark's data set."""
+    name, have = data.get("dataset"), _datasets()
     if name not in have:
         raise ConfigError(
             f"There is no data set {few_words(name)} (benchmarks.{benchmark}.data.dataset); those that "

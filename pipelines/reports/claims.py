@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -196,6 +197,12 @@ class Direction:
 def load(path: Path | None = None) -> Claims:
     """Read and check claims.yaml. Raises ConfigError, one sentence that says what to correct."""
     path = path or ROOT / FILE
+    return _load(path, path.read_bytes() if path.is_file() else b"")
+
+
+@lru_cache(maxsize=2)
+def _load(path: Path, content: bytes) -> Claims:
+    """``content`` says whether the file is still the one that was read."""
     try:
         claims = Claims.model_validate(config.read_yaml(path))
     except ValidationError as error:
