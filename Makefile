@@ -20,7 +20,7 @@ repro: $(READY)  ## run every experiment of params.yaml that is not up to date, 
 	python -m pipelines.suite.repro $(if $(JOBS),--jobs $(JOBS)) $(if $(SCHEDULER),--scheduler $(SCHEDULER)) $(if $(CLUSTER),--cluster $(CLUSTER)) $(if $(DASHBOARD),--dashboard)
 
 test: $(READY)  ## the tests, on all cores
-	python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 tables: $(READY)  ## regenerate tables and figures from the committed run records: no weights, no GPU
 	python -m pipelines.stages.report
@@ -54,7 +54,8 @@ smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
 
 torture: $(READY)  ## kills, clusters, damaged files, hostile input: many times each; figures to docs/reliability.md
 	ACFD_TORTURE=docs/reliability.md python -m pytest -n auto --maxprocesses 4 --dist worksteal \
-	  tests/test_reliability.py tests/test_suite.py tests/test_corruption.py tests/test_hostile.py tests/test_pairs.py
+	  tests/test_reliability.py tests/test_suite.py tests/test_corruption.py tests/test_hostile.py \
+	  tests/test_pairs.py tests/test_spread.py tests/test_speed.py
 
 ui: $(READY)  ## MLflow's web page
 	python -m mlflow ui --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db"

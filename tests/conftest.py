@@ -26,6 +26,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 STARTED = time.monotonic()
 TALLY: list[str] = []  # one line a case of reliability: what was tried how often, and what came of it
+LONGEST = [
+    f"test_{name}" for name in ("suite", "verify", "report", "export", "reliability", "packs", "corruption")
+]
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """The files that take longest go first, so that at the end no process works alone."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def pytest_sessionfinish(session: Any) -> None:

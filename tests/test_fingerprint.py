@@ -285,12 +285,12 @@ def of_streets(name: str, **values: Any) -> Change:
         (lambda raw: raw["suite"].update(strict=True), every),
         (of_streets("data", seed=1), every),
         (lambda raw: raw["suite"].update(threads=2), students),  # a teacher may use all cores
-        (of_streets("training", lr=0.01), students),
+        (of_streets("training", lr=0.5), students),
         (of_streets("training", steps=7), students),
         (lambda raw: raw["students"][STUDENT].update(output_stride=16), students),
         (of_streets("teacher", seed=1), lambda params: {"teacher"}),
         (
-            lambda raw: raw["benchmarks"]["streets"]["teacher"]["training"].update(lr=0.01),
+            lambda raw: raw["benchmarks"]["streets"]["teacher"]["training"].update(lr=0.5),
             lambda params: {"teacher"},
         ),
         (lambda raw: raw["methods"]["kd"].update(weight=0.5), lambda params: {"kd"}),  # official has its own

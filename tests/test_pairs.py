@@ -37,7 +37,6 @@ STUDENTS = config.load().students
 SHORT = [
     ("pspnet-resnet101", "segformer-b0"),
     ("segformer-b2", "fpn-mobilenetv2"),
-    ("fpn-efficientnet-lite2", "pspnet-resnet18"),
 ]
 CLASSES, IGNORE, CROP = 5, 255, (32, 64)
 

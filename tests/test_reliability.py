@@ -23,6 +23,7 @@ from suites import (
     TORTURE,
     environment,
     mlflow_runs,
+    slow,
     weights,
 )
 
@@ -58,6 +59,7 @@ def test_a_kill_at_any_moment_changes_nothing(part: str, tmp_path: Path) -> None
     TALLY.append(f"kill, {part}: {kills}: all survived, the outcome is the same bit for bit")
 
 
+@slow
 def test_a_killed_report_is_made_whole_by_the_next(place: Path) -> None:
     params = checked(config.load(place / "params.yaml"))
     for method in ("none", "kd"):
@@ -122,6 +124,7 @@ class Method(Distiller):
 """
 
 
+@slow
 @pytest.mark.parametrize(
     ("file", "change"),
     [
@@ -182,6 +185,7 @@ def limited(place: Path) -> Iterator[Any]:
     yield run
 
 
+@slow
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_half(place: Path, limited: Any) -> None:
     cell = Cell("streets", "pspnet-resnet18", "none", 0)
     limits = [0, 300, 4_000, 1_000_000, 2_000_000] if TORTURE else [4_000]

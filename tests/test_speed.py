@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, read_params, tiny, write_params
+from suites import slow
 
 from pipelines import config
 from pipelines.config import TEACHER, ConfigError, Params
@@ -81,6 +82,7 @@ def test_every_training_is_measured_and_a_second_time_replaces_the_first(tmp_pat
     assert sum("| measured |" in line for line in lines) == len(rows)
 
 
+@slow
 def test_what_does_not_fit_into_memory_is_noted(tmp_path: Path) -> None:
     raw = tiny(read_params())
     raw["benchmarks"]["streets"]["training"]["crop"] = [4096, 4096]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, copy_repository, read_params, tiny, write_params
+from suites import slow
 
 from pipelines import config
 from pipelines.engine.pack import run_cell
@@ -44,6 +45,7 @@ class Method(Distiller):
 """
 
 
+@slow
 def test_on_this_machine_repeats_are_the_cell_of_the_tables(
     place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +77,7 @@ def test_on_this_machine_repeats_are_the_cell_of_the_tables(
     assert [again["steps"] for again in spread_table.read(place)] == [1]
 
 
+@slow
 def test_what_no_seed_repeats_is_seen(tiny_root: Path, tmp_path: Path) -> None:
     clone = copy_repository(tmp_path)
     shutil.copytree(tiny_root / "data", clone / "data", dirs_exist_ok=True)

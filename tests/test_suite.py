@@ -261,6 +261,7 @@ def test_a_running_cluster_gives_the_bytes_of_a_serial_run(serial: Path, tmp_pat
 # ---- kills, Ctrl-C, failures
 
 
+@slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 def test_a_killed_worker_ctrl_c_and_a_failing_cell_lose_nothing(copy: Path) -> None:
     """A pack of two: one cell fails, and no other. Its worker is killed: another one resumes. Ctrl-C, which a
