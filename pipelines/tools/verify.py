@@ -1,4 +1,4 @@
-"""`make verify`: whether the committed run records support every number of the tables, README and docs.
+"""`make verify`: whether the committed run records support every number of the tables and README.
 
 From the bottom up: a record's scores against its own confusion counts and history, its settings against
 params.yaml and dvc.lock, the data and the teacher of all cells against each other, every table and the README
@@ -313,12 +313,12 @@ def _tuning(params: Params, root: Path) -> Iterator[str]:
 
 
 def _texts(params: Params, every: Sequence[Results], root: Path) -> Iterator[str]:
-    """Every table, the README and the pages of docs/ against what the records give now."""
+    """Every table and the README against what the records give now. The pages of docs/ tell of the committed
+    settings and methods, which a user's own need not be: `make readme` renews them, for maintainers."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder)
-        for page in filter(lambda page: (root / page).is_file(), readme.PAGES):
-            (target / page).parent.mkdir(exist_ok=True)
-            shutil.copy(root / page, target / page)
+        if (root / "README.md").is_file():
+            shutil.copy(root / "README.md", target)
         report.write_texts(params, every, root, target)
         readme.write(params, root, target)
         wanted = {p.relative_to(target): p.read_bytes() for p in sorted(target.rglob("*")) if p.is_file()}
@@ -432,7 +432,7 @@ def _sum(path: Path, kind: str) -> str:
 def main() -> None:
     argparse.ArgumentParser(
         prog="make verify",
-        description="Check that the records support every number of the reports, README and docs. Needs no "
+        description="Check that the records support every number of the reports and README. Needs no "
         "weights, no data and no MLflow.",
     ).parse_args()
     params = config.load()
@@ -446,7 +446,7 @@ def main() -> None:
         last = f"{len(found)} problem{'s' * (len(found) > 1)}: the records do not support the reports."
         raise ConfigError("\n".join(["", *found, last]))
     cells = sum(len(own) for own in report.finished(params, ROOT).values())
-    log.info("verified: every table, every figure, README and docs follow from the %d run records.", cells)
+    log.info("verified: every table, every figure and README follow from the %d run records.", cells)
 
 
 if __name__ == "__main__":
