@@ -192,8 +192,12 @@ def test_disturbed_weights_are_noticed(
 
 def test_wrong_weights_are_refused(done: Path, suite: Path) -> None:
     output, params, before = suite / "out", load(suite), (suite / RECORD).read_bytes()
+    export.check(BENCHMARK, STUDENT, params, suite)  # a clone has no weights: what was measured is kept
+    assert (suite / RECORD).read_bytes() == before
+    (suite / RECORD).unlink()
     with pytest.raises(ConfigError, match=r"no file .*none.*make repro"):
         export.check(BENCHMARK, STUDENT, params, suite)
+    (suite / RECORD).write_bytes(before)
     state = load_file(KD.folder(done) / "weights.safetensors")
     state["head.bias"] += 1e-6
     save_file(state, KD.folder(suite) / "weights.safetensors")
