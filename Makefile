@@ -28,7 +28,7 @@ tables: $(READY)  ## regenerate tables and figures from the committed run record
 readme: $(READY)  ## for maintainers: reports/ and the generated parts of README.md and docs/, from the committed records
 	python -m pipelines.tools.readme
 
-verify: $(READY)  ## whether the run records support every number of the reports, README and docs
+verify: $(READY)  ## whether the run records support every number of the reports and README
 	python -m pipelines.tools.verify
 
 tune: $(READY)  ## the same trials of loss weights for every method, on the validation split

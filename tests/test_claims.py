@@ -460,7 +460,7 @@ def test_directions_hold_the_published_range_and_the_measured_word(tmp_path: Pat
 def test_sentences_count_the_verdicts_and_name_what_is_seen(tmp_path: Path) -> None:
     found, params = make_claims(tmp_path, several), make_params()
     every = [results({"kd": AROUND, "skd": [-2.0, 3.0, 2.0, 5.0], "acfd-full": [1.0]})]
-    assert claims.sentences(found, every, params) == [
+    assert claims.sentences(found, claims.judge_all(found, every, params), every, params) == [
         "Of 5 published gains by the methods of this suite, 1 reproduced, 2 not reproduced, "
         "2 not comparable and 0 not run.",
         "acfd's +5.79 (unit not stated): not comparable (data set not stated; unit of the gain not stated).",
@@ -471,7 +471,7 @@ def test_sentences_count_the_verdicts_and_name_what_is_seen(tmp_path: Path) -> N
         "No gain over none is shown here for skd on roads, small: +2.00 (-2.68 to +6.68, n = 4), undecided; "
         "acfd on roads, small: +1.00 (n = 1), undecided.",
     ]
-    assert claims.sentences(found, [], params) == [
+    assert claims.sentences(found, claims.judge_all(found, [], params), [], params) == [
         "Of 5 published gains by the methods of this suite, 0 reproduced, 0 not reproduced, "
         "2 not comparable and 3 not run.",
         "acfd's +5.79 (unit not stated): not comparable (data set not stated; unit of the gain not stated).",

@@ -21,7 +21,7 @@ from PIL import Image
 from suites import change, environment, git, repro, run_dvc
 from test_docs import ELSEWHERE, PAGES, own_data, shell
 
-from pipelines.reports import figures, readme
+from pipelines.reports import figures, tables
 
 pytestmark = pytest.mark.smoke
 
@@ -95,7 +95,7 @@ def test_one_command_makes_cells_tables_and_figures(clone: Path) -> None:
         measured = json.loads(record.read_text())["test"]["miou"]
         assert float(rows[method]["miou_mean"]) == pytest.approx(measured, abs=0.005)
     reports = clone / "reports" / "streets"
-    for table in readme.TABLES:
+    for table in tables.NAMES:
         assert {p.suffix for p in reports.glob(f"{table}.*")} >= {".md", ".csv", ".tex"}
     assert sorted(path.stem for path in reports.glob("*.png")) == sorted(figures.NAMES)
     with (reports / "cost.csv").open(newline="") as file:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, copy_repository
+from conftest import copy_repository
 
 from pipelines.config import ConfigError
 from pipelines.suite.dvc import Pipeline
@@ -84,7 +84,3 @@ def test_files_of_another_user_are_said_with_what_allows_them(
     assert f"git config --global --add safe.directory '{clone}'" in (no_commit(clone) or "")
     subprocess.run(["git", "config", "--global", "--add", "safe.directory", str(clone)], check=True)
     assert no_commit(clone) is None
-
-
-def test_this_checkout_is_a_good_place() -> None:
-    check_links(ROOT)

@@ -24,13 +24,14 @@ from PIL import Image
 from pipelines import config
 from pipelines.config import Params
 from pipelines.files import json_bytes, write_bytes
-from pipelines.reports import benchmark_table, claims, figures, network_table, ranks, readme, tables
+from pipelines.reports import benchmark_table, claims, figures, network_table, page, ranks, readme, tables
 from pipelines.reports.results import COMPUTE, SCORE, Results, gather
 from pipelines.runs import tracking
 from pipelines.runs.confusion import summary
 from pipelines.runs.fingerprint import fingerprint, settings
 from pipelines.runs.records import Cell, expected_cells, teacher_cell
 from pipelines.runs.records import write as write_record
+from pipelines.runs.tracking import metric_name
 from pipelines.stages import report
 from pipelines.tools.readme import write as write_readme
 
@@ -380,7 +381,7 @@ def test_equal_compute_is_never_extrapolated_nor_taken_from_other_seeds(done: Pa
     for method, why in (("kd", "more compute than none ×2"), ("cwd", "less compute than none")):
         gain, reason = far.at_equal_compute(STUDENT, method)
         assert (gain.paired.n, gain.over_seeds, gain.over_images, reason) == (0, None, None, why)
-    assert "no value: kd, more compute than none ×2" in " ".join(readme.sentences(far, STUDENT))
+    assert "Not known for kd and cwd." in " ".join(page.answer(far, STUDENT))
     assert "– (more compute than none ×2)" in row_text(far, "kd")
     gone = (results.cells["method"] == "none-x2") & (results.cells["seed"] == 1)
     gain, reason = replace(results, cells=results.cells[~gone]).at_equal_compute(STUDENT, "cwd")
@@ -427,8 +428,8 @@ def test_official_weights_stand_beside_their_method_and_are_not_tested(done: Pat
 def test_a_control_alone_is_no_result(tmp_path: Path) -> None:
     make_record(Cell("streets", STUDENT, "none-x2", 0), tmp_path)
     found = read(tmp_path)
-    assert readme.sentences(found, STUDENT) == [f"No cell of {STUDENT} has finished yet."]
-    assert readme.in_short([found]) == [] and ranks.rank([found]) is None
+    unknown = f"Not known yet: no seed of {STUDENT} has finished with a method and without one."
+    assert page.answer(found, STUDENT) == [unknown] and ranks.rank([found]) is None
     assert row_text(found, "none ×2")[2].endswith("(n = 1)") and row_text(found, "none ×2")[3] == ""
 
 
@@ -567,7 +568,7 @@ def test_headers_say_what_was_measured(done: Path) -> None:
     }
     teacher = json.loads((done / "runs/streets/teacher/metrics.json").read_text())
     lead = teacher["val"]["miou"] - stdlib.fmean(val.values())
-    for name in (tables.CONDITIONS, *(f"{table}.tex" for table in readme.TABLES)):
+    for name in (tables.CONDITIONS, *(f"{table}.tex" for table in tables.NAMES)):
         text = (done / "reports/streets" / name).read_text(encoding="utf-8")
         assert f"{lead:+.2f} (mean over n = 3)" in text
         assert f"{teacher['val']['miou']:.2f} validation / {teacher['test']['miou']:.2f} test mIoU" in text
@@ -635,19 +636,19 @@ def test_a_markdown_table_has_eight_columns_and_three_lines_of_notes(everything:
     assert {"comparison", "cost", "ablation", "per_class", "ranks", "networks", "speed", "spread"} <= {
         page.stem for page in pages
     }
-    for page in (page for page in pages if page.name != tables.CONDITIONS):
-        lines = page.read_text(encoding="utf-8").splitlines()
+    for made in (path for path in pages if path.name != tables.CONDITIONS):
+        lines = made.read_text(encoding="utf-8").splitlines()
         for head in (lines[i - 1] for i, line in enumerate(lines) if re.match(r"\| ?---", line)):
-            assert head.replace(r"\|", "").count("|") - 1 <= tables.MOST, page
+            assert head.replace(r"\|", "").count("|") - 1 <= tables.MOST, made
         for _, part in itertools.groupby(lines, key=lambda line: not line.startswith("#")):
-            assert sum(line.startswith("- ") for line in part) <= 3, page
-        targets = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+            assert sum(line.startswith("- ") for line in part) <= 3, made
+        targets = re.findall(r"\]\(([^)]+)\)", made.read_text(encoding="utf-8"))
         assert targets
         for target in targets:
             path, _, anchor = target.replace("\\", "").partition("#")
-            here = (page.parent / path).resolve()
+            here = (made.parent / path).resolve()
             there = ROOT / here.relative_to(everything.parent.resolve())
-            assert here.is_file() or there.is_file(), (page, target)
+            assert here.is_file() or there.is_file(), (made, target)
             if anchor:
                 headings = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.MULTILINE)
                 assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, target
@@ -656,7 +657,7 @@ def test_a_markdown_table_has_eight_columns_and_three_lines_of_notes(everything:
 def test_a_tex_table_is_sound_and_fits_a_page(everything: Path) -> None:
     """Known commands, balanced braces, letters that pdfLaTeX has, as many cells as columns."""
     files = sorted(everything.rglob("*.tex"))
-    assert len(files) >= 2 * len(readme.TABLES) + 3
+    assert len(files) >= 2 * len(tables.NAMES) + 3
     for file in files:
         lines = file.read_text(encoding="utf-8").splitlines()
         body = "\n".join(line for line in lines if not line.startswith("%"))
@@ -738,7 +739,7 @@ def test_history_has_each_point_once(done: Path) -> None:
 def test_second_report_changes_nothing(done: Path) -> None:
     before, ids = texts(done), {run.info.run_id for run in runs(done)}
     text = (done / "README.md").read_bytes()
-    assert len(before) == len(readme.TABLES) * 3 + 1 + len(figures.NAMES) + 1  # and the page
+    assert len(before) == len(tables.NAMES) * 3 + 1 + len(figures.NAMES) + 1  # and the page
     report.report(make_params(), done)
     assert texts(done) == before
     assert (done / "README.md").read_bytes() == text
@@ -914,27 +915,32 @@ def test_sentences_follow_the_scores(tmp_path: Path) -> None:
     for cell in expected_cells(params, "streets", root):
         if cell.method in planted:
             make_record(cell, root, planted[cell.method])
-    text = " ".join(readme.sentences(read(root, params), STUDENT))
-    assert f"Best mean test mIoU of {STUDENT}: kd, " in text and "; all others are behind it." in text
-    better, worse, rest = (
-        text.split(f"{name}: ")[1].split("]. ")[0]
-        for name in (
-            "Above none by both 95 % intervals, each by itself",
-            "Below none by both 95 % intervals, each by itself",
-            "Not told apart from none",
-        )
-    )
-    assert "kd +" in better and "none" not in better and "acfd" not in better
-    assert worse.startswith("cwd -") and rest.startswith("acfd ") and "kd" not in rest
-    equal = text.split("to each method's own compute, by both intervals: ")[1].split("]. ")[0]
-    assert equal.startswith("above: kd +") and "below: cwd -" in equal and "acfd -" in equal
-    assert "n = 6: nothing below 0.05 by Holm (it could reach 0.094: n = 7 is needed)" in text
-    assert "kd, cwd below 0.05 by max-T (it could reach 0.031)" in text
-    short = " ".join(readme.in_short([read(root, params)]))
-    assert "Of 3 comparisons (method, benchmark, student)" in short
-    assert "Holm's adjustment; 2 of 3 below 0.05 by the max-T test (kd on streets" in short
-    assert "n = 6: the smallest p that a sign-flip test can reach is 0.031." in text
-    assert "exploratory" not in text
+    results = read(root, params)
+    text = " ".join(page.answer(results, STUDENT))
+    assert text.startswith("Yes, at equal steps, for 1 of 3 methods: kd. Worse than the student alone: cwd.")
+    assert "Not told apart from it: acfd." in text and "1 remain better: kd." in text
+    assert "tested together (max-T, 5 %), 1 of 3 are better: kd." in text
+    assert "Exploratory" not in text
+    tests = tables.significance(results, STUDENT, results.methods)
+    assert "n = 6: nothing below 0.05 by Holm (it could reach 0.094: n = 7 is needed)" in tests
+    assert "kd, cwd below 0.05 by max-T (it could reach 0.031)" in tests
+    assert tables.power(6) == "n = 6: the smallest p that a sign-flip test can reach is 0.031"
+    kd, cwd, paper = (results.standings(STUDENT, results.methods)[m] for m in ("kd", "cwd", "acfd-full"))
+    assert [s.gain.verdict for s in (kd, cwd, paper)] == ["gain", "loss", "undecided"]
+    assert [s.equal.verdict for s in (kd, cwd, paper)] == ["gain", "loss", "loss"]
+    assert kd.place == "best" and not cwd.place and not paper.place  # all others are behind it
+
+
+def test_classes_that_nobody_learns_are_a_warning(done: Path) -> None:
+    results = read(done)
+    metric = f"test/iou/{metric_name(results.classes()[1])}"
+    assert not [text for text in tables.warnings(results) if "far from the end" in text]
+    lost = replace(results, cells=results.cells.assign(**{metric: 0.9}))
+    (text,) = (text for text in tables.warnings(lost) if "far from the end" in text)
+    assert f"1 of {len(results.classes())} classes" in text and f"({results.classes()[1]})" in text
+    one = lost.cells[metric].where(lost.cells["method"] != "kd", 1.1)  # a single method finds it
+    found = replace(lost, cells=lost.cells.assign(**{metric: one}))
+    assert not [text for text in tables.warnings(found) if "far from the end" in text]
 
 
 def test_seeds_beyond_the_suite_count(done: Path, tmp_path: Path) -> None:

@@ -161,6 +161,20 @@ def _other_crop(params: Params) -> dict[str, Any]:
     return found
 
 
+def test_a_method_that_is_gone_is_not_measured_today(tmp_path: Path) -> None:
+    params = load()
+    found = entry(params)
+    found["rows"]["gone"] = found["rows"]["kd"]
+    speed_table.add(found, tmp_path)
+    status = {row["trained"].split(", ")[-1]: row["status"] for row in _rows(params, tmp_path)}
+    assert status.pop("gone") == "other settings than params.yaml"
+    assert {*status.values()} == {"measured"}
+
+
+def _rows(params: Params, root: Path) -> list[dict[str, Any]]:
+    return list(speed_table.table(params, root).data.to_dict("records"))
+
+
 @pytest.mark.parametrize("change", [_slow, _too_large, _other_crop])
 def test_no_hours_follow_from_other_settings_or_half_a_measurement(
     change: Callable[[Params], dict[str, Any]], tmp_path: Path

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import distributed
 import psutil
 import pytest
 from conftest import ROOT, TALLY, read_params, tiny
@@ -314,6 +315,19 @@ def test_a_killed_worker_ctrl_c_and_a_failing_cell_lose_nothing(copy: Path) -> N
         "kill, a worker in the middle of a pack: another one resumes; then Ctrl-C: the same bit for bit"
     )
     TALLY.append("parallel, one cell fails: the others are done, the table says why; put right, it runs")
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), RuntimeError("Cluster failed to start: a port is taken")])
+def test_processes_that_do_not_start_are_one_sentence(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(distributed, "SpecCluster", late)
+    said = rf"did not start \({type(error).__name__}.*busy or short of memory.*fewer JOBS"
+    with pytest.raises(ConfigError, match=said), cluster.local(1, [], False, tmp_path):
+        pass
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")

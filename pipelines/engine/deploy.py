@@ -62,20 +62,24 @@ def check_file(run: Mapping[str, Any], weights: Path) -> None:
 
 
 def load(run: Mapping[str, Any], weights: Path) -> SegmentationNetwork:
-    """The network of a record with its weights, in eval mode on the CPU.
+    """The network of a record with its weights, in eval mode on the CPU; a teacher's file has its auxiliary
+    head too.
 
     ``run`` is the content of run.json. :class:`ConfigError` unless ``weights`` is exactly the file that it
     tells of.
     """
     check_file(run, weights)
+    state = read_state(weights)
     try:  # the file has all weights: those of ImageNet, where the training began, are not needed
         network = SegmentationNetwork(
-            Network.model_validate({**run["config"]["network"], "weights": None}), len(run["classes"])
+            Network.model_validate({**run["config"]["network"], "weights": None}),
+            len(run["classes"]),
+            auxiliary=any(name.startswith("auxiliary.") for name in state),
         )
     except ValidationError as error:
         said = explain("config.network", error, "run.json")
         raise ConfigError(f"run.json beside {weights} describes no known network. {said}") from None
-    load_state(network, network.exported(), read_state(weights), str(weights), "Train the cell again.")
+    load_state(network, network.state_dict(), state, str(weights), "Train the cell again.")
     return network.eval()
 
 

@@ -29,14 +29,18 @@ def evaluate(
     device = next(network.parameters()).device
     counts = []
     for pixels, labels in split.batches(BATCH):
-        images = normalise(pixels.to(device)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-            prediction = (
-                slide(network, images, training.sliding) if training.sliding else network.predict(images)
-            )
+        prediction = predict(network, pixels.to(device), training)
         counts.append(confusion_matrix(prediction, labels.to(device), classes, ignore_index).cpu())
     network.train(was_training)
     return torch.cat(counts).numpy()
+
+
+@torch.no_grad()
+def predict(network: SegmentationNetwork, pixels: Tensor, training: Training) -> Tensor:
+    """Class of every pixel of uint8 images, (B, H, W) int64, as :func:`evaluate` counts them."""
+    images = normalise(pixels).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+        return slide(network, images, training.sliding) if training.sliding else network.predict(images)
 
 
 def slide(network: SegmentationNetwork, images: Tensor, sliding: Sliding) -> Tensor:

@@ -306,8 +306,11 @@ def train_plans(
             "`precision: fp32` in params.yaml or use another machine."
         )
 
+    def of(trainee: Trainee) -> Prepared:
+        return next(one for one in ready if one.trainee is trainee)
+
     def done(trainee: Trainee) -> None:
-        prepared = next(one for one in ready if one.trainee is trainee)
+        prepared = of(trainee)
         if prepared.teacher and state_sha256(prepared.teacher.network) != prepared.teacher.state:
             forget_teacher()
             raise ConfigError(f"The teacher changed while {trainee.label} was trained: leave it alone.")
@@ -318,7 +321,7 @@ def train_plans(
 
     def left(trainee: Trainee) -> None:
         assert trainee.failure is not None
-        fail(next(cell for cell, one in trainees.items() if one is trainee), trainee.failure)
+        fail(of(trainee).plan.cell, trainee.failure)
 
     trainees = {one.plan.cell: one.trainee for one in ready}
     network = teacher.network if teacher else None

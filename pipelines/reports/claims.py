@@ -6,7 +6,7 @@ printed with the tables. Cells that the tables leave out do not count.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -274,11 +274,16 @@ def judge(claim: Claim, claims: Claims, every: Sequence[Results], params: Params
     return verdict(word, [reason], nearest)
 
 
-def table(claims: Claims, every: Sequence[Results], params: Params) -> Table:
+def judge_all(claims: Claims, every: Sequence[Results], params: Params) -> dict[str, Verdict]:
+    """The verdict of every claim, by its id."""
+    return {claim.id: judge(claim, claims, every, params) for claim in claims.claims}
+
+
+def table(claims: Claims, verdicts: Mapping[str, Verdict]) -> Table:
     """Every claim with its verdict and the closest measurement."""
     data, text = [], []
     for claim in claims.claims:
-        verdict = judge(claim, claims, every, params)
+        verdict = verdicts[claim.id]
         measured = verdict.measured
         interval = None if measured is None else measured.interval
         row: dict[str, Any] = claim.model_dump(exclude={"gain", "note", "terms"})
@@ -386,9 +391,10 @@ def directions(claims: Claims, every: Sequence[Results]) -> Table:
     return Table("directions", "directions", pd.DataFrame(data, dtype=object), columns, text, notes)
 
 
-def sentences(claims: Claims, every: Sequence[Results], params: Params) -> list[str]:
+def sentences(
+    claims: Claims, verdicts: Mapping[str, Verdict], every: Sequence[Results], params: Params
+) -> list[str]:
     """The outcome in a few plain sentences, without Markdown; the claims of the paper itself one by one."""
-    verdicts = {claim.id: judge(claim, claims, every, params) for claim in claims.claims}
     words = [verdicts[claim.id].word for claim in claims.claims if claim.kind == "gain"]
     counts = [f"{words.count(word)} {word}" for word in VERDICTS]
     found = [
@@ -419,12 +425,13 @@ def sentences(claims: Claims, every: Sequence[Results], params: Params) -> list[
 
 def write(claims: Claims, every: Sequence[Results], params: Params, folder: Path) -> None:
     """Write ``folder/claims.md`` and ``folder/claims.csv``; the same input gives the same bytes."""
-    judged, outline = table(claims, every, params), directions(claims, every)
+    verdicts = judge_all(claims, every, params)
+    judged, outline = table(claims, verdicts), directions(claims, every)
     rules = "[How a claim is judged](../docs/tables.md#claims)"
     lines = [
         "# Published against measured",
         "",
-        _plain(" ".join(sentences(claims, every, params))),
+        _plain(" ".join(sentences(claims, verdicts, every, params))),
         "",
         "## Does the direction hold?",
         "",

@@ -74,9 +74,9 @@ def scores(results: Results) -> Figure:
     """Test mIoU, the best mean first: every seed a point, the mean a bar, one line a method."""
     rows = [_ordered(results, student) for student in results.students]
     size = (6.6, 0.27 * max(map(len, rows)) + 1.3)
-    figure, axes = _panels(1, len(rows), (size[0] * len(rows), size[1]), None, sharey=False)
+    figure, axes = _panels(len(rows), size)
     look, teacher = looks(results), results.teacher(SCORE)
-    for axis, student, methods in zip(axes[0], results.students, rows, strict=True):
+    for axis, student, methods in zip(axes, results.students, rows, strict=True):
         for y, key in enumerate(methods):
             values = list(results.by_seed(student, key).values())
             own = look[key]
@@ -129,8 +129,8 @@ def per_class(results: Results) -> Figure:
         kept = sorted(np.argsort(-most, kind="stable")[:CLASSES])
         names, grids = [names[i] for i in kept], [grid[:, kept] for grid in grids]
     size = (0.52 * len(names) + 2.6, 0.27 * len(rows[0]) + 1.9)
-    figure, axes = _panels(1, len(grids), (size[0] * len(grids), size[1]), None, sharey=False)
-    for axis, grid, student, methods in zip(axes[0], grids, results.students, rows, strict=True):
+    figure, axes = _panels(len(grids), size)
+    for axis, grid, student, methods in zip(axes, grids, results.students, rows, strict=True):
         sns.heatmap(
             grid,
             ax=axis,
@@ -143,7 +143,7 @@ def per_class(results: Results) -> Figure:
             linewidths=1,
             xticklabels=names,
             yticklabels=[_name(results, key) for key in methods],
-            cbar=axis is axes[0][-1],
+            cbar=axis is axes[-1],
             cbar_kws={"label": f"IoU − {results.reference} (points)"},
         )
         axis.set_facecolor("0.9")  # shows where there is nothing to compare
@@ -164,9 +164,9 @@ def compute(results: Results) -> Figure:
     the student alone, trained ever longer, is a curve."""
     rows = max(sum(bool(results.by_seed(s, m)) for m in results.methods) for s in results.students)
     size = (6.8, max(3.6, 0.21 * rows + 1.2))
-    figure, axes = _panels(1, len(results.students), (size[0] * len(results.students), size[1]), None, True)
+    figure, axes = _panels(len(results.students), size, sharey=True)
     look, alone = looks(results), {results.reference, *results.controls}
-    for axis, student in zip(axes[0], results.students, strict=True):
+    for axis, student in zip(axes, results.students, strict=True):
         points = _gains(results, student)
         curve = sorted(points[m] for m in alone & points.keys())
         if len(curve) > 1:
@@ -179,7 +179,7 @@ def compute(results: Results) -> Figure:
         axis.set_xlim(left=0.9 if points else 0)
         axis.set(xlabel=f"training compute (× {results.reference})", title=student)
         _margin_labels(axis, {_name(results, key): point for key, point in points.items()}, size[1])
-    axes[0][0].set_ylabel(f"gain over {results.reference} (points of test mIoU)")
+    axes[0].set_ylabel(f"gain over {results.reference} (points of test mIoU)")
     return figure
 
 
@@ -312,19 +312,12 @@ def _margin_labels(axis: Axes, points: Mapping[str, tuple[float, float]], height
         )
 
 
-def _panels(
-    rows: int, columns: int, size: tuple[float, float], widths: list[int] | None, sharey: bool
-) -> tuple[Figure, Any]:
-    """A grid of axes; ``size`` is that of one row."""
-    return plt.subplots(
-        rows,
-        columns,
-        figsize=(size[0], size[1] * rows),
-        squeeze=False,
-        sharey=sharey,
-        width_ratios=widths,
-        layout="constrained",
+def _panels(columns: int, size: tuple[float, float], sharey: bool = False) -> tuple[Figure, Any]:
+    """Axes side by side, each of ``size`` inches."""
+    figure, axes = plt.subplots(
+        1, columns, figsize=(size[0] * columns, size[1]), squeeze=False, sharey=sharey, layout="constrained"
     )
+    return figure, axes[0]
 
 
 def _save(figure: Figure, path: Path, origin: str) -> None:

@@ -178,13 +178,13 @@ def _board(results: Results, params: Params, methods: Sequence[str], data: Any, 
     limit = max([1.0, *map(abs, means), *spread[: int(0.9 * len(spread))]])
     gains = svg.scale([-limit, limit])
     costs = {(line["student"], line["method"]): line for line in tables.cost(results).data.to_dict("records")}
-    classes = tables.per_class(results).data.to_dict("records")
+    classes, look = tables.per_class(results).data.to_dict("records"), looks(results)
     for student in results.students:
         family = methods if not name else [results.reference, *results.shown(student)]
         stand, groups = results.standings(student, family), results.groups(student, family)
         for row in (r for r in rows if r["student"] == student):
             key = row["key"]
-            row |= _row(results, row, stand[key], scores, gains)
+            row |= _row(results, row, stand[key], scores, gains, look[key].colour)
             row |= {
                 "group": groups.get(key),
                 "id": re.sub(r"\W+", "-", "-".join(filter(None, (results.benchmark, name, student, key)))),
@@ -193,7 +193,7 @@ def _board(results: Results, params: Params, methods: Sequence[str], data: Any, 
                 "weights": results.weights[key],
                 "trials": results.trials.get(key),
                 "classes": [
-                    c | {"bar": _drawn(c["diff_mean"], Gain(), gains, looks(results)[key].colour)}
+                    c | {"bar": _drawn(c["diff_mean"], Gain(), gains, look[key].colour)}
                     for c in classes
                     if (c["student"], c["method"]) == (student, results.label(key))
                 ],
@@ -210,11 +210,15 @@ def _board(results: Results, params: Params, methods: Sequence[str], data: Any, 
 
 
 def _row(
-    results: Results, row: Mapping[str, Any], stand: Standing, scores: svg.Scale, gains: svg.Scale
+    results: Results,
+    row: Mapping[str, Any],
+    stand: Standing,
+    scores: svg.Scale,
+    gains: svg.Scale,
+    colour: str,
 ) -> dict[str, Any]:
     """What a row draws and says beside the numbers of the CSV."""
-    student, key = row["student"], row["key"]
-    colour, mean = looks(results)[key].colour, row["miou_mean"]
+    student, key, mean = row["student"], row["key"], row["miou_mean"]
     alone = results.mean(student, results.reference)
     plain = results.by_seed(student, results.reference)
     best = results.by_seed(student, key, "best_val/miou")
@@ -277,7 +281,8 @@ def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, A
     if not (root / claims.FILE).is_file():
         return None
     published = claims.load(root / claims.FILE)
-    judged = claims.table(published, every, params)
+    verdicts = claims.judge_all(published, every, params)
+    judged = claims.table(published, verdicts)
     rows = judged.data.to_dict("records")
     gains = [row["gain"] for row in rows if row["gain"] is not None]
     gains += [row[f"measured_{end}"] for row in rows for end in ("low", "high") if row["measured_n"] > 1]
@@ -298,7 +303,7 @@ def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, A
         row |= {"drawn": Markup(drawn), "cite": source.cite, "where": source.where}
     return {
         "rows": rows,
-        "sentences": claims.sentences(published, every, params),
+        "sentences": claims.sentences(published, verdicts, every, params),
         "rules": [_marked(rule) for rule in claims.RULE],
         "methods": list(dict.fromkeys(row["method"] for row in rows)),
         "datasets": sorted({row["dataset"] for row in rows if row["dataset"]}),

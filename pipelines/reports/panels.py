@@ -239,34 +239,16 @@ def _make(
 
 def _predictions(record: Record, images: Sequence[Any]) -> list[np.ndarray]:
     """The class of every pixel, as the evaluation of the cell saw it."""
-    import torch
+    from pipelines.config import Training
+    from pipelines.engine import deploy, machine
+    from pipelines.engine.evaluate import predict
 
-    from pipelines.config import Network, Training
-    from pipelines.datasets.transforms import normalise
-    from pipelines.engine import deploy, evaluate, machine
-    from pipelines.engine.teacher import load_state
-    from pipelines.networks import SegmentationNetwork, read_state
-
-    training = Training.model_validate(record.run["config"]["training"])
-    device, weights = machine.device(), record.folder / "weights.safetensors"
-    deploy.check_file(record.run, weights)
-    state = read_state(weights)
-    shape = Network.model_validate({**record.run["config"]["network"], "weights": None})
-    auxiliary = any(name.startswith("auxiliary.") for name in state)  # as in a teacher's file
-    network = SegmentationNetwork(shape, len(record.run["classes"]), auxiliary)
-    load_state(network, network.state_dict(), state, str(weights), "Train the cell again.")
-    network.eval().to(device)
-    found = []
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-        for image in images:
-            batch = normalise(image[None].to(device)).contiguous(memory_format=torch.channels_last)
-            seen = (
-                evaluate.slide(network, batch, training.sliding)
-                if training.sliding
-                else network.predict(batch)
-            )
-            found.append(seen[0].to(torch.uint8).cpu().numpy())
-    return found
+    training, device = Training.model_validate(record.run["config"]["training"]), machine.device()
+    network = deploy.load(record.run, record.folder / "weights.safetensors").to(device)
+    return [
+        predict(network, image[None].to(device), training)[0].to("cpu").numpy().astype(np.uint8)
+        for image in images
+    ]
 
 
 def _errors(mask: np.ndarray, label: np.ndarray, ignore_index: int) -> np.ndarray:

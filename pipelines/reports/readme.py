@@ -8,18 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines import files
-from pipelines.config import OFFICIAL, PAPER, ROOT, ConfigError, Params
+from pipelines.config import OFFICIAL, ROOT, ConfigError, Params
 from pipelines.reports import claims, tables
-from pipelines.reports.results import HEADLINE, Gain, Results, Standing
+from pipelines.reports.results import HEADLINE, Gain, Results
 from pipelines.reports.tables import between, escape_markdown
-from pipelines.runs.tracking import metric_name
 
 RESULTS = ("<!-- results:begin -->", "<!-- results:end -->")
 PLANS = ("<!-- benchmarks:begin -->", "<!-- benchmarks:end -->")
 RULES = ("<!-- claims:begin -->", "<!-- claims:end -->")
 METHODS = ("<!-- methods:begin -->", "<!-- methods:end -->")
-UNLEARNT = 1.0  # IoU in percent below which a class is not found at all
-TABLES = ("comparison", "cost", "ablation", "per_class")
 FIGURE = "compute"
 ROWS = 8  # of the table in the README
 
@@ -135,128 +132,6 @@ def methods(params: Params, root: Path = ROOT) -> str:
         )
         lines.append(f"| [{name}](../{file}) | " + " | ".join(map(escape_markdown, cells)) + " |")
     return "\n".join(lines)
-
-
-def in_short(every: Sequence[Results]) -> list[str]:
-    """What holds over all benchmarks and students, in plain words."""
-    tested = [
-        (f"{results.label(m)} on {results.benchmark}, {student}", standings[m])
-        for results in every
-        for student in results.students
-        for standings in [results.standings(student, results.methods)]
-        for m in results.tested(results.methods)
-        if standings[m].gain.paired.n
-    ]
-    if not tested:
-        return []
-
-    def split(gains: Sequence[tuple[str, Gain]]) -> tuple[list[str], list[str]]:
-        """Those above and those below, with their differences."""
-        above, below = (
-            [f"{name}: {_gain(gain)}" for name, gain in gains if gain.verdict == verdict]
-            for verdict in ("gain", "loss")
-        )
-        return above, below
-
-    above, below = split([(name, s.gain) for name, s in tested])
-    total = f"{len(tested)} comparisons (method, benchmark, student)"
-    found = [
-        f"Does distillation help here? Of {total} with the undistilled student at equal steps, {len(above)} "
-        f"are above it and {len(below)} below it by both 95 % intervals, each taken by itself"
-        + "".join(f"; {word}: {'; '.join(own)}" for word, own in (("above", above), ("below", below)) if own)
-        + "."
-    ]
-    if equal := [(name, s.equal) for name, s in tested if s.equal.paired.n]:
-        above, below = split(equal)
-        found.append(
-            "And at equal compute? Against the student alone, trained longer and interpolated to the compute "
-            f"of the method, {len(above)} of {len(equal)} are above it by both intervals, {len(below)} "
-            f"below, {len(equal) - len(above) - len(below)} not told apart"
-            + (f"; {len(tested) - len(equal)} more have no value." if len(equal) < len(tested) else ".")
-        )
-    parts = []
-    for name, how in (("p_holm", "Holm's adjustment"), ("p_max", "the max-T test")):
-        least = [f"{at}: {p:.2g}" for at, s in tested if (p := getattr(s, name)) < tables.ALPHA]
-        listed = f" ({'; '.join(least)})" if least else ""
-        parts.append(f"{len(least)} of {len(tested)} below {tables.ALPHA:g} by {how}{listed}")
-    found.append(
-        "How sure is that? Sign-flip tests, for the methods of a table together: " + "; ".join(parts) + "."
-    )
-    return found
-
-
-def sentences(results: Results, student: str) -> list[str]:
-    """Which methods are better than the undistilled student, which than longer training, and how sure that
-    is."""
-    every, reference = results.standings(student, results.methods), results.reference
-    rows = [reference, *results.tested(results.methods)]
-    standings = {m: every[m] for m in rows if m in every and every[m].scores}
-    if not standings:
-        return [f"No cell of {student} has finished yet."]
-    found = [_best(results, student, standings)]
-    others = {m: s for m, s in standings.items() if s.gain.paired.n}
-
-    def listed(gains: dict[str, Gain], verdict: str) -> str:
-        return ", ".join(
-            f"{results.label(m)} {_gain(gain)}" for m, gain in gains.items() if gain.verdict == verdict
-        )
-
-    alone = ", each by itself" if len(others) > 1 else ""
-    for verdict, text in (
-        ("gain", f"Above {reference} by both 95 % intervals{alone}"),
-        ("loss", f"Below {reference} by both 95 % intervals{alone}"),
-        ("undecided", f"Not told apart from {reference}"),
-    ):
-        if named := listed({m: s.gain for m, s in others.items()}, verdict):
-            found.append(f"{text}: {named}.")
-    equal = {m: s.equal for m, s in others.items() if s.equal.paired.n}
-    words = (("gain", "above"), ("loss", "below"), ("undecided", "not told apart"))
-    parts = [f"{word}: {named}" for verdict, word in words if (named := listed(equal, verdict))]
-    parts += [f"no value: {results.label(m)}, {s.why}" for m, s in others.items() if m not in equal and s.why]
-    if equal:
-        text = f"Against {reference} alone, trained longer and interpolated to each method's own compute"
-        found.append(f"{text}, by both intervals: {'; '.join(parts)}.")
-    if HEADLINE in others:
-        means = sorted((results.mean(student, m) or 0.0 for m in standings), reverse=True)
-        place = means.index(results.mean(student, HEADLINE) or 0.0) + 1
-        gain = others[HEADLINE].gain
-        found.append(
-            f"{PAPER} is number {place} of {len(means)} by mean score: {PAPER} {_gain(gain)} "
-            f"against {reference} over seeds, {between(gain.over_images)} over test images."
-        )
-    n = min(len(s.scores) for s in standings.values())
-    found.append(f"For {tables.power(n)}.")
-    if tested := tables.significance(results, student, results.methods):
-        found.append(f"{tested[0].upper()}{tested[1:]}.")
-    return found + _unlearnt(results, student, list(standings))
-
-
-def _unlearnt(results: Results, student: str, methods: Sequence[str]) -> list[str]:
-    """The classes that no method finds: mIoU moves on the others alone."""
-    names = results.classes()
-    lost = []
-    for name in names:
-        scores = [results.mean(student, m, f"test/iou/{metric_name(name)}") for m in methods]
-        known = [score for score in scores if score is not None]
-        if known and max(known) < UNLEARNT:
-            lost.append(name)
-    if not lost:
-        return []
-    return [
-        f"{len(lost)} of {len(names)} classes have a mean IoU below {UNLEARNT:g} % with every method "
-        f"({', '.join(lost)}): the students are far from the end of their training, and mIoU moves on the "
-        "other classes."
-    ]
-
-
-def _best(results: Results, student: str, standings: dict[str, Standing]) -> str:
-    best = next(m for m, s in standings.items() if s.place == "best")
-    near = [results.label(m) for m, s in standings.items() if s.place == "≈"]
-    scores = results.mean(student, best)
-    text = f"Best mean test mIoU of {student}: {results.label(best)}, {scores:.2f}"
-    if len(standings) == 1:
-        return f"{text}; no other method has a finished cell of today's settings."
-    return text + (f"; not told apart from it: {', '.join(near)}." if near else "; all others are behind it.")
 
 
 def _gain(gain: Gain) -> str:

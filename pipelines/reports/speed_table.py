@@ -134,7 +134,8 @@ def table(params: Params, root: Path = ROOT) -> Table:
                 "trained": name if name == TEACHER else f"{entry['student']}, {label(name)}",
             }
             row |= _times(own, reference if name != TEACHER else {}, entry["batch_size"])
-            row["status"] = own["status"] if is_current(entry, params) else "other settings than params.yaml"
+            current = is_current(entry, params) and name in (TEACHER, *params.method_keys)
+            row["status"] = own["status"] if current else "other settings than params.yaml"
             data.append(row)
             text.append(_text(row))
     notes = [

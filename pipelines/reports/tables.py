@@ -26,6 +26,7 @@ from pipelines.reports.statistics import Interval
 from pipelines.runs import exports
 from pipelines.runs.tracking import metric_name
 
+UNLEARNT = 1.0  # IoU in percent below which a class is not found at all
 LEAD = 3.0  # mIoU by which a teacher has to beat the undistilled student before a comparison says much
 ALPHA = 0.05  # of a test
 
@@ -233,6 +234,12 @@ def warnings(results: Results) -> list[str]:
                 f"the teacher leads the undistilled {student} by {lead:+.2f} mIoU on validation, "
                 f"less than {LEAD:g}: there is little to distil, so the differences say little about methods."
             )
+        if lost := _unlearnt(results, student):
+            found.append(
+                f"{len(lost)} of {len(results.classes())} classes have a mean IoU below {UNLEARNT:g} % with "
+                f"every method of {student} ({', '.join(lost)}): it is far from the end of its training, and "
+                "mIoU moves on the other classes."
+            )
     found += [
         f"the last training of the teacher failed: {note}."
         for cell, note in results.failures.items()
@@ -271,6 +278,17 @@ def warnings(results: Results) -> list[str]:
     if len({kind for kinds in machines(results.cells).values() for kind in kinds}) > 1:
         found.append("seeds ran on different machines: compare times and memory of the same seeds only.")
     return found
+
+
+def _unlearnt(results: Results, student: str) -> list[str]:
+    """The classes that no method finds."""
+    methods, lost = (results.reference, *results.tested(results.methods)), []
+    for name in results.classes():
+        scores = [results.mean(student, m, f"test/iou/{metric_name(name)}") for m in methods]
+        known = [score for score in scores if score is not None]
+        if known and max(known) < UNLEARNT:
+            lost.append(name)
+    return lost
 
 
 def facts(results: Results) -> list[tuple[str, str]]:
@@ -322,8 +340,8 @@ def write(results: Results, folder: Path) -> None:
     """Write every table of a benchmark to ``folder/<name>.{md,csv,tex}``, and ``folder/conditions.md``."""
     about, said = facts(results), warnings(results)
     head = {"benchmark": results.benchmark, "facts": about, "warnings": said}
-    for table in (comparison(results), cost(results), ablation(results), per_class(results)):
-        render(table, folder, head, "../../")
+    for make in NAMES.values():
+        render(make(results), folder, head, "../../")
     lines = [f"# {escape_markdown(results.benchmark)}: what was measured, and how", ""]
     for text in said:
         lines += [f"> **Warning:** {escape_markdown(text)}", ""]
@@ -635,3 +653,6 @@ def number(value: float | None, form: str) -> str:
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     """Floats to six decimals: what is written to the CSV should not hang on the last bit of a mean."""
     return {key: round(value, 6) if isinstance(value, float) else value for key, value in values.items()}
+
+
+NAMES = {make.__name__: make for make in (comparison, cost, ablation, per_class)}

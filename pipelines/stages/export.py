@@ -128,20 +128,16 @@ def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str
         measured = (finished[method].folder / "weights.safetensors" for method in (reference, other))
         if not all(weights.is_file() for weights in measured):
             frame = {"seed": seed, "network": network.written(), "data_sha256": description.sha256}
+            frame["input"] = list(size)
             if (content := _kept(benchmark, student, reference, finished, frame, root)) is not None:
                 return content
         for method, record in finished.items():
-            weights = record.folder / "weights.safetensors"
-            deploy.check_file(record.run, weights)
-            found[method] = known = {
-                "weights_sha256": record.run["weights_sha256"],
-                "tensors_sha256": deploy.tensors_sha256(weights),
-            }
+            found[method] = known = _sums(record)
             if method not in (reference, other):
                 continue
             place = Path(temporary) / method
             place.mkdir()
-            own = deploy.Deployed(deploy.load(record.run, weights))
+            own = deploy.Deployed(deploy.load(record.run, record.folder / "weights.safetensors"))
             deploy.export(own, size, place)
             known |= {
                 "graph_sha256": deploy.graph_sha256(place / deploy.ONNX),
@@ -176,6 +172,16 @@ def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str
     return content
 
 
+def _sums(record: Record) -> dict[str, Any]:
+    """Of the weights of a cell and of the kinds of their tensors."""
+    from pipelines.engine import deploy
+
+    weights = record.folder / "weights.safetensors"
+    deploy.check_file(record.run, weights)
+    sums = {"weights_sha256": record.run["weights_sha256"]}
+    return sums | {"tensors_sha256": deploy.tensors_sha256(weights)}
+
+
 def _kept(
     benchmark: str,
     student: str,
@@ -186,21 +192,14 @@ def _kept(
 ) -> dict[str, Any] | None:
     """The record that is there, as in a clone without the weights, with methods that have come since; None
     when it is of other students."""
-    from pipelines.engine import deploy
-
     old = exports.read(benchmark, student, root)
     if old is None or any(old[key] != value for key, value in frame.items()):
         return None
     methods = {}
     for method, record in finished.items():
-        known, weights = old["methods"].get(method), record.folder / "weights.safetensors"
-        if known is None or known["weights_sha256"] != record.run["weights_sha256"]:
-            deploy.check_file(record.run, weights)
-            known = {
-                "weights_sha256": record.run["weights_sha256"],
-                "tensors_sha256": deploy.tensors_sha256(weights),
-            }
-        methods[method] = known
+        known = old["methods"].get(method)
+        same = known is not None and known["weights_sha256"] == record.run["weights_sha256"]
+        methods[method] = known if same else _sums(record)
     content = old | {"methods": methods}
     if exports.problems(content, reference):
         return None

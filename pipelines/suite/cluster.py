@@ -84,7 +84,14 @@ def local(jobs: int, gpus: list[str], dashboard: bool, root: Path = ROOT) -> Ite
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
         with contextlib.ExitStack() as stack:
             with _without_ctrl_c():
-                own = SpecCluster(workers, scheduler, security=security, silence_logs=logging.CRITICAL)
+                try:
+                    own = SpecCluster(workers, scheduler, security=security, silence_logs=logging.CRITICAL)
+                except (TimeoutError, RuntimeError) as error:
+                    because = " ".join(f"{type(error).__name__} {error}".split())[:200]
+                    raise ConfigError(
+                        f"The processes that train did not start ({because}): this machine is busy or short "
+                        "of memory. Run the same command again, or with fewer JOBS."
+                    ) from None
                 stack.enter_context(own)
             yield stack.enter_context(Client(own, security=security))
 
