@@ -22,8 +22,11 @@ def clone(tmp_path: Path) -> Path:
 
 
 def say(root: Path, target: str = "tables") -> str:
-    """What `make` would do."""
-    done = subprocess.run(["make", "--dry-run", target], cwd=root, check=True, capture_output=True, text=True)
+    """What `make` would do; nothing of the `make` that runs the tests."""
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    env = {name: value for name, value in os.environ.items() if name not in outer}
+    command = ["make", "--dry-run", target]
+    done = subprocess.run(command, cwd=root, env=env, check=True, capture_output=True, text=True)
     return done.stdout
 
 
