@@ -38,10 +38,10 @@ bench: $(READY)  ## time and memory of the default benchmark from nothing, in a 
 	python tests/bench.py $(if $(PACKS),--packs) $(if $(PAIR),--pair $(PAIR))
 
 speed: $(READY)  ## steps a second and memory of BENCHMARK's protocol on this machine, without its data
-	python -m pipelines.tools.speed --benchmark $(BENCHMARK) $(if $(BATCH),--batch-size $(BATCH)) $(if $(SIZE),--size $(SIZE))
+	python -m pipelines.tools.speed --benchmark $(or $(BENCHMARK),$(error give a benchmark of params.yaml: make $@ BENCHMARK=streets)) $(if $(BATCH),--batch-size $(BATCH)) $(if $(SIZE),--size $(SIZE))
 
 spread: $(READY)  ## how far a cell of BENCHMARK moves when it is trained again with the same seed, here
-	python -m pipelines.tools.spread --benchmark $(BENCHMARK) $(if $(METHOD),--method $(METHOD)) $(if $(REPEATS),--repeats $(REPEATS))
+	python -m pipelines.tools.spread --benchmark $(or $(BENCHMARK),$(error give a benchmark of params.yaml: make $@ BENCHMARK=streets)) $(if $(METHOD),--method $(METHOD)) $(if $(REPEATS),--repeats $(REPEATS))
 
 browser: $(READY)  ## the page of the reports in Chromium, if it is installed
 	python -m pytest -m browser -rs tests/test_browser.py

@@ -88,11 +88,14 @@ def explain(section: str, error: ValidationError, file: str = "params.yaml", sho
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file of this checkout. ConfigError when it cannot be read or is none."""
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"), path.name)
+        found = parse_yaml(path.read_text(encoding="utf-8"), path.name)
     except OSError as error:
         raise ConfigError(f"{path.name} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path.name} is not valid YAML: {error}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path.name} is not UTF-8 text: save it as UTF-8.") from None
+    if found is None:
+        raise ConfigError(f"{path.name} is empty: restore it with git.")
+    return found
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -266,7 +269,7 @@ class Suite(Model):
     benchmarks: Keys = Field(min_length=1)
     students: Keys = Field(min_length=1)
     seeds: Annotated[list[Seed], AfterValidator(_distinct)] = Field(min_length=1)
-    reference: Key  # the undistilled student, to which every method is compared
+    reference: Key  # the student alone, to which every method is compared
     controls: Annotated[list[Control], AfterValidator(_distinct)]  # it again, for so many times the steps
     methods: Keys = Field(min_length=1)
     official: Keys  # of the methods, those that run with their authors' weights too

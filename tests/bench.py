@@ -1,5 +1,7 @@
 """`make bench`: what the default benchmark costs from nothing, in a temporary clone. Asserts nothing.
 
+The figures go to ``runs/bench.json``, of which `make readme` makes sentences.
+
 ``--packs``: the seconds of a step of a pack beside those of its cells alone and beside what is possible, on
 random images.
 """
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from conftest import copy_repository, read_params
 from suites import change
 
+from pipelines.engine import machine
+from pipelines.reports import readme
+from pipelines.runs import journal
+
+ROOT = Path(__file__).resolve().parents[1]
 PARTS = {
     "data": "data of .* took",
     "teacher": "/teacher done in",
@@ -90,17 +98,33 @@ def suite(install: bool) -> None:
         change(root, lambda raw: raw["suite"].update(methods=[*raw["suite"]["methods"], "new"]))
         added = Run(root, bin_)
         new = [json.loads(path.read_text())["seconds"] for path in root.glob("runs/*/*/new/*/run.json")]
-    print(f"\nmake repro from nothing: {installing + whole.seconds:.0f} s, {len(runs)} trainings")
     parts = {"installation": installing, **{name: whole.part(pattern) for name, pattern in PARTS.items()}}
-    print(*(f"  {name:14} {seconds:4.0f} s" for name, seconds in parts.items()), sep="\n")
-    print("  (data, packs, count and export side by side: seconds of workers)")
-    print(f"cores busy, teacher to report: {whole.share(PARTS['data'], PARTS['report']):.0%}")
-    print(f"peak memory of a process:      {peak:.0f} MB")
-    print(f"a second make repro:           {again.seconds:.1f} s")
-    print(
-        f"a new method:                  {added.seconds:.0f} s, {added.part(PARTS['packs']):.0f} s of packs"
+    cores, seconds = len(os.sched_getaffinity(0)), installing + whole.seconds
+    note(
+        "suite",
+        processor=machine.processor(),
+        cores=cores,
+        seconds=seconds,
+        trainings=len(runs),
+        training=(parts["teacher"] + parts["packs"] / cores) / seconds,
+        busy=whole.share(PARTS["data"], PARTS["report"]),
+        memory_mb=peak,
+        again=again.seconds,
+        added=added.seconds,
+        added_packs=added.part(PARTS["packs"]),
+        parts=parts,
     )
-    print(f"  as if alone                  {sum(one['wall'] for one in new):.0f} s")
+    print(f"\nmake repro from nothing: {seconds:.0f} s, {len(runs)} trainings")
+    print(*(f"  {name:14} {took:4.0f} s" for name, took in parts.items()), sep="\n")
+    print("  (data, packs, count and export side by side: seconds of workers)")
+    print(f"a new method, as if alone: {sum(one['wall'] for one in new):.0f} s")
+    print(readme.speed(ROOT))
+
+
+def note(what: str, **found: Any) -> None:
+    """Put what was measured into the record, beside what is there."""
+    found = {name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}
+    journal.add(readme.BENCH, "`make bench`", {"what": what, **found}, itemgetter("what"), ROOT)
 
 
 def packs(pair: str) -> None:
@@ -160,12 +184,15 @@ def packs(pair: str) -> None:
 
     print(f"{pair}, kd, batch {planned.training.batch_size}, {crop[0]}x{crop[1]}:")
     alone, teaching = step(1)
+    rows = []
     for size in (1, 5, 10):
         took, bound = step(size)[0], size * (alone - teaching) + teaching
+        rows.append([size, *(round(value, 3) for value in (took, size * alone, bound))])
         print(
             f"  K = {size:2}: {took:.2f} s a step, its cells alone {size * alone:.2f} s: "
             f"{took / size / alone:.3f}; possible {bound / size / alone:.3f}, times {took / bound:.2f}"
         )
+    note(f"packs {pair}", rows=rows, processor=machine.processor(), cores=len(os.sched_getaffinity(0)))
 
 
 def main() -> None:

@@ -116,7 +116,7 @@ def test_a_method_opens_by_mouse_and_by_keyboard(opened: Any) -> None:
     assert method.is_visible()
     opened.keyboard.press("Escape")
     opened.get_by_role("button", name="What is Group?").click()
-    assert "not told apart" in opened.locator("#board-streets-group").inner_text()
+    assert "differ clearly" in opened.locator("#board-streets-group").inner_text()
 
 
 def test_panels_switch(opened: Any) -> None:

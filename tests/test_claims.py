@@ -124,7 +124,7 @@ def make_claims(tmp_path: Path, change: Change = lambda raw: None) -> Claims:
 def results(
     gains: dict[str, list[float]] | None = None, name: str = BENCHMARK, student: str = STUDENT, **columns: Any
 ) -> Results:
-    """Finished cells: NONE for the undistilled student, and NONE + gain for every method, by seed."""
+    """Finished cells: NONE for the student alone, and NONE + gain for every method, by seed."""
     rows = [
         {"student": student, "method": method, "seed": seed, "test/miou": NONE[seed] + gain}
         | {"student/parameters": 12e6, "student/flops": 3e9}
@@ -460,9 +460,13 @@ def test_directions_hold_the_published_range_and_the_measured_word(tmp_path: Pat
 def test_sentences_count_the_verdicts_and_name_what_is_seen(tmp_path: Path) -> None:
     found, params = make_claims(tmp_path, several), make_params()
     every = [results({"kd": AROUND, "skd": [-2.0, 3.0, 2.0, 5.0], "acfd-full": [1.0]})]
+    reason = (
+        '"not comparable" says that the published setting differs from every benchmark here or is not fully '
+        "stated; the column why gives the reason."
+    )
     assert claims.sentences(found, claims.judge_all(found, every, params), every, params) == [
-        "Of 5 published gains by the methods of this suite, 1 reproduced, 2 not reproduced, "
-        "2 not comparable and 0 not run.",
+        "Of 5 published gains by the methods of this suite: 1 reproduced, 2 not reproduced, "
+        "2 not comparable, 0 not run. " + reason,
         "acfd's +5.79 (unit not stated): not comparable (data set not stated; unit of the gain not stated).",
         "acfd's unchanged inference cost: reproduced (it holds by construction, as adapters are dropped: "
         "equal on roads, small: 12,000,000 parameters, 3,000,000,000 FLOPs).",
@@ -472,8 +476,8 @@ def test_sentences_count_the_verdicts_and_name_what_is_seen(tmp_path: Path) -> N
         "acfd on roads, small: +1.00 (n = 1), undecided.",
     ]
     assert claims.sentences(found, claims.judge_all(found, [], params), [], params) == [
-        "Of 5 published gains by the methods of this suite, 0 reproduced, 0 not reproduced, "
-        "2 not comparable and 3 not run.",
+        "Of 5 published gains by the methods of this suite: 0 reproduced, 0 not reproduced, "
+        "2 not comparable, 3 not run. " + reason,
         "acfd's +5.79 (unit not stated): not comparable (data set not stated; unit of the gain not stated).",
         "acfd's unchanged inference cost: not run (no finished cells of both acfd-full and none).",
         "None of these methods has been measured here yet.",

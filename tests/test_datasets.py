@@ -8,6 +8,7 @@ import io
 import itertools
 import os
 import shutil
+import struct
 import tarfile
 import threading
 import zipfile
@@ -25,6 +26,7 @@ from scipy.io import savemat
 from pipelines import config
 from pipelines.config import Benchmark, ConfigError
 from pipelines.datasets import ade20k, archives, cityscapes, folder, voc, writer
+from pipelines.datasets import pixels as image_pixels
 from pipelines.engine.pack import run_cell
 from pipelines.methods import checked
 from pipelines.runs import records
@@ -588,15 +590,18 @@ def test_ones_own_photographs_are_turned_as_they_were_seen(
     [
         ("masks/a/1.png", None, r"has no mask .* for a/1 of the split files\.$"),
         ("photos/a/1.jpg", None, r"has no image \(PNG, JPEG, …\) for a/1"),
-        ("photos/a/1.png", b"", "several images for a/1"),
+        ("photos/a/3.png", b"", r"several images for a/3 .*`image_suffix` in params.yaml: .jpg or .png"),
         ("masks/a/1.png", png(np.full((32, 44), 3, np.uint8)), "masks/a/1.png has the value 3"),
         (
             "masks/a/1.png",
             png(np.zeros((32, 40), np.uint8)),
             "a/1.jpg is 44x32 but its label .*masks/a/1.png is 40x32",
         ),
-        ("masks/a/1.png", b"GIF89a", r"masks/a/1.png is no whole image\.$"),
-        ("photos/a/1.jpg", b"GIF89a", r"photos/a/1.jpg is no whole image"),
+        ("masks/a/1.png", b"GIF89a", r"masks/a/1.png is no image that can be read \(PNG, TIFF, BMP\), or it"),
+        ("photos/a/1.jpg", b"GIF89a", "photos/a/1.jpg is no image that can be read"),
+        ("photos/a/1.jpg", b"", r"photos/a/1.jpg is empty\.$"),
+        ("masks/a/1.png", jpeg(32, 44), "1.png is a JPEG by its content: save it as PNG, TIFF or BMP"),
+        ("masks/a/1.png", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS .*`git lfs pull`"),
         ("val.txt", b"a/1\n", "a/1 stands twice in the split files"),
         ("val.txt", b"\n", "val.txt names no sample"),
         ("val.txt", b"../masks/a/1\n", "has '../masks/a/1'"),
@@ -619,7 +624,9 @@ def test_what_is_wrong_with_ones_own(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"ignore_index": 2}, "ignore_index must be beyond the classes 0 to 2"),
+        ({"ignore_index": 2}, "ignore_index = 2 is not allowed: it must be beyond the classes 0 to 2; where"),
+        ({"classes": {"a": [0] * 3, "b": [0] * 3, "c": [9] * 3}}, "a and b have one colour"),
+        ({"ignored_colours": [[90, 90, 90]]}, "they hold the colour of the class stone"),
         ({"images": "fotos"}, "fotos does not exist: correct `images`"),
         ({"classes": {"a": [0, 0, 256], "b": [0, 0, 0]}}, "classes.a.2 = 256"),
     ],
@@ -699,6 +706,20 @@ MASKS: dict[str, tuple[dict[str, Any], Callable[[str, int], tuple[str, bytes]]]]
         {"masks": "colours", "classes": {"a": [0, 0, 0], "b": [128] * 3, "c": [255] * 3}},
         lambda name, _: (f"masks/{name}.png", png(np.array([0, 128, 255], np.uint8)[SCENE])),
     ),
+    "gray colours, of which one is hidden": (
+        {"masks": "colours", "classes": {"a": [0, 0, 0], "b": [128] * 3, "c": [255] * 3}},
+        lambda name, _: (
+            f"masks/{name}.png",
+            saved(Image.fromarray(np.array([0, 128, 255], np.uint8)[SCENE]), "PNG", transparency=0),
+        ),
+    ),
+    "a palette of colours, of which one is hidden": (
+        {"masks": "colours"},
+        lambda name, _: (
+            f"masks/{name}.png",
+            saved(Image.fromarray(in_colours(SCENE)).quantize(8), "PNG", transparency=0),
+        ),
+    ),
     "a palette of colours": (
         {"masks": "colours"},
         lambda name, _: (f"masks/{name}.png", saved(Image.fromarray(in_colours(SCENE)).quantize(8), "PNG")),
@@ -746,9 +767,30 @@ def test_masks_of_every_layout(kind: str, mine: Path, tmp_path: Path) -> None:
             r"img0.png has colours that are in no class: \[1, 0, 1\], .*`classes`.*`ignored_colours`",
         ),
         (
-            {"classes": COLOURED | {"stone": [0, 255, 0]}},
-            lambda name, _: (f"masks/{name}.png", png(in_colours(SCENE))),
-            "one colour stands for two of `classes`",
+            {},
+            lambda name, _: (f"masks/{name}.png", png(np.repeat(SCENE[..., None], 3, 2).astype(np.uint8))),
+            "three equal channels, whose values are not colours of `classes`: .*set `masks: values`",
+        ),
+        (
+            {},  # a palette of each file's own, and a colour that is in no class
+            lambda name, _: (
+                f"masks/{name}.png",
+                png_with_palette((SCENE + 1) % 3, [90, 90, 90, 255, 255, 255, 0, 255, 0]),
+            ),
+            "other classes by the colours of its palette than by its values",
+        ),
+        (
+            {},
+            lambda name, _: (
+                f"masks/{name}.tif",
+                saved(
+                    Image.fromarray(SCENE.astype(np.uint8)),
+                    "TIFF",
+                    save_all=True,
+                    append_images=[Image.fromarray(SCENE.astype(np.uint8))],
+                ),
+            ),
+            r"img0.tif holds 2 pictures: save the one that is the mask",
         ),
         (
             {},
@@ -790,7 +832,7 @@ def test_masks_of_every_layout(kind: str, mine: Path, tmp_path: Path) -> None:
         (
             {},
             lambda name, i: (f"masks/{name}.{'png' if i else 'jpg'}", jpeg(32, 44)),
-            r"has no mask \(PNG, TIFF or BMP\) for img0",
+            r"has no mask \(PNG, TIFF or BMP\) for img0.* img0.jpg is there, but its kind of file may change",
         ),
         (
             {},
@@ -921,6 +963,79 @@ def test_a_suffix_of_images(mine: Path, tmp_path: Path) -> None:
     build(tmp_path, data | {"image_suffix": "_rgb.jpg"})
 
 
+def test_a_list_says_which_of_two_files(mine: Path, tmp_path: Path) -> None:
+    data = layout(mine, PLAIN, lists=lambda text: text.replace("\n", ".png\n").encode())
+    (mine / "photos/img0.jpg").write_bytes(jpeg(32, 44))
+    build(tmp_path, data)
+    assert (tmp_path / "data/large/train/img0.png").is_file()
+
+
+def test_a_mask_of_another_sample_is_no_hint(mine: Path, tmp_path: Path) -> None:
+    data = layout(mine, ["img1", "img10", "img2", "img3"])
+    (mine / "masks/img1.png").unlink()
+    with pytest.raises(ConfigError, match=r"for img1 of the split files\.$"):
+        build(tmp_path, data)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_tiff_is_read_as_it_is_stored(orientation: int, mine: Path, tmp_path: Path) -> None:
+    """Pillow turns one whenever it decodes it."""
+    exif, picture = Image.Exif(), np.random.default_rng(0).integers(0, 256, (4, 32, 44, 3), np.uint8)
+    exif[0x0112] = orientation
+    image = [saved(Image.fromarray(p), "TIFF", exif=exif) for p in picture]
+    data = layout(mine, PLAIN, image=lambda name, index: (f"photos/{name}.tif", image[index]))
+    build(tmp_path, data | {"orientation": "stored"})
+    found = np.asarray(Image.open(tmp_path / "data/large/train/img0.png"))
+    assert np.array_equal(found, picture[0])
+
+
+def test_deep_images_that_would_be_black_are_refused(mine: Path, tmp_path: Path) -> None:
+    """12 bits in files of 16, and 8."""
+    for most in (4095, 255):
+        dark = np.random.default_rng(0).integers(0, most + 1, (4, 32, 44), np.uint16)
+        data = layout(mine, PLAIN, image=lambda name, i, dark=dark: (f"photos/{name}.png", png(dark[i])))
+        with pytest.raises(ConfigError, match=r"No image of more than 8 bits .* is brighter than \d+ of 255"):
+            build(tmp_path, data)
+    dark[3, 0, 0] = 65535
+    build(tmp_path, layout(mine, PLAIN, image=lambda name, i: (f"photos/{name}.png", png(dark[i]))))
+
+
+def test_planes_of_deep_samples_are_refused() -> None:
+    """Pillow reads them with the bytes of the machine, whatever the file says."""
+    samples = struct.pack("<4H", 1, 2, 3, 4) * 3
+    tags = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 3, 200), (259, 3, 1, 1), (262, 3, 1, 2)]
+    tags += [(273, 4, 3, 210), (277, 3, 1, 3), (278, 3, 1, 2), (279, 4, 3, 224), (284, 3, 1, 2)]
+    content = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    content += b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    content = content.ljust(200, b"\0") + struct.pack("<3H", 16, 16, 16)
+    content = content.ljust(210, b"\0") + struct.pack("<3I", 300, 308, 316)
+    content = content.ljust(224, b"\0") + struct.pack("<3I", 8, 8, 8)
+    with pytest.raises(ConfigError, match=r"x\.tif is a TIFF with a plane for each channel"):
+        image_pixels.opened(content.ljust(300, b"\0") + samples, "x.tif")
+
+
+def test_one_picture_in_two_encodings_leaks(mine: Path, tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 44, 3), np.uint8))
+    data = layout(mine, ["é 1", "img1", "img2", "道 2"])
+    picture.save(mine / "photos/é 1.png", compress_level=0)
+    picture.save(mine / "photos/道 2.png", compress_level=9)
+    with pytest.raises(ConfigError, match=r"train/é 1.png and test/道 2.png are the same image"):
+        build(tmp_path, data)
+
+
+def test_an_image_without_permission_is_named(mine: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    data, real = layout(mine, PLAIN), Path.read_bytes
+
+    def refused(path: Path) -> bytes:  # tests may run as root, whom nothing is refused
+        if path.name == "img1.png" and path.parent.name == "photos":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(ConfigError, match=r"photos/img1.png cannot be read: Permission denied\.$"):
+        build(tmp_path, data)
+
+
 def test_a_stack_is_no_photograph(mine: Path, tmp_path: Path) -> None:
     pages = [Image.fromarray(np.full((32, 44), shade, np.uint8)) for shade in (1, 2)]
     stack = saved(pages[0], "TIFF", save_all=True, append_images=pages[1:])
@@ -978,7 +1093,7 @@ def test_a_class_without_a_pixel_is_said_and_kept(
         == folder.describe(tmp_path / "data" / "large")
         == folder.check(tmp_path / "data" / "large")
     )
-    assert "data/large: no pixel of test is of ground, stone: no score there" in caplog.text
+    assert "data/large: the split test has no pixel of ground, stone: no score there" in caplog.text
 
 
 def test_an_image_that_a_transformer_cannot_see(mine: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 # The commands that are not run as they stand, and the test that runs the like. The blocks of shell without
 # them are run by test_end_to_end.
 ELSEWHERE = {
-    r"make (test|lint|smoke)": ".ci/run: make",
+    r"make (test|lint|smoke|browser)": ".ci/run: make",
     r"make show": "README.md: make show",  # opens a browser
     r"make (torture|bench|lock|clean|ui|readme)": "Makefile: torture",  # for developers, or without an end
     r"make tables": "tests/test_end_to_end.py: pipelines.stages.report",

@@ -105,7 +105,7 @@ def test_one_command_makes_cells_tables_and_figures(clone: Path) -> None:
 
 def test_the_records_of_a_run_are_verified(clone: Path) -> None:
     command = ("-m", "pipelines.tools.verify")
-    assert "follow from the 5 run records" in python(clone, *command)
+    assert "follow from 5 run records" in python(clone, *command)
     table = clone / "reports" / "streets" / "comparison.md"
     before = table.read_text()
     table.write_text(before.replace("none |", "nome |", 1))

@@ -255,7 +255,7 @@ def test_hostile_images_are_one_sentence(name: str, kind: str) -> None:
     said = short(error.value)
     assert kind in said
     if name in ("huge", "large beyond the limit", "long and thin") and kind.endswith(".png"):
-        assert "claims more than 67,108,864 pixels" in said
+        assert "has more than 67,108,864 pixels" in said
 
 
 def test_the_smallest_image_is_an_image() -> None:
@@ -268,7 +268,7 @@ def test_a_jpeg_of_absurd_size_is_one_sentence() -> None:
     at = content.index(b"\xff\xc0") + 5  # height and width in the frame header
     for size in (struct.pack(">HH", 65535, 65535), struct.pack(">HH", 8192, 8193)):
         content[at : at + 4] = size
-        with pytest.raises(ConfigError, match=r"train/x.jpg claims more than 67,108,864 pixels"):
+        with pytest.raises(ConfigError, match=r"train/x.jpg has more than 67,108,864 pixels"):
             folder.decode(bytes(content), "train/x.jpg", "RGB")
 
 
@@ -365,7 +365,7 @@ def test_images_of_users_with_hostile_bytes(tmp_path: Path) -> None:
             except ConfigError as error:
                 count[1] += 1
                 assert re.search(
-                    r"x (has the mode|has transparent|is no whole|is not a whole PNG|claims|holds \d+ pict)",
+                    r"x (has (the mode|transp|more)|is (damaged|not a whole|no image|a [JP])|holds \d+ p)",
                     short(error),
                 )
 
@@ -377,7 +377,7 @@ def test_images_of_users_with_hostile_bytes(tmp_path: Path) -> None:
 def test_a_palette_image_without_its_palette_is_one_sentence(tmp_path: Path) -> None:
     content = claimed(8, 6, 8, 3, b"\0" * 54)
     content = content[:33] + chunk(b"tRNS", b"\0") + content[33:]
-    with pytest.raises(ConfigError, match=r"^mine\.png is no whole image: it has no palette"):
+    with pytest.raises(ConfigError, match=r"^mine\.png is damaged or cut off: it has no palette"):
         writer.Writer(tmp_path / "taken", (4, 4)).image("train", "x", content, "mine.png")
 
 

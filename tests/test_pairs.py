@@ -27,6 +27,7 @@ from pipelines.networks import SegmentationNetwork, tap_shapes
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 METHODS = {**PARAMS["methods"], "acfd-full": PARAMS["acfd"]["full"]}
 TEACHERS = {
+    "pspnet-resnet34": ("PSPNet", "tu-resnet34", 8),
     "pspnet-resnet101": ("PSPNet", "tu-resnet101", 8),
     "deeplabv3-resnet101": ("DeepLabV3", "tu-resnet101", 8),
     "segformer-b2": ("Segformer", "mit_b2", 32),
@@ -35,7 +36,7 @@ TEACHERS = {
 }
 STUDENTS = config.load().students
 SHORT = [
-    ("pspnet-resnet101", "segformer-b0"),
+    ("pspnet-resnet34", "segformer-b0"),
     ("segformer-b2", "fpn-mobilenetv2"),
 ]
 CLASSES, IGNORE, CROP = 5, 255, (32, 64)

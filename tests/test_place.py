@@ -46,20 +46,22 @@ def test_make_in_a_path_with_spaces_makes_one_environment_and_again_after_a_move
     assert say(other) == "python -m pipelines.stages.report\n"
 
 
-@pytest.mark.parametrize("name", ["data", "runs", "data/streets"])
-def test_a_link_to_another_disk_is_refused_before_anything_is_made(clone: Path, name: str) -> None:
+def test_a_link_to_another_disk_is_refused_before_anything_is_made(clone: Path) -> None:
     disk = clone.parent / "disk"
     disk.mkdir()
-    shutil.rmtree(clone / name, ignore_errors=True)
-    (clone / name).parent.mkdir(exist_ok=True)
-    (clone / name).symlink_to(disk)
-    with pytest.raises(ConfigError, match=rf"^{name} is a link to .*disk.*mount --bind.*dvc cache dir"):
-        check_links(clone)
+    for name in ("data", "runs", "data/streets"):
+        shutil.rmtree(clone / name, ignore_errors=True)
+        (clone / name).parent.mkdir(exist_ok=True)
+        (clone / name).symlink_to(disk)
+        with pytest.raises(ConfigError, match=rf"^{name} is a link to .*disk.*mount --bind.*dvc cache dir"):
+            check_links(clone)
+        if name != "data/streets":
+            (clone / name).unlink()
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.stages.fetch", "--benchmark", "streets"],
         cwd=clone, env={**os.environ, "PYTHONPATH": str(clone)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 1 and done.stderr.startswith(f"error: {name} is a link to")
+    assert done.returncode == 1 and done.stderr.startswith("error: data/streets is a link to")
     assert not [*disk.iterdir()]
 
 
@@ -70,7 +72,7 @@ def test_without_git_dvc_works_and_records_name_no_commit(
     shutil.rmtree(clone / ".git")
     if (reason := no_commit(clone)) is None:
         pytest.skip("the temporary folder lies inside a git checkout")
-    assert "no git checkout" in reason
+    assert "not a git checkout" in reason
     pipeline = Pipeline(clone)
     assert "fetch@streets" in pipeline.stages and "count" not in pipeline.changed()
 

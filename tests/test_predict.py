@@ -183,9 +183,9 @@ def test_bad_files_are_named_and_the_others_done(
     for text, part in zip(
         failed,
         (
-            "absurd.png claims more than 10,000 pixels: it is damaged, or scale it down.",
-            "half.png is no whole image: image file is truncated.",
-            "text.jpg is no whole image.",
+            "absurd.png has more than 10,000 pixels by its header: scale it down, or",
+            "half.png is damaged or cut off: image file is truncated.",
+            "text.jpg is no image that can be read",
         ),
         strict=True,
     ):
@@ -193,8 +193,9 @@ def test_bad_files_are_named_and_the_others_done(
     done = {p.name for p in (tmp_path / "out").glob("*_mask.png")}
     assert done == {"a.png_mask.png", "a.jpg_mask.png", "dot_mask.png", "large_mask.png"}
     monkeypatch.setattr(predict, "LOGITS", 12 * 2_000)
-    assert "large.png: that is too much for one --size: give a smaller one, or none, for windows." in run(
-        folder, (32, 32)
+    assert (
+        "large.png: it is too large for one pass: give a smaller --size, or none, for sliding windows."
+        in run(folder, (32, 32))
     )
 
 
@@ -257,7 +258,8 @@ def test_a_video_without_its_library_is_one_sentence(
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "film.MP4").write_bytes(b"-")
     assert run(tmp_path / "film.MP4") == [
-        "film.MP4 is a video, which needs PyAV: `pip install av`, or save its frames as images."
+        "film.MP4 is a video, which needs PyAV: `.venv/bin/python -m uv pip install av`, or save its "
+        "frames as images."
     ]
 
 
@@ -274,7 +276,7 @@ def test_every_frame_of_a_video(run: Callable[..., list[str]], trained: Path, tm
     assert [mask(tmp_path, f"film_0000{index}").shape for index in range(3)] == [SMALL] * 3
     (tmp_path / "half.mp4").write_bytes((tmp_path / "film.mp4").read_bytes()[:300])
     (failed,) = run(tmp_path / "half.mp4")
-    assert failed.startswith("half.mp4 is no whole video: ")
+    assert failed.startswith("half.mp4 is damaged or cut off: ")
 
 
 def test_any_name_of_a_file(run: Callable[..., list[str]], trained: Path, tmp_path: Path) -> None:
@@ -300,9 +302,7 @@ def test_the_command_ends_with_the_bad_files(
     with pytest.raises(SystemExit) as stop:
         cli.run(predict.main)
     text = str(stop.value.code)
-    assert "\nbad.png is no whole image.\n" in text and text.endswith(
-        "1 image could not be done; the others are."
-    )
+    assert "\nbad.png is empty.\n" in text and text.endswith("1 image could not be done; the others are.")
     assert mask(tmp_path, "good").shape == SMALL
 
 
@@ -311,7 +311,7 @@ def test_without_data_the_palette_is_the_module_s(trained: Path, tmp_path: Path)
     shutil.copy(trained / "params.yaml", tmp_path)
     meta = predict.read_meta(run, tmp_path)
     assert (meta.classes, meta.palette) == (streets.META.classes, streets.META.palette)
-    with pytest.raises(ConfigError, match="know 2 classes, the data set of streets has 12 or others"):
+    with pytest.raises(ConfigError, match="know 2 classes, which are not the 12 of the data set of streets"):
         predict.read_meta({**run, "classes": ["road", "sky"]}, tmp_path)
 
 
@@ -356,3 +356,26 @@ def test_every_data_set_has_a_legend(name: str) -> None:
     assert len(set(meta.classes)) == len(meta.classes) == len(meta.palette)
     assert all(text == " ".join(text.split()) and text for text in meta.classes)
     assert Image.open(io.BytesIO(predict.legend_png(meta))).size[0] > 100
+
+
+def test_no_output_is_written_twice() -> None:
+    names = predict._names(map(Path, ["a.png", "a.jpg", "a.png.bmp", "s.tif", "s_00001.png", "b.png"]))
+    assert names == ["a.png", "a.jpg", "a.png.bmp", "s.tif", "s_00001", "b"]
+
+
+def test_photographs_are_turned_as_in_training(trained: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "in").mkdir()
+    scene(trained).save(tmp_path / "in" / "a.png", exif=exif)
+    folder = Path(shutil.copytree(CELL.folder(trained), tmp_path / "cell"))
+    sizes = []
+    for orientation in ("exif", "stored"):
+        run = json.loads((folder / "run.json").read_text())
+        run["config"]["data"]["orientation"] = orientation
+        rewrite(folder, run)
+        assert not predict.predict(
+            folder / "weights.safetensors", tmp_path / "in", tmp_path / "out", root=trained
+        )
+        sizes.append(mask(tmp_path, "a").shape)
+    assert sizes == [SMALL[::-1], SMALL]

@@ -121,7 +121,7 @@ def test_images_of_no_known_size_are_one_sentence(tmp_path: Path) -> None:
     }  # fmt: skip
     write_params(tmp_path, raw)
     params = checked(config.load(tmp_path / "params.yaml"))
-    with pytest.raises(ConfigError, match=r"mine is not known: give --size"):
+    with pytest.raises(ConfigError, match=r"mine is not known: give it: SIZE="):
         speed.speed(params, "mine", None, 2, tmp_path)
 
 

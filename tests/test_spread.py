@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, copy_repository, read_params, tiny, write_params
+from conftest import copy_repository, read_params, tiny, write_params
 from suites import slow
 
 from pipelines import config
@@ -149,10 +149,13 @@ def test_it_is_said_that_no_gpu_was_measured_until_one_is(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("wrong", [["--repeats", "1"], ["--method", "gone"], ["--benchmark", "gone"]])
-def test_wrong_options_are_one_sentence(wrong: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipelines.tools.spread", "--benchmark", "streets", *wrong]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+def test_wrong_options_are_refused_before_anything_runs(
+    wrong: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["spread", "--benchmark", "streets", *wrong])
+    monkeypatch.setattr(spread, "_link", None)  # the first that a repeat would do
+    with pytest.raises(config.ConfigError, match=r"REPEATS=1 is not allowed|gone"):
+        spread.main()
 
 
 def test_a_repeat_without_data_is_one_sentence(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -170,6 +170,20 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
     assert grown / (2**20 if sys.platform == "darwin" else 2**10) < 40  # MB; all pixels are 112
 
 
+def test_a_daemon_reads_with_processes(tmp_path: Path) -> None:
+    """As the workers of Dask are, which Python lets start no process."""
+    root = build(tmp_path / "data" / "large", [(32, 48), (48, 32)], {"train": 6, "val": 1, "test": 1})
+    script = (
+        "import multiprocessing, sys; from pathlib import Path; from pipelines.datasets import folder\n"
+        "def read(): print(len(list(folder.load(Path(sys.argv[1]), 'train', 2).batches(2))), flush=True)\n"
+        "process = multiprocessing.get_context('fork').Process(target=read, daemon=True)\n"
+        "process.start(); process.join(); sys.exit(process.exitcode)"
+    )
+    command = [sys.executable, "-c", script, str(root)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "6\n"), done.stderr[-2000:]
+
+
 # ---- evaluation
 
 

@@ -264,7 +264,7 @@ def test_weights_without_a_sum_stop_before_anything_is_fetched(tmp_path: Path) -
     repro.check_networks(checked(config.load(tmp_path / "params.yaml")), tmp_path)
     raw["weights"]["resnet18"]["sha256"] = None
     write_params(tmp_path, raw)
-    with pytest.raises(ConfigError, match=r"'resnet18', of which params.yaml has no sum.*fetch_weights"):
+    with pytest.raises(ConfigError, match=r"no checksum of the encoder weights 'resnet18'.*fetch_weights"):
         repro.check_networks(checked(config.load(tmp_path / "params.yaml")), tmp_path)
 
 

@@ -57,6 +57,7 @@ COLOURS = """
     4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff
 """  # RGB in hexadecimal: color150.mat of the challenge's development kit, in the order of the classes
 
+ABOUT = "scenes of all kinds, 150 classes"
 NEEDS = "nothing by hand (ADEChallengeData2016)"
 IMAGES = (20210, 512, 683)  # to train on, their usual height and width
 GIGABYTES = 0.9  # to fetch, as the authors state them

@@ -79,6 +79,7 @@ GROUPS = (
     "000000",
 )
 
+ABOUT = "driving scenes filmed from a car"
 NEEDS = "nothing by hand (git)"
 IMAGES = (367, 360, 480)  # to train on, their height and width
 GIGABYTES = 0.2  # to fetch, as the authors state them

@@ -53,6 +53,7 @@ CLASSES = {  # label id: name, colour
     33: ("bicycle", (119, 11, 32)),
 }
 
+ABOUT = "street scenes of 50 cities"
 NEEDS = f"{' and '.join(file for file, _ in ARCHIVES)} from cityscapes-dataset.com, with an account"
 IMAGES = (2975, 1024, 2048)  # to train on, their height and width
 GIGABYTES = 11.2  # to fetch, as the authors state them

@@ -12,14 +12,14 @@ with or without folders below ``images`` and with or without its ending; the mas
 from __future__ import annotations
 
 import codecs
-import contextlib
 import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 from unicodedata import normalize
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from pipelines.config import ROOT, ConfigError, Model, Size
 from pipelines.datasets import pixels
@@ -27,8 +27,10 @@ from pipelines.datasets.folder import SPLITS, Meta, few
 from pipelines.datasets.writer import Writer, mapped, painted
 
 PHOTOS = pixels.endings(("JPEG",))
+ABOUT = "images of one's own"
 NEEDS = "your own"
 GIGABYTES = None  # to fetch
+DARK = 17  # of 255: 12 bits in a file of 16 reach 16
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 Channel = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Channel, Channel, Channel]
@@ -66,13 +68,28 @@ class Config(Model):
     def _several(cls, classes: dict[str, Colour]) -> dict[str, Colour]:
         if len(classes) < 2:
             raise ValueError("one class leaves nothing to tell apart; name the background as a class too")
+        owner: dict[Colour, str] = {}
+        for name, colour in classes.items():
+            if (other := owner.setdefault(colour, name)) != name:
+                raise ValueError(f"{other} and {name} have one colour; figures tell classes apart by it")
         return classes
 
-    @model_validator(mode="after")
-    def _ignored(self) -> Config:
-        if self.ignore_index < len(self.classes):
-            raise ValueError(f"ignore_index must be beyond the classes 0 to {len(self.classes) - 1}")
-        return self
+    @field_validator("ignore_index")
+    @classmethod
+    def _beyond(cls, value: int, found: ValidationInfo) -> int:
+        if value < (count := len(found.data.get("classes", ()))):
+            raise ValueError(
+                f"it must be beyond the classes 0 to {count - 1}; where masks have {value} for pixels "
+                "without a label, make it a class, or give these pixels another value, such as 255"
+            )
+        return value
+
+    @field_validator("ignored_colours")
+    @classmethod
+    def _apart(cls, colours: tuple[Colour, ...], found: ValidationInfo) -> tuple[Colour, ...]:
+        if shared := [name for name, own in found.data.get("classes", {}).items() if own in colours]:
+            raise ValueError(f"they hold the colour of the class {shared[0]}")
+        return colours
 
 
 def meta(config: Config) -> Meta:
@@ -82,22 +99,25 @@ def meta(config: Config) -> Meta:
 def prepare(config: Config, target: Path, mirror: Path | None) -> dict[str, str]:
     """Pair images with masks, check the masks' values, copy. The names that had to be replaced."""
     base = mirror or ROOT
-    images = _files(base / config.images, "images", config.image_suffix, pixels.endings())
-    labels = _files(base / config.labels, "labels", config.label_suffix, pixels.endings(pixels.LOSSLESS))
-    if (base / config.images).resolve() == (base / config.labels).resolve():  # a photograph is the image
+    photographs, drawn = (base / path.expanduser() for path in (config.images, config.labels))
+    images = _files(photographs, "images", config.image_suffix, pixels.endings())
+    labels = _files(drawn, "labels", config.label_suffix, pixels.endings(pixels.LOSSLESS))
+    if photographs.resolve() == drawn.resolve():  # a photograph is the image
         photos = {key: [f for f in files if f.suffix.lower() in PHOTOS] for key, files in images.items()}
         images |= {key: files for key, files in photos.items() if files}
     chosen: dict[str, tuple[str, str]] = {}  # sample: split, split file
     for split in SPLITS:
-        listed = base / getattr(config.splits, split)
+        listed = base / getattr(config.splits, split).expanduser()
         lines = _lines(listed, split)
         keys = [_sample(line, images, config.image_suffix) for line in lines]
         if missing := [line.strip() for line, key in zip(lines, keys, strict=True) if key is None]:
             raise ConfigError(
-                f"{base / config.images} has no image (PNG, JPEG, …) for {few(map(_shown, missing))} of "
-                f"the split files.{_hint(images, missing[0], 'image_suffix')}"
+                f"{photographs} has no image (PNG, JPEG, …) for {few(map(_shown, missing))} of the split "
+                f"files, where a line is the name of one image.{_hint(images, missing, 'image_suffix')}"
             )
-        for key in filter(None, keys):
+        for line, key in zip(lines, filter(None, keys), strict=True):
+            if len(own := [file for file in images[key] if line.endswith(file.suffix or "/")]) == 1:
+                images[key] = own
             if key in chosen:
                 raise ConfigError(
                     f"{_shown(key)} stands twice in the split files ({chosen[key][1]}, {listed.name}): a "
@@ -111,17 +131,19 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> dict[str, str]
             raise ConfigError(
                 f"There are several {kind}s for {few(double)} "
                 f"({few(file.name for file in found[double[0]])}): "
-                f"keep one of each, or say which by `{suffix}: {found[double[0]][0].suffix}` in params.yaml."
+                f"keep one of each, or say which by `{suffix}` in params.yaml: "
+                f"{' or '.join(dict.fromkeys(file.suffix for file in found[double[0]]))}."
             )
     if missing := [key for key in chosen if not masks[key]]:
         raise ConfigError(
-            f"{base / config.labels} has no mask (PNG, TIFF or BMP) for {few(map(_shown, missing))} of the "
-            f"split files.{_hint(labels, missing[0], 'label_suffix')}"
+            f"{drawn} has no mask (PNG, TIFF or BMP) for {few(map(_shown, missing))} of the split files."
+            + _lossy(drawn, config.label_suffix, missing[0])
+            + _hint(labels, missing, "label_suffix", chosen)
         )
     writer = Writer(target, config.size, upright=config.orientation == "exif")
     for key, (split, _) in chosen.items():
         (image,), (mask,) = images[key], masks[key]
-        writer.image(split, key, image.read_bytes(), str(image))
+        writer.image(split, key, _content(image), str(image))
         writer.label(split, key, _classes(mask, config), str(mask))
     writer.close()
     if writer.turned:
@@ -130,18 +152,46 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> dict[str, str]
             "seen then. If they were drawn on the pixels as stored, set `orientation: stored`: %s.",
             len(writer.turned), few(writer.turned),
         )  # fmt: skip
+    if writer.transparent:
+        log.warning(
+            "%d images have transparent pixels, which are laid over white: %s.",
+            len(writer.transparent), few(writer.transparent),
+        )  # fmt: skip
+    if writer.deep and max(writer.deep.values()) < DARK:
+        raise ConfigError(
+            f"No image of more than 8 bits ({few(writer.deep)}) is brighter than {max(writer.deep.values())} "
+            "of 255 where its full range is white: if they hold 8 or 12 bits, scale them up, or save them "
+            "with 8."
+        )
     return writer.names
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from None
 
 
 def _classes(file: Path, config: Config) -> np.ndarray:
     """The class of every pixel of a mask, (H, W) uint8."""
     name, upright = str(file), config.orientation == "exif"
-    with pixels.opened(content := file.read_bytes(), name, pixels.LOSSLESS) as opened:
+    with pixels.opened(content := _content(file), name, pixels.LOSSLESS) as opened:
+        if (count := pixels.frames(opened)) > 1:
+            raise ConfigError(f"{name} holds {count} pictures: save the one that is the mask.")
         mode, found = opened.mode, pixels.samples(opened, name, upright)
     colours = found
     if mode in ("1", "L", "P") and (mode == "P" or config.masks == "colours"):
         with pixels.opened(content, name, pixels.LOSSLESS) as opened:
+            opened.info.pop("transparency", None)  # it hides a colour that is a class's
             colours = np.asarray(pixels.rgb(opened, name, upright))
+    if config.masks is None and found.ndim == 3 and (found == found[..., :1]).all():
+        ours = {own[0] for own in (*config.classes.values(), *config.ignored_colours) if len({*own}) == 1}
+        if not {*np.unique(found).tolist()} <= ours:
+            raise ConfigError(
+                f"{name} has three equal channels, whose values are not colours of `classes`: if they are "
+                "the classes, set `masks: values` in params.yaml."
+            )
     if config.masks == "colours" or (config.masks is None and found.ndim == 3):
         return painted(colours, _colours(config, name), name)
     if found.ndim == 3:
@@ -151,16 +201,20 @@ def _classes(file: Path, config: Config) -> np.ndarray:
     table = np.full(256, -1, np.int16)
     table[: len(config.classes)] = range(len(config.classes))
     table[config.ignore_index] = config.ignore_index
-    values, other = mapped(found, table, name), False
-    with contextlib.suppress(ConfigError):  # a palette of other colours says nothing
-        if mode == "P" and config.masks is None:
-            other = bool((painted(colours, _colours(config, name), name) != values).any())
-    if other:
+    values = mapped(found, table, name)
+    if mode == "P" and config.masks is None and _contradicts(colours, values, config):
         raise ConfigError(
             f"{name} shows other classes by the colours of its palette than by its values: set `masks: "
             "colours` or `masks: values` in params.yaml, whichever is right."
         )
     return values
+
+
+def _contradicts(colours: np.ndarray, values: np.ndarray, config: Config) -> bool:
+    """Whether a colour of ``classes`` stands where the value is of another one; other colours say nothing."""
+    table = {own: value for value, own in enumerate(config.classes.values())}
+    table |= dict.fromkeys(config.ignored_colours, config.ignore_index)
+    return any((values[(colours == own).all(axis=-1)] != value).any() for own, value in table.items())
 
 
 def _colours(config: Config, name: str) -> dict[tuple[int, ...], int]:
@@ -204,11 +258,26 @@ def _sample(line: str, images: Found, suffix: str) -> str | None:
     return None
 
 
-def _hint(found: Found, name: str, setting: str) -> str:
-    """What files there are that begin like a missing one."""
-    name = _cut(normalize("NFC", name))[0]
-    rests = sorted((key.removeprefix(name) for key in found if key.startswith(name) and key != name), key=len)
-    return f" There is {name}{rests[0]}: set `{setting}: {rests[0]}` in params.yaml." if rests else ""
+def _hint(found: Found, missing: Sequence[str], setting: str, known: Collection[str] = ()) -> str:
+    """What files there are that begin like a missing one, or are spelt like it but for capitals."""
+    names = [_cut(normalize("NFC", name.strip()))[0] for name in missing]
+    name, first = names[0], _cut(names[0])[0]
+    others = [key for key in found if key not in known and key not in names]
+    for key in sorted((key for key in others if key.startswith(name)), key=len):
+        rest = key.removeprefix(name)
+        if rest and all(f"{other}{rest}" in found for other in names[:2]):
+            return f" There is {key}: set `{setting}: {rest}` in params.yaml."
+    for key in others:
+        if key.lower() == first.lower() or first.endswith(f"/{key}"):
+            return f" There is {key}."
+    return ""
+
+
+def _lossy(folder: Path, suffix: str, name: str) -> str:
+    """Whether there is a mask of a kind that keeps no values."""
+    if not (other := _files(folder, "labels", suffix, pixels.endings()).get(name)):
+        return ""
+    return f" {other[0].name} is there, but its kind of file may change values: save it as PNG."
 
 
 def _lines(path: Path, split: str) -> list[str]:

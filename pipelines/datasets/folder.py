@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import logging
+import multiprocessing
 import os
 import re
 import reprlib
@@ -150,6 +151,8 @@ class Stream:
         import torch
         from torch.utils.data import DataLoader
 
+        if self.processes:  # those of Dask are daemons, which Python lets have no children
+            multiprocessing.current_process().daemon = False
         loader: DataLoader[Any] = DataLoader(
             _Reader(read),  # type: ignore[arg-type]
             batch_size=size,
@@ -344,7 +347,9 @@ def _broken(path: str, why: str, kind: str = "PNG") -> ConfigError:
 
 
 def _too_large(path: str) -> ConfigError:
-    return ConfigError(f"{path} claims more than {PIXELS:,} pixels: it is damaged, or scale it down.")
+    return ConfigError(
+        f"{path} has more than {PIXELS:,} pixels by its header: scale it down, or mend it if it is damaged."
+    )
 
 
 def _kind(path: str) -> str:
@@ -358,19 +363,22 @@ def check(root: Path, published: bool = False, smallest: int = 1) -> Description
     Every file is there and unaltered, every image has a label of its size, labels hold only classes and the
     ignore index, every split has a labelled pixel and *train* one of every class, no image of *val* and
     *test* has a side below ``smallest``, the split lists name no file twice, and no image of one split is
-    found, byte for byte, in another. Of splits that are ``published``, which nobody here can change, the last
-    and an absent class are warnings.
+    found in another, pixel for pixel. Of splits that are ``published``, which nobody here can change, the
+    last (by bytes) and an absent class are warnings.
     """
     description = describe(root)
     owner: dict[str, str] = {}
     counts = {split: np.zeros(256, np.int64) for split in SPLITS}
+    pictures = dict(description.files)
     for split in SPLITS:
         for pair in read_list(root, split):
             for path in pair:
                 if path in owner:
                     raise ConfigError(f"{path} is named twice in the split lists of {_place(root)}.")
                 owner[path] = split
-        for name, _, label in _samples(root, description, split):
+        for name, image, label in _samples(root, description, split):
+            if not published:  # of two encodings of one picture the files differ
+                pictures[name] = sha256(str(image.shape).encode() + image.tobytes())
             counts[split] += np.bincount(label.ravel(), minlength=256)
             if split != "train" and min(label.shape) < smallest:
                 raise ConfigError(
@@ -382,9 +390,9 @@ def check(root: Path, published: bool = False, smallest: int = 1) -> Description
     leaks = []
     for path, split in owner.items():
         if path.startswith(f"{split}/"):
-            other = seen.setdefault(description.files[path], path)
+            other = seen.setdefault(pictures[path], path)
             if owner[other] != split:
-                leaks.append(f"{other} and {path}")
+                leaks.append(" and ".join(description.names.get(name, name) for name in (other, path)))
     if leaks and not published:
         raise ConfigError(f"{leaks[0]} are the same image: a split of {_place(root)} leaks into another.")
     if leaks:
@@ -411,13 +419,13 @@ def _absent(
                     "in black and white masks 255 is a class, as a rule. Give that class the colour [255, "
                     "255, 255] and set `masks: colours`, which reads masks by the colours in `classes`."
                     if description.ignore_index == 255 and {*np.flatnonzero(values)} == {0, 255}
-                    else "correct the labels, `ignore_index` or the split, or take the class out."
+                    else "correct the labels, `ignore_index`, `size` or the split, or take the class out."
                 )
             )
         if missing:
             found[split] = missing
             log.warning(
-                "%s: no pixel of %s is of %s: no score there, and the mean is over the other classes.",
+                "%s: the split %s has no pixel of %s: no score there; the mean is over the other classes.",
                 _place(root), split, few(missing),
             )  # fmt: skip
     return found
@@ -477,7 +485,7 @@ def _sample(root: Path, description: Description, pair: tuple[str, str]) -> tupl
     found = {path: _read(root, description, path) for path in pair}
     _refuse(root, {path: fault for path, (_, fault) in found.items()})
     image, label = (
-        decode(found[image_path][0], image_path, "RGB"),
+        decode(found[image_path][0], description.names.get(image_path, image_path), "RGB"),
         decode(found[label_path][0], label_path, "L"),
     )
     if image.shape[:2] != label.shape:

@@ -14,7 +14,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -25,6 +25,15 @@ from pipelines.datasets.folder import PIXELS, PNG_START, whole_png
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF", "TGA", "PCX", "SGI")
 LOSSLESS = ("PNG", "TIFF", "BMP")  # what a label may be
 WHITE = 255  # what lies behind transparent pixels
+BACK = {  # what undoes an EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 Image.MAX_IMAGE_PIXELS = None  # `opened` says how many are too many, before one is decoded
 
@@ -44,7 +53,15 @@ def opened(
     with _reading(origin):
         # not by its path: Pillow would map the file, and read one that is turned as if it were not
         file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
-        image = Image.open(file, formats=formats)
+        try:
+            image = Image.open(file, formats=formats)
+        except UnidentifiedImageError:
+            raise _unknown(file, origin, formats) from None
+        if image.format == "TIFF" and _planar(image):
+            raise ConfigError(
+                f"{origin} is a TIFF with a plane for each channel, deep samples and no compression, which "
+                "Pillow misreads: save it with compression, or as PNG."
+            )
     if image.width * image.height > most:
         raise too_large(origin, most)
     return image
@@ -65,8 +82,7 @@ def rgb(image: Image.Image, origin: str, upright: bool = True) -> Image.Image:
     """The frame that an opened image shows as 8-bit RGB; ``upright`` turns it as its EXIF says."""
     depth, clear = bits(image), image.info.get("transparency")
     with _reading(origin):
-        image = ImageOps.exif_transpose(image) if upright else image
-        image.load()
+        image = _turned(image, upright)
         if image.mode in ("P", "PA") and not (image.palette and image.palette.palette):
             raise ValueError("it has no palette")
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
@@ -97,8 +113,7 @@ def samples(image: Image.Image, origin: str, upright: bool = True) -> np.ndarray
     """The values of an opened label, (H, W), or its colours (H, W, 3) uint8 where it has three channels."""
     depth = bits(image)
     with _reading(origin):
-        image = ImageOps.exif_transpose(image) if upright else image
-        image.load()
+        image = _turned(image, upright)
         if image.mode in ("RGBA", "LA", "PA") and depth == 8:
             if image.getchannel("A").getextrema() != (255, 255):
                 raise ConfigError(
@@ -114,6 +129,16 @@ def samples(image: Image.Image, origin: str, upright: bool = True) -> np.ndarray
         f"{origin} has the mode {image.mode} with {depth} bits; a label must have one channel, its values "
         "or a palette, or the colours of the classes in RGB with 8 bits."
     )
+
+
+def _turned(image: Image.Image, upright: bool) -> Image.Image:
+    """The image decoded, as its EXIF says or as it is stored: Pillow turns a TIFF whenever it decodes it."""
+    back = None
+    if image.format == "TIFF" and not upright:
+        back = BACK.get(orientation(image))
+    image = ImageOps.exif_transpose(image) if upright else image
+    image.load()
+    return image if back is None else image.transpose(back)
 
 
 def orientation(image: Image.Image) -> int:
@@ -132,14 +157,48 @@ def frames(image: Image.Image) -> int:
         return 1
 
 
+def _unknown(file: IO[bytes], origin: str, formats: tuple[str, ...]) -> ConfigError:
+    """What a file is that is none of ``formats``, or that Pillow has no mode for."""
+    file.seek(0)
+    head = file.read(100)
+    if not head:
+        return ConfigError(f"{origin} is empty.")
+    if head.startswith(b"version https://git-lfs"):
+        return ConfigError(f"{origin} is a pointer of Git LFS and not the image: run `git lfs pull`.")
+    file.seek(0)
+    with contextlib.suppress(Exception), Image.open(file) as other:
+        if other.format not in formats:
+            return ConfigError(
+                f"{origin} is a {other.format} by its content: save it as {', '.join(formats[:-1])} or "
+                f"{formats[-1]}."
+            )
+    kind = "PNG" if head.startswith(PNG_START) else "TIFF" if head[:4] in (b"II*\0", b"MM\0*") else None
+    if kind:
+        return ConfigError(
+            f"{origin} is a {kind} that cannot be read: its samples are of an unusual depth or number, or it "
+            "is damaged. Save it with 8 or 16 bits and 1 or 3 channels."
+        )
+    known = f"{', '.join(formats[:3])}{', …' * (len(formats) > 3)}"
+    return ConfigError(f"{origin} is no image that can be read ({known}), or it is damaged.")
+
+
+def _planar(image: Image.Image) -> bool:
+    """Whether a TIFF holds planes of deep samples, uncompressed."""
+    tags = getattr(image, "tag_v2", {})
+    depth = tags.get(258, (8,))
+    return tags.get(284) == 2 and max(depth) > 8 and tags.get(259, 1) == 1 and len(depth) > 1
+
+
 def broken(origin: str, error: Exception) -> ConfigError:
     """What is said of a file that cannot be read, with the reason where there is more than an address."""
     text = "" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())[:200].rstrip(".")
-    return ConfigError(f"{origin} is no whole image{': ' if text else ''}{text}.")
+    return ConfigError(f"{origin} is damaged or cut off{': ' if text else ''}{text}.")
 
 
 def too_large(origin: str, most: int) -> ConfigError:
-    return ConfigError(f"{origin} claims more than {most:,} pixels: it is damaged, or scale it down.")
+    return ConfigError(
+        f"{origin} has more than {most:,} pixels by its header: scale it down, or mend it if it is damaged."
+    )
 
 
 def _raw(image: Image.Image) -> str:

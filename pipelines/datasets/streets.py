@@ -106,6 +106,7 @@ TEXTURE[:12] = (
     (0.12, 0.12),
 )
 
+ABOUT = "generated street scenes, a test of the pipeline: they say little about real images"
 NEEDS = "nothing, it is generated"
 GIGABYTES = 0.0  # to fetch
 

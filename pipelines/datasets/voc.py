@@ -46,6 +46,7 @@ IGNORE = 255
 TEST = "val"  # what the field calls the split that is `test` here
 NAME = re.compile(r"\d{4}_\d{6}")
 
+ABOUT = "objects of 20 kinds in everyday photographs"
 NEEDS = "nothing by hand (PASCAL VOC 2012, SBD)"
 IMAGES = (10582, 375, 500)  # to train on, their usual height and width
 GIGABYTES = 3.4  # to fetch, as the authors state them
@@ -118,7 +119,7 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> None:
 def _list(source: Source, name: str) -> list[str]:
     found = read(source, name).decode("utf-8", "replace").split()
     if wrong := [line for line in found if not NAME.fullmatch(line)]:
-        raise ConfigError(f"{name} in {source.path} is no list of VOC images: it has {wrong[0]!r}.")
+        raise ConfigError(f"{name} in {source.path} is not a list of VOC images: it has {wrong[0]!r}.")
     return found
 
 
@@ -132,6 +133,6 @@ def _segmentation(content: bytes, origin: str) -> np.ndarray:
             raise ValueError(f"{values.shape} {values.dtype}")
     except Exception as error:  # a damaged MATLAB file fails in many ways
         raise ConfigError(
-            f"{origin} is no annotation of SBD ({type(error).__name__}): fetch it again."
+            f"{origin} is not an annotation of SBD ({type(error).__name__}): fetch it again."
         ) from None
     return values

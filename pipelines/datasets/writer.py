@@ -34,6 +34,8 @@ class Writer:
         self.labels: dict[str, set[str]] = {split: set() for split in SPLITS}
         self.names: dict[str, str] = {}
         self.turned: list[str] = []
+        self.transparent: list[str] = []
+        self.deep: dict[str, int] = {}  # the largest value, of 255, of images with more than 8 bits
         self._given: dict[str, str] = {}
         self._taken: set[str] = set()
         self._sizes: dict[tuple[str, str], tuple[tuple[int, int], str, int]] = {}
@@ -46,10 +48,15 @@ class Writer:
         with pixels.opened(content, origin) as opened:
             if (count := pixels.frames(opened)) > 1:
                 raise ConfigError(f"{origin} holds {count} pictures: save the one that its label is for.")
-            plain = opened.mode == "RGB" and not opened.has_transparency_data and pixels.bits(opened) == 8
+            deep = pixels.bits(opened) > 8 or opened.mode in ("I", "F")  # known until it is decoded
+            plain = opened.mode == "RGB" and not opened.has_transparency_data and not deep
             plain, picture = plain and opened.format in ENDS, None
             if self.upright or self.size or not plain:
                 picture = pixels.rgb(opened, origin, self.upright)
+                if deep:
+                    self.deep[origin] = int(np.asarray(picture).max())
+                if opened.mode in ("RGBA", "LA") and np.asarray(opened.getchannel("A")).min() < 255:
+                    self.transparent.append(origin)
             held = pixels.orientation(opened) if self.upright else 1
             shape, end = (picture or opened).size, ENDS.get(opened.format or "", "png")
         if picture and (self.size or held != 1 or not plain):
@@ -99,6 +106,8 @@ class Writer:
                 f" The image is turned as the camera noted (EXIF orientation {image[2]}), its label was "
                 "drawn on the picture as it is stored: set `orientation: stored`."
             )
+        elif not self.upright and image[0] == label[0][::-1]:
+            why = " A label that was drawn on the picture turned upright needs `orientation: exif`."
         shape = "{0[0]}x{0[1]}".format
         raise ConfigError(
             f"{image[1]} is {shape(image[0])} but its label {label[1]} is {shape(label[0])}.{why}"

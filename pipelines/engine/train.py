@@ -182,7 +182,9 @@ def train(
     with its ``failure``; the others go on. ``teacher`` is frozen and in eval mode.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("A pack is one process: do not start it by a distributed launcher.")
+        raise ConfigError(
+            "torchrun and other distributed launchers are not supported: use `make repro JOBS=…`."
+        )
     for trainee in trainees:
         _guard(trainee, trainee.start)
     going = _remaining(trainees, left)
@@ -284,7 +286,11 @@ def _guard(trainee: Trainee, act: Callable[..., object], *arguments: Any) -> Non
         act(*arguments)
     except Exception as error:
         trainee.failure = error
-        log.error("%s leaves its pack: %s", trainee.label, " ".join(str(error).split())[:300])
+        log.error(
+            "%s has failed; the other trainings go on: %s",
+            trainee.label,
+            " ".join(str(error).split())[:300],
+        )
         if not isinstance(error, ConfigError):
             log.debug("%s", trainee.label, exc_info=error)
         traceback.clear_frames(error.__traceback__)

@@ -115,16 +115,18 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
         else:
             time = f"{_cost(planned[name], rate)} GPU hours"
             estimated.append(name)
-        room = "–" if module.GIGABYTES is None else f"{COPIES * module.GIGABYTES:.1f} GB"
+        room = "–" if module.GIGABYTES is None else f"{max(COPIES * module.GIGABYTES, 0.1):.1f} GB"
         settings, weights = _settings(params, name)
         needs = module.NEEDS + (f"; ImageNet weights {', '.join(weights)}" if weights else "")
         texts = (f"`{name}`", needs, room, time, f"`{settings}`")
         lines.append(f"| {' | '.join(texts)} |")
+    whole, listed = len(estimated) == len(params.benchmarks), ", ".join(estimated)
     if estimated:
         lines += [
             "",
-            f"The GPU hours of {', '.join(estimated)} are **estimates**, from counted operations at "
-            f"{rate / 1e12:.3g} TFLOP/s ({source}), until they are measured.",
+            f"{'All GPU hours' if whole else f'The hours of {listed}'} are **estimates**, from "
+            f"counted operations at {rate / 1e12:.3g} TFLOP/s ({source}). On two CPU cores `streets` takes "
+            "minutes and `camvid-half` hours.",
         ]
     return "\n".join(lines)
 

@@ -28,27 +28,26 @@ REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
 NOT_COMPARABLE, NOT_RUN = "not comparable", "not run"
 VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_COMPARABLE, NOT_RUN)
 GAIN, LOSS, UNDECIDED = "gain", "loss", "undecided"
+MOST = 8  # cases that a sentence lists
 
 SPLIT = SCORE.split("/")[0]  # the split that the measured scores come from
 COST = {"student/parameters": "parameters", "student/flops": "FLOPs"}  # of one forward pass of the student
 
 RULE = [
-    f"**{NOT_COMPARABLE}**: the source does not state the data set, the unit of the gain or the student's "
-    "baseline; or no benchmark of params.yaml has the data set; or each of them differs from the source "
-    "in a stated condition: student, teacher, image size, crop, batch size, steps, learning rate, weight "
-    "decay, ImageNet weights of the student, split, loss; or params.yaml does not have the method. Not "
-    "compared are loss weights, temperatures and which checkpoint is reported: sources mostly take the best "
-    "on validation, this suite the last. What the source does not state is listed and does not count as a "
-    "difference; nor do the training images that this suite holds out for validation where the published "
-    "validation split is its test split. The differences named are those of the benchmark that was "
-    "measured, else of the closest one.",
+    f"**{NOT_COMPARABLE}**: no benchmark here matches the published setting, or the source leaves out the "
+    "data set, the unit of the gain or the student's baseline. What must match, where the source states it: "
+    "student, teacher, image size, crop, batch size, steps, learning rate, weight decay, ImageNet weights "
+    "of the student, split, loss. What need not match: loss weights, temperatures, the checkpoint (papers "
+    "mostly report the best on validation, this suite the last), and the training images that it holds out "
+    "where the published validation split is its test split. What the source does not state is listed. The "
+    "differences named are those of the benchmark that was measured, else of the closest one.",
     f"**{NOT_RUN}**: a benchmark of params.yaml is comparable, but there is no seed for which both the "
-    "method and the undistilled student have finished.",
-    f"**{REPRODUCED}**: the 95 % t-interval of the gain over the undistilled student, paired by seed, lies "
+    "method and the student alone have finished.",
+    f"**{REPRODUCED}**: the 95 % t-interval of the gain over the student alone, paired by seed, lies "
     "above 0 and its upper end reaches the claimed gain (for a claimed loss: below 0, and the lower end).",
     f"**{NOT_REPRODUCED}**: every other outcome, fewer than two seeds included.",
     f"A claim of unchanged inference cost is **{REPRODUCED}** if the exported students of the method and the "
-    "undistilled one have equal numbers of parameters and FLOPs in all finished cells.",
+    "student alone have equal numbers of parameters and FLOPs in all finished cells.",
     "Cells trained with other settings, data or another teacher than today's do not count.",
 ]
 
@@ -138,7 +137,7 @@ class Claims(Entry):
 
 @dataclass(frozen=True)
 class Measured:
-    """The gain of a method over the undistilled student, in points of mIoU, paired by seed."""
+    """The gain of a method over the student alone, in points of mIoU, paired by seed."""
 
     benchmark: str
     student: str
@@ -398,8 +397,9 @@ def sentences(
     words = [verdicts[claim.id].word for claim in claims.claims if claim.kind == "gain"]
     counts = [f"{words.count(word)} {word}" for word in VERDICTS]
     found = [
-        f"Of {len(words)} published gains by the methods of this suite, {', '.join(counts[:-1])} and "
-        f"{counts[-1]}."
+        f"Of {len(words)} published gains by the methods of this suite: {', '.join(counts)}. "
+        f'"{NOT_COMPARABLE}" says that the published setting differs from every benchmark here or is not '
+        "fully stated; the column why gives the reason."
     ]
     for claim in claims.claims:
         if claim.method == HEADLINE:
@@ -411,12 +411,17 @@ def sentences(
     measured = [item for item in _directions(claims, every) if item.measured is not None]
     seen = [item for item in measured if item.word == GAIN]
     unseen = [item for item in measured if item.word != GAIN]
-    if seen:
+    if len(measured) > MOST:
+        found.append(
+            f"A gain over {params.suite.reference} is seen here in {len(seen)} of {len(measured)} cases "
+            "(method, benchmark, student), by the interval over seeds at equal steps; claims.md lists them."
+        )
+    elif seen:
         found.append(
             f"A gain over {params.suite.reference}, as published, is seen here, by the interval over seeds "
             f"alone and at equal steps, for {_listed(seen)}."
         )
-    if unseen:
+    if unseen and len(measured) <= MOST:
         found.append(f"No gain over {params.suite.reference} is shown here for {_listed(unseen)}.")
     if not measured:
         found.append("None of these methods has been measured here yet.")

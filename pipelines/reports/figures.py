@@ -112,7 +112,7 @@ def scores(results: Results) -> Figure:
 
 
 def per_class(results: Results) -> Figure:
-    """IoU minus that of the undistilled student, method × class, mean over paired seeds; of many classes
+    """IoU minus that of the student alone, method × class, mean over paired seeds; of many classes
     those that differ most."""
     names, rows, grids = results.classes(), [], []
     for student in results.students:
@@ -131,6 +131,9 @@ def per_class(results: Results) -> Figure:
     size = (0.52 * len(names) + 2.6, 0.27 * len(rows[0]) + 1.9)
     figure, axes = _panels(len(grids), size)
     for axis, grid, student, methods in zip(axes, grids, results.students, rows, strict=True):
+        if not grid.size:
+            axis.set(title=f"{student}: nothing to compare yet", xticks=[], yticks=[])
+            continue
         sns.heatmap(
             grid,
             ax=axis,
@@ -160,7 +163,7 @@ def _difference(value: float) -> str:
 
 
 def compute(results: Results) -> Figure:
-    """Mean gain over the undistilled student against the compute of the training, in multiples of its own:
+    """Mean gain over the student alone against the compute of the training, in multiples of its own:
     the student alone, trained ever longer, is a curve."""
     rows = max(sum(bool(results.by_seed(s, m)) for m in results.methods) for s in results.students)
     size = (6.8, max(3.6, 0.21 * rows + 1.2))
@@ -218,8 +221,8 @@ def _say_scores(results: Results, student: str) -> str:
     clear = [m for m, own in tested.items() if min(own.values()) > max(alone.values())]
     return (
         f"{student}: {len(above)} of {len(tested)} methods have a higher mean than {results.reference} "
-        f"(dotted line); of {len(clear)} every seed is above every seed of {results.reference}. A point is a "
-        "seed, a bar the mean."
+        f"(dotted line); for {len(clear)} of them, every seed is above every seed of {results.reference}. A "
+        "point is a seed, a bar the mean."
     )
 
 

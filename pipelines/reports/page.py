@@ -77,46 +77,53 @@ def answer(results: Results, student: str) -> list[str]:
     first = (
         f"Yes, at equal steps, for {len(better)} of {n} method{'s' * (n > 1)}: {listed(better)}."
         if better
-        else f"Not shown: none of {n} methods is told apart from the student alone as better."
+        else f"Not shown: none of {n} methods is clearly better than the student alone."
         if n > 1
-        else f"Not shown: {listed([*known])} is not told apart from the student alone as better."
+        else f"Not shown: {listed([*known])} is not clearly better than the student alone."
     )
     found = [first]
     if worse:
         found.append(f"Worse than the student alone: {listed(worse)}.")
     if rest := [m for m in known if m not in (*better, *worse)]:
-        found.append(f"Not told apart from it: {listed(rest)}.")
+        found.append(f"No clear difference from the student alone: {listed(rest)}.")
     if any(s.equal.paired.n for s in known.values()):
         lost = [m for m in known if not known[m].equal.paired.n]
         found.append(
             "At equal training compute, against the student alone trained longer, "
-            + (f"{len(equal)} remain better: {listed(equal)}." if equal else "none is told apart as better.")
+            + (f"{len(equal)} remain better: {listed(equal)}." if equal else "none is clearly better.")
             + (f" Not known for {listed(lost)}." if lost else "")
         )
     else:
-        found.append("At equal training compute nothing is known: the student alone has not trained longer.")
+        found.append(
+            "At equal training compute: not known, because the student alone has not been trained longer."
+        )
     best = max(known, key=lambda m: known[m].gain.paired.mean or 0)
-    lead, sure = results.lead(student), [m for m in better if _below(known[m])]
+    lead, sure = results.lead(student), [m for m in known if _above(known[m])]
     found.append(
-        f"The largest mean gain is {known[best].gain.paired.mean or 0:+.2f} points of test mIoU "
+        f"The highest mean difference is {known[best].gain.paired.mean or 0:+.2f} points of test mIoU "
         f"({results.label(best)})"
-        + ("." if lead is None else f"; on validation the teacher leads the student alone by {lead:+.2f}.")
+        + (
+            "."
+            if lead is None
+            else f"; the teacher scores {lead:+.2f} above the student alone on validation."
+        )
     )
     found.append(
-        f"How sure: told apart means that two 95 % intervals of the gain exclude 0, one over {seeds} "
-        f"seed{'s' * (seeds > 1)}, one over {results.images} test images. Each is of one method by itself; "
-        f"tested together (max-T, 5 %), {len(sure)} of {n} are better{': ' * bool(sure)}{listed(sure)}."
+        f"How sure: better and worse mean that both 95 % intervals of the gain exclude 0, one over {seeds} "
+        f"seed{'s' * (seeds > 1)}, one over {results.images} test images. They are not corrected for testing "
+        f"{n} method{'s' * (n > 1)}; with that correction (max-T, 5 %), {len(sure)} of {n} "
+        f"{'is' if len(sure) == 1 else 'are'} better{': ' * bool(sure)}{listed(sure)}."
     )
     if (results.images or 0) < FEWEST:
-        found.append(f"Nothing is told apart here: that takes {FEWEST} test images.")
+        found.append(f"With fewer than {FEWEST} test images no method is called better or worse.")
     if seeds < statistics.SEEDS_FOR_SIGNIFICANCE:
         found.append(f"Exploratory: {tables.power(seeds).removesuffix(', exploratory')}.")
     return found
 
 
 def about(method: str, params: Params) -> dict[str, Any]:
-    """What the docstring of a method's file says: a summary, the formula or the terms, the paper, the
-    differences from the authors' code, and all of it."""
+    """What the docstring of a method's file says: a summary, the formula or the terms, the paper and what
+    follows its name, the differences from the authors' code, and all of it."""
     file = f"{PAPER}/method.py" if records.is_variant(method) else f"baselines/{params.module_key(method)}.py"
     path = config.ROOT / file
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path.is_file() else None
@@ -124,12 +131,16 @@ def about(method: str, params: Params) -> dict[str, Any]:
     formula = next((part for part in parts if part.startswith(("    ", "- ``"))), "")
     if formula.startswith("- "):  # terms: the first sentence of each
         formula = "\n".join("- " + term.split(". ")[0].rstrip(".") for term in _items(formula)[1:])
-    paper = next((part for part in parts if part.startswith("Source: ")), "").removeprefix("Source: ")
+    source = next((part for part in parts if part.startswith("Source: ")), "").removeprefix("Source: ")
+    cited = re.match(r".*?\([^()]*\d{4}[^()]*\)", source, re.DOTALL)
+    paper = cited[0] if cited else source
+    symbols = source[len(paper) :].lstrip(".;, \n")
     return {
         "file": file,
         "summary": _marked(parts[0]),
         "formula": _block(formula),
         "paper": _marked(paper),
+        "symbols": _marked(symbols[:1].upper() + symbols[1:]),
         "differences": [_marked(part) for part in parts if part.startswith(("Differences", "Not in it"))],
         "text": Markup("").join(_block(part) for part in parts),
     }
@@ -144,6 +155,7 @@ def _benchmark(results: Results, params: Params, root: Path) -> dict[str, Any]:
         boards.append(_board(results, params, [m for m in results.variants if m in shown], rows, "variants"))
     return {
         "key": key,
+        "about": tables.about(results, params),
         "answers": [(student, answer(results, student)) for student in results.students],
         "facts": tables.facts(results),
         "warnings": tables.warnings(results),
@@ -250,7 +262,7 @@ def family(results: Results, method: str) -> str:
         return "student alone"
     if method.endswith(OFFICIAL):
         return "official weights"
-    return PAPER if records.is_variant(method) else "rivals"
+    return PAPER if records.is_variant(method) else "other methods"
 
 
 def _drawn(mean: float | None, gain: Gain, over: svg.Scale, colour: str) -> Markup | str:
@@ -312,8 +324,9 @@ def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, A
     }
 
 
-def _below(stand: Standing) -> bool:
-    return stand.p_max is not None and stand.p_max < tables.ALPHA
+def _above(stand: Standing) -> bool:
+    """Better by the test that allows for all methods together."""
+    return stand.p_max is not None and stand.p_max < tables.ALPHA and (stand.gain.paired.mean or 0) > 0
 
 
 def _named(names: Sequence[str]) -> str:

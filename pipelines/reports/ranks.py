@@ -1,7 +1,7 @@
 """Methods over several benchmarks and students: mean ranks, what they can tell apart, chance of improvement.
 
 A block is a student on a benchmark; its score of a method is the mean over the seeds. Only methods that every
-block has are ranked, with the undistilled student, but neither its controls nor official weights; with fewer
+block has are ranked, with the student alone, but neither its controls nor official weights; with fewer
 than two blocks there is nothing to say.
 """
 
@@ -24,7 +24,7 @@ from pipelines.reports.tables import Table, between, render
 class Ranks:
     """How the methods rank over all blocks."""
 
-    reference: str  # the undistilled student
+    reference: str  # the student alone
     blocks: list[tuple[str, str]]  # benchmark, student
     ranks: dict[str, float]  # mean over the blocks, 1 is the best; in this order
     friedman_p: float | None  # of the hypothesis that all methods are alike

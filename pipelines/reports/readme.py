@@ -6,17 +6,22 @@ import ast
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipelines import files
 from pipelines.config import OFFICIAL, ROOT, ConfigError, Params
 from pipelines.reports import claims, tables
 from pipelines.reports.results import HEADLINE, Gain, Results
 from pipelines.reports.tables import between, escape_markdown
+from pipelines.runs import journal
 
 RESULTS = ("<!-- results:begin -->", "<!-- results:end -->")
 PLANS = ("<!-- benchmarks:begin -->", "<!-- benchmarks:end -->")
 RULES = ("<!-- claims:begin -->", "<!-- claims:end -->")
 METHODS = ("<!-- methods:begin -->", "<!-- methods:end -->")
+MINUTES = ("<!-- minutes:begin -->", "<!-- minutes:end -->")
+SPEED = ("<!-- speed:begin -->", "<!-- speed:end -->")
+BENCH = Path("runs") / "bench.json"  # by `make bench`
 FIGURE = "compute"
 ROWS = 8  # of the table in the README
 
@@ -43,8 +48,8 @@ def block(every: Sequence[Results], params: Params) -> str:
     named = [results for results in every if results.benchmark == wanted]
     if not every:
         return (
-            f"The table is not finished: no student of `{wanted}` has been trained and committed yet, so "
-            "there is no answer here so far."
+            f"Not known yet: no results of `{wanted}` have been committed. `make repro` trains a small "
+            "benchmark on your machine; its answer is in `reports/index.html`."
         )
     results = (named or list(every))[0]
     students = results.students
@@ -132,6 +137,47 @@ def methods(params: Params, root: Path = ROOT) -> str:
         )
         lines.append(f"| [{name}](../{file}) | " + " | ".join(map(escape_markdown, cells)) + " |")
     return "\n".join(lines)
+
+
+def minutes(root: Path = ROOT) -> str:
+    """How long the default benchmark takes from nothing; nothing where it was not measured."""
+    found = _bench(root).get("suite")
+    if not found:
+        return ""
+    return (
+        f"From nothing, with the installation, it took {found['seconds'] / 60:.0f} minutes on "
+        f"{found['cores']} cores ([measured](docs/how-it-works.md))."
+    )
+
+
+def speed(root: Path = ROOT) -> str:
+    """What ``make bench`` measured, as two tables."""
+    found = _bench(root)
+    lines = []
+    if own := found.get("suite"):
+        installation, trainings = own["parts"]["installation"], own["trainings"]
+        lines += [
+            f"| {trainings} trainings on {own['cores']} cores ({own['processor']}) | |",
+            "|---|--:|",
+            f"| from nothing, with {installation:.0f} s of installation | {own['seconds']:.0f} s |",
+            f"| of it training and inference | {own['training']:.0%} |",
+            f"| cores busy, from the teacher to the report | {own['busy']:.0%} |",
+            f"| largest memory of a process | {own['memory_mb'] / 1024:.1f} GB |",
+            f"| a second `make repro` | {own['again']:.0f} s |",
+            f"| a new method, with {own['added_packs']:.0f} s of training | {own['added']:.0f} s |",
+        ]
+    pairs = {key.removeprefix("packs "): one for key, one in found.items() if key.startswith("packs ")}
+    if pairs:
+        head = "| teacher, student | cells | a step of the pack | of each alone | least possible |"
+        lines += ["", head, "|---|--:|--:|--:|--:|"]
+    for pair, one in pairs.items():
+        for size, took, alone, bound in one["rows"]:
+            lines.append(f"| {pair} | {size} | {took:.2f} s | {alone:.2f} s | {bound:.2f} s |")
+    return "\n".join(lines)
+
+
+def _bench(root: Path) -> dict[str, dict[str, Any]]:
+    return {entry["what"]: entry for entry in journal.read(BENCH, "`make bench`", root)}
 
 
 def _gain(gain: Gain) -> str:

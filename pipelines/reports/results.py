@@ -52,7 +52,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Standing:
-    """How a method stands against the undistilled student and against the best, on one student."""
+    """How a method stands against the student alone and against the best, on one student."""
 
     scores: dict[int, float]  # test mIoU by seed
     gain: Gain  # over the reference, at equal steps
@@ -70,7 +70,7 @@ class Results:
 
     benchmark: str
     students: list[str]
-    reference: str  # the undistilled student, to which every method is compared
+    reference: str  # the student alone, to which every method is compared
     methods: list[str]  # of the comparison: the reference, its controls, the baselines, then HEADLINE
     variants: list[str]  # of the paper's method, HEADLINE among them
     planned: list[str]  # what the suite runs; other methods are shown where they have a cell
@@ -156,13 +156,13 @@ class Results:
         return label(method, self.controls)
 
     def paired(self, student: str, method: str, metric: str = SCORE, reference: str | None = None) -> Paired:
-        """Differences to the undistilled student (or another method), seed by seed."""
+        """Differences to the student alone (or another method), seed by seed."""
         return statistics.paired(
             self.by_seed(student, method, metric), self.by_seed(student, reference or self.reference, metric)
         )
 
     def gain(self, student: str, method: str, reference: str | None = None) -> Gain:
-        """The paired differences of test mIoU to the undistilled student, or to another method."""
+        """The paired differences of test mIoU to the student alone, or to another method."""
         reference, images = reference or self.reference, self.bootstraps.get(student)
         found = self.paired(student, method, reference=reference)
         return Gain(
@@ -214,7 +214,7 @@ class Results:
         return found, "; ".join(named)
 
     def lead(self, student: str) -> float | None:
-        """Validation mIoU of the teacher minus the undistilled student's mean over its seeds."""
+        """Validation mIoU of the teacher minus the mean of the student alone over its seeds."""
         teacher, plain = self.teacher("val/miou"), self.mean(student, self.reference, "val/miou")
         return None if teacher is None or plain is None else teacher - plain
 

@@ -18,8 +18,8 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from pipelines import files
-from pipelines.config import PAPER, TEACHER
+from pipelines import config, files
+from pipelines.config import PAPER, TEACHER, Params
 from pipelines.reports import statistics
 from pipelines.reports.results import COMPUTE, FEWEST, SCORE, Results, Standing, machines, variant
 from pipelines.reports.statistics import Interval
@@ -27,7 +27,7 @@ from pipelines.runs import exports
 from pipelines.runs.tracking import metric_name
 
 UNLEARNT = 1.0  # IoU in percent below which a class is not found at all
-LEAD = 3.0  # mIoU by which a teacher has to beat the undistilled student before a comparison says much
+LEAD = 3.0  # mIoU by which a teacher has to beat the student alone before a comparison says much
 ALPHA = 0.05  # of a test
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -69,7 +69,7 @@ class Table:
 
 
 def comparison(results: Results) -> Table:
-    """Student × method: scores, gains over the undistilled student with both uncertainties, compute, and
+    """Student × method: scores, gains over the student alone with both uncertainties, compute, and
     what the deployed student costs."""
     data, text = [], []
     for student in results.students:
@@ -104,7 +104,7 @@ def cost(results: Results) -> Table:
 
 
 def ablation(results: Results) -> Table:
-    """The variants of the paper's method, with the undistilled student as the reference."""
+    """The variants of the paper's method, with the student alone as the reference."""
     weights = list(dict.fromkeys(name for key in results.variants for name in results.weights[key]))
     data, text, tests = [], [], list[str]()
     for student in results.students:
@@ -129,8 +129,8 @@ def ablation(results: Results) -> Table:
 
 
 def per_class(results: Results) -> Table:
-    """IoU of every class, mean ± sd over the seeds: the teacher's, the undistilled student's, and the methods
-    with the highest and the lowest mean; the CSV has all methods."""
+    """IoU of every class, mean ± sd over the seeds: the teacher's, that of the student alone, and those of
+    the methods with the highest and the lowest mean; the CSV has all methods."""
     names = {f"test/iou/{metric_name(name)}": name for name in results.classes()} | {SCORE: "mean (mIoU)"}
     data, text, reference = [], [], results.reference
     for student in results.students:
@@ -224,14 +224,14 @@ def warnings(results: Results) -> list[str]:
     for student in results.students:
         lead = results.lead(student)
         if lead is None:
-            part = "the teacher" if results.teacher("val/miou") is None else f"the undistilled {student}"
+            part = "the teacher" if results.teacher("val/miou") is None else f"{student} alone"
             found.append(
                 f"the lead of the teacher over {student} is unknown, because {part} has no finished cell of "
                 "today's settings."
             )
         elif lead < LEAD:
             found.append(
-                f"the teacher leads the undistilled {student} by {lead:+.2f} mIoU on validation, "
+                f"the teacher leads {student} alone by {lead:+.2f} mIoU on validation, "
                 f"less than {LEAD:g}: there is little to distil, so the differences say little about methods."
             )
         if lost := _unlearnt(results, student):
@@ -256,8 +256,8 @@ def warnings(results: Results) -> list[str]:
     for split in ("val", "test"):
         if missing := results.absent(split):
             found.append(
-                f"no pixel of {split} is of {', '.join(missing)}: no score there, and the mean is over the "
-                "other classes."
+                f"the split {split} has no pixel of {', '.join(missing)}: no score there; the mean is over "
+                "the other classes."
             )
     for tag, kind in (("data_sha256", "versions of the data"), ("teacher.sha256", "teachers")):
         if len(results.distinct(f"tags.{tag}", students_only=True)) > 1:  # there is no record of the teacher
@@ -291,6 +291,19 @@ def _unlearnt(results: Results, student: str) -> list[str]:
     return lost
 
 
+def about(results: Results, params: Params) -> str:
+    """What a benchmark consists of, in one sentence."""
+    own = params.benchmark(results.benchmark)
+    module = config.dataset_module(own.data, results.benchmark)
+    size = own.data.get("size")
+    scaled = f", scaled to {size[0]}×{size[1]} pixels (height × width)" if size else ""
+    network = own.teacher.network
+    return (
+        f"{own.data['dataset']}: {module.ABOUT}{scaled}. Teacher: {network.architecture} with "
+        f"{network.encoder.removeprefix('tu-')}."
+    )
+
+
 def facts(results: Results) -> list[tuple[str, str]]:
     """Under which conditions a benchmark was measured; what the numbers mean is said in docs/tables.md."""
     counts = sorted({len(results.by_seed(s, m)) for s in results.students for m in results.methods} - {0})
@@ -301,13 +314,12 @@ def facts(results: Results) -> list[tuple[str, str]]:
         n = len(results.by_seed(student, reference, "val/miou"))
         lead = results.lead(student)
         leads.append(
-            f"over the undistilled {student}: "
-            + ("unknown" if lead is None else f"{lead:+.2f} (mean over n = {n})")
+            f"over {student} alone: " + ("unknown" if lead is None else f"{lead:+.2f} (mean over n = {n})")
         )
     hashes = [value[:12] for value in results.distinct("tags.data_sha256")]
     images = str(results.images or "unknown")
     if results.images and results.images < FEWEST:
-        images += f", fewer than {FEWEST}: no interval over images, and nothing is told apart"
+        images += f", fewer than {FEWEST}: no interval over images, and no method is called better or worse"
     found = [
         ("benchmark", f"{results.benchmark}; data {', '.join(hashes) or 'unknown'}"),
         ("test images", images),
@@ -585,7 +597,7 @@ def power(n: int) -> str:
 
 
 def significance(results: Results, student: str, methods: Sequence[str]) -> str | None:
-    """Which methods of one table differ from the undistilled student after each adjustment, and whether any
+    """Which methods of one table differ from the student alone after each adjustment, and whether any
     could; None where nothing was tested."""
     tested = {m: s for m, s in results.standings(student, methods).items() if s.p is not None}
     if not tested:

@@ -27,7 +27,7 @@ RESAMPLING_SEED = 0
 @dataclass(frozen=True)
 class Timing:
     """Milliseconds of one inference: median and quartiles over the rounds; ratio of the median to that of the
-    undistilled student, with its 95 % interval (None for that student itself)."""
+    student alone, with its 95 % interval (None for that student itself)."""
 
     median: float
     low: float
@@ -65,7 +65,7 @@ def write(record: Mapping[str, Any], root: Path = ROOT) -> None:
 
 
 def timing(record: Mapping[str, Any], method: str, reference: str, runtime: str) -> Timing:
-    """How fast the student of a method is, beside that of the undistilled one."""
+    """How fast the student of a method is, beside that of the student alone."""
     own, plain = (np.asarray(record["methods"][key]["ms"][runtime]) for key in (method, reference))
     low, median, high = (float(value) for value in np.percentile(own, [25, 50, 75]))
     if method == reference:

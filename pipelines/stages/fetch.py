@@ -52,8 +52,8 @@ def _build(
         if error.errno in cli.NO_ROOM:
             raise
         raise ConfigError(
-            f"{target.parent.name}/{benchmark} could not be made: {error}. Nothing half was left: run the "
-            "same command again."
+            f"{target.parent.name}/{benchmark} could not be made: {error}. Nothing incomplete is left: mend "
+            "this and run the same command again."
         ) from None
     finally:
         for rest in (part, Path(f"{part}-old")):

@@ -151,7 +151,7 @@ def queue(kind: str, jobs: int) -> Iterator[Any]:
     except ImportError:
         raise ConfigError(
             "CLUSTER needs the package dask-jobqueue, which is optional: install it into .venv by "
-            "`.venv/bin/uv pip install --python .venv/bin/python dask-jobqueue`."
+            "`.venv/bin/python -m uv pip install dask-jobqueue`."
         ) from None
     try:
         cluster = getattr(dask_jobqueue, QUEUES[kind])()

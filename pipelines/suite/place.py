@@ -29,7 +29,7 @@ def in_git(root: Path) -> bool:
 def no_commit(root: Path = ROOT) -> str | None:
     """Why records can name no commit of the code, with what would help; None where they can."""
     if not in_git(root):
-        return "this is no git checkout. All else works; clone the repository to have them named."
+        return "this is not a git checkout. Everything else works; use a git clone to record it."
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
@@ -41,6 +41,6 @@ def no_commit(root: Path = ROOT) -> str | None:
     if "dubious ownership" in done.stderr:
         return (
             "its files belong to another user. "
-            f"`git config --global --add safe.directory '{root}'` allows them."
+            f"`git config --global --add safe.directory '{root}'` allows git to read them."
         )
     return f"{' '.join(done.stderr.split())[:200]}."

@@ -244,9 +244,9 @@ def check_networks(params: Params, root: Path = ROOT) -> None:
     for key in dict.fromkeys(filter(None, [*teachers.values(), *students.values()])):
         if params.encoder_weights(key).sha256 is None:
             raise ConfigError(
-                f"The suite needs the encoder weights '{key}', of which params.yaml has no sum: run `python "
-                f"-m pipelines.stages.fetch_weights --weights {key}`, which says the one of the file, and "
-                f"write it there (weights.{key}.sha256) if you trust it."
+                f"params.yaml has no checksum of the encoder weights '{key}', which it needs: run "
+                f"`python -m pipelines.stages.fetch_weights --weights {key}`, which prints it, and enter it "
+                f"as weights.{key}.sha256 if you trust the file."
             )
         if key not in suite.weights and not (root / params.encoder_weights(key).file).is_file():
             raise ConfigError(
@@ -269,7 +269,7 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
     params = config.load(root / "params.yaml")
     place.check_links(root)
     if (why := place.no_commit(root)) is not None:
-        log.warning("records will name no commit of the code: %s", why)
+        log.warning("results will not record the commit of the code: %s", why)
     dvc.heal(root)
     plan.restore_teachers(params, root)
     pipeline = dvc.Pipeline(root)

@@ -14,6 +14,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -79,8 +80,8 @@ def read_meta(run: dict[str, Any], root: Path = ROOT) -> Meta:
         meta = module.meta(checked)
     if list(meta.classes) != run["classes"]:
         raise ConfigError(
-            f"The weights know {len(run['classes'])} classes, the data set of {benchmark} has "
-            f"{len(meta.classes)} or others: use weights that were trained on it, or fetch its data again."
+            f"The weights know {len(run['classes'])} classes, which are not the {len(meta.classes)} of the "
+            f"data set of {benchmark}: use weights that were trained on it, or fetch its data again."
         )
     return meta
 
@@ -103,17 +104,18 @@ def listed(images: Path) -> list[Path]:
     raise ConfigError(f"There is no image or folder {images}: correct --images.")
 
 
-def frames(file: Path) -> tuple[int, Iterator[Image.Image]]:
-    """How many frames a file has (0: not known), and each as 8-bit RGB, upright. ConfigError, one sentence,
-    when it cannot be read or claims an absurd size, at the first frame or at the one that is damaged."""
+def frames(file: Path, upright: bool = True) -> tuple[int, Iterator[Image.Image]]:
+    """How many frames a file has (0: not known), and each as 8-bit RGB, ``upright`` by EXIF. ConfigError, one
+    sentence, when it cannot be read or has an absurd size, at the first frame or at the one that is damaged.
+    """
     if file.suffix.lower() in VIDEOS:
         return 0, _video(file)
     opened = pixels.opened(file, file.name, most=_most())
     count = pixels.frames(opened)
-    return count, _pages(opened, count, file.name)
+    return count, _pages(opened, count, file.name, upright)
 
 
-def _pages(opened: Image.Image, count: int, name: str) -> Iterator[Image.Image]:
+def _pages(opened: Image.Image, count: int, name: str, upright: bool) -> Iterator[Image.Image]:
     with opened:
         for index in range(count):
             try:
@@ -122,7 +124,7 @@ def _pages(opened: Image.Image, count: int, name: str) -> Iterator[Image.Image]:
                 raise pixels.broken(f"Frame {index} of {name}", error) from None
             if opened.width * opened.height > (most := _most()):
                 raise pixels.too_large(f"Frame {index} of {name}", most)
-            yield pixels.rgb(opened, name)
+            yield pixels.rgb(opened, name, upright)
 
 
 def _video(file: Path) -> Iterator[Image.Image]:
@@ -130,7 +132,8 @@ def _video(file: Path) -> Iterator[Image.Image]:
         import av
     except ImportError:
         raise ConfigError(
-            f"{file.name} is a video, which needs PyAV: `pip install av`, or save its frames as images."
+            f"{file.name} is a video, which needs PyAV: `.venv/bin/python -m uv pip install av`, or save "
+            "its frames as images."
         ) from None
     try:
         with av.open(str(file)) as container:
@@ -138,7 +141,7 @@ def _video(file: Path) -> Iterator[Image.Image]:
                 image = frame.to_image()
                 yield image.rotate(turn, expand=True) if (turn := getattr(frame, "rotation", 0)) else image
     except (av.FFmpegError, IndexError, OSError) as error:
-        raise ConfigError(f"{file.name} is no whole video: {error}.") from None
+        raise ConfigError(f"{file.name} is damaged or cut off: {error}.") from None
 
 
 def _most() -> int:
@@ -166,7 +169,7 @@ def segment(
     classes, shape = int(network.head.out_channels), (image.height, image.width)
     height, width = size or shape
     if size and (height * width > PIXELS or shape[0] * shape[1] > LOGITS // classes):
-        raise ConfigError("that is too much for one --size: give a smaller one, or none, for windows")
+        raise ConfigError("it is too large for one pass: give a smaller --size, or none, for sliding windows")
     if size is None and (height * width > PIXELS or height * width > LOGITS // classes):
         sliding = sliding or Sliding(window=(WINDOW, WINDOW), stride=(WINDOW * 3 // 4, WINDOW * 3 // 4))
     device = next(network.parameters()).device
@@ -184,7 +187,9 @@ def segment(
             return _windows(seen, classes, sliding, logits)
         except RuntimeError as error:  # out of memory, or too small for the network
             reason = str(error).splitlines()[0].rstrip(".")
-            raise ConfigError(f"the network failed on it ({reason}): try --size H W") from None
+            raise ConfigError(
+                f"the network failed on it ({reason}): give a size by --size HEIGHT WIDTH"
+            ) from None
 
 
 def _windows(
@@ -292,10 +297,11 @@ def predict(
     write_bytes(output / "legend.png", legend_png(meta))
     window = run["config"]["training"].get("sliding")
     sliding = Sliding.model_validate(window) if window else None
+    upright = run["config"]["data"].get("orientation") != "stored"  # as in training
     failed = []
     for file, name in tqdm(list(zip(files, _names(files), strict=True)), unit="image"):
         try:
-            count, images_of = frames(file)
+            count, images_of = frames(file, upright)
             for index, image in enumerate(
                 tqdm(images_of, file.name, count or None, False, disable=count == 1)
             ):
@@ -311,11 +317,14 @@ def predict(
 
 
 def _names(files: Iterable[Path]) -> list[str]:
-    """What the output of each file is called: its name without the extension, unless two would be one. A name
-    to which nothing can be added is cut."""
+    """What the output of each file is called: its name without the extension, unless another file, or a frame
+    of one, would be called so. A name to which nothing can be added is cut."""
     files = list(files)
     stems = Counter(file.stem for file in files)
-    names = [file.stem if stems[file.stem] == 1 else file.name for file in files]
+    taken = {file.name for file in files} | {
+        found[1] for stem in stems if (found := re.fullmatch(r"(.*)_\d{5,}", stem))
+    }
+    names = [file.stem if stems[file.stem] == 1 and file.stem not in taken else file.name for file in files]
     return [name if len(os.fsencode(name)) <= LONGEST else _cut(name) for name in names]
 
 

@@ -16,8 +16,6 @@ from pipelines.reports import benchmark_table, readme
 from pipelines.runs import tracking
 from pipelines.stages import report
 
-PAGES = ("README.md", "docs/benchmarks.md", "docs/tables.md", "docs/methods.md")  # with generated parts
-
 
 def committed(params: Params, root: Path = ROOT) -> list[str]:
     """The benchmarks whose records are in git; without git, all that have any."""
@@ -31,19 +29,21 @@ def committed(params: Params, root: Path = ROOT) -> list[str]:
 
 
 def write(params: Params, root: Path, target: Path) -> None:
-    """Bring the generated parts of the ``PAGES`` below ``target`` up to the committed records of ``root``."""
+    """Renew the generated parts of README and docs below ``target`` from the committed records."""
     files.clear_parts(target, below=False)
     own = committed(params, root)
     found = {name: records for name, records in report.finished(params, root).items() if name in own}
     frames = {name: tracking.frame(map(tracking.entry, records)) for name, records in found.items()}
     every = report.gather_all(params, root, found, frames)
-    texts: tuple[tuple[tuple[str, str], Callable[[], str]], ...] = (
-        (readme.RESULTS, lambda: readme.block(every, params)),
-        (readme.PLANS, lambda: benchmark_table.overview(params, every, root)),
-        (readme.RULES, readme.rules),
-        (readme.METHODS, lambda: readme.methods(params, root)),
+    texts: tuple[tuple[str, tuple[str, str], Callable[[], str]], ...] = (
+        ("README.md", readme.RESULTS, lambda: readme.block(every, params)),
+        ("README.md", readme.MINUTES, lambda: readme.minutes(root)),
+        ("docs/benchmarks.md", readme.PLANS, lambda: benchmark_table.overview(params, every, root)),
+        ("docs/tables.md", readme.RULES, readme.rules),
+        ("docs/methods.md", readme.METHODS, lambda: readme.methods(params, root)),
+        ("docs/how-it-works.md", readme.SPEED, lambda: readme.speed(root)),
     )
-    for page, (markers, text) in zip(PAGES, texts, strict=True):
+    for page, markers, text in texts:
         if (target / page).is_file():
             readme.update(target / page, markers, text())
 

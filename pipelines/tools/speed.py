@@ -60,8 +60,8 @@ def speed(
     first = next((row for row in rows.values() if row["status"] == "measured"), None)
     if first is None:
         raise ConfigError(
-            f"Nothing of {benchmark} ran here ({rows[TEACHER]['status']}): nothing was written. Give a "
-            "smaller --batch-size."
+            f"Nothing of {benchmark} ran here ({rows[TEACHER]['status']}): nothing was written. Try a "
+            "smaller batch: BATCH=4."
         )
     about = {name: first.pop(name) for name in ("hardware", "versions")}
     for row in rows.values():
@@ -96,7 +96,9 @@ def write_images(
     total, *usual = getattr(module, "IMAGES", (getattr(settings, "train", 2**20),))
     size = settings.size or tuple(usual) or given
     if not size:
-        raise ConfigError(f"The size of the images of {benchmark} is not known: give --size HEIGHT WIDTH.")
+        raise ConfigError(
+            f'The size of the images of {benchmark} is not known: give it: SIZE="HEIGHT WIDTH".'
+        )
     meta, draw = module.meta(settings), np.random.default_rng(0)
     for split, number in zip(data_folder.SPLITS, (count, 1, TESTS), strict=True):
         for kind in (split, f"{split}annot"):
@@ -257,10 +259,10 @@ def main() -> None:
     for hidden, kind in (("--row", str), ("--count", int), ("--data", Path), ("--params", Path)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    for name in ("batch_size", "steps"):
+    for name, variable in (("batch_size", "BATCH"), ("steps", "--steps")):
         value = getattr(arguments, name)
         if value is not None and value < 2:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} is not allowed: give 2 or more.")
+            raise ConfigError(f"{variable}={value} is not allowed: give 2 or more.")
     params = checked(config.load(arguments.params))
     if arguments.row:
         _row(params, arguments)

@@ -141,15 +141,13 @@ def main() -> None:
         "see how far it moves on this machine. No record of the tables is touched.",
     )
     parser.add_argument("--benchmark", required=True, help="an entry of `benchmarks` in params.yaml")
-    parser.add_argument(
-        "--method", help="a key of `methods`, or acfd-<variant>; default: the undistilled student"
-    )
+    parser.add_argument("--method", help="a key of `methods`, or acfd-<variant>; default: the student alone")
     parser.add_argument("--repeats", type=int, default=3, help="trainings in each mode")
     for hidden, kind in (("--mode", str), ("--place", Path), ("--params", Path)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.repeats < 2:
-        raise ConfigError(f"--repeats {arguments.repeats} is not allowed: give 2 or more.")
+        raise ConfigError(f"REPEATS={arguments.repeats} is not allowed: give 2 or more.")
     params = checked(config.load(arguments.params))
     method = arguments.method or params.suite.reference
     if arguments.place:

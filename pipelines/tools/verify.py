@@ -446,7 +446,9 @@ def main() -> None:
         last = f"{len(found)} problem{'s' * (len(found) > 1)}: the records do not support the reports."
         raise ConfigError("\n".join(["", *found, last]))
     cells = sum(len(own) for own in report.finished(params, ROOT).values())
-    log.info("verified: every table, every figure and README follow from the %d run records.", cells)
+    log.info(
+        "verified: all tables, figures and the README follow from %d run record%s.", cells, "s" * (cells != 1)
+    )
 
 
 if __name__ == "__main__":
