@@ -13,6 +13,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def suite(install: bool) -> None:
         (root / "dvc.lock").unlink(missing_ok=True)
         if install:
             start, bin_ = time.perf_counter(), root / ".venv" / "bin"
-            subprocess.run(["make", str(root / ".venv" / ".installed")], cwd=root, check=True)
+            subprocess.run(["make", ".venv/.installed"], cwd=root, check=True)
             installing = time.perf_counter() - start
         whole, again = Run(root, bin_), Run(root, bin_)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
@@ -165,11 +166,12 @@ def packs(pair: str) -> None:
 
     def step(size: int) -> tuple[float, float]:
         """The median seconds of a step of a pack, and of its pass of the teacher."""
-        trainees, stamps, absent = [], list[float](), Path(tempfile.gettempdir(), f"absent-{os.getpid()}")
+        trainees, stamps, states = [], list[float](), Path(tempfile.mkdtemp())
         for number in range(size):
             student = SegmentationNetwork(planned.network, classes, True)
             method = planned.method(planned.config, tap_shapes(student, crop), tap_shapes(teacher, crop))
-            about = (str(number), student, method, planned.training, None, 0, absent, "", lambda: 0.0)
+            state = states / str(number)  # of a slow step one is written
+            about = (str(number), student, method, planned.training, None, 0, state, "", lambda: 0.0)
             trainees.append(train.Trainee(*about))
 
         def tell(label: str, *_: object) -> None:
@@ -178,6 +180,7 @@ def packs(pair: str) -> None:
 
         passes.clear()
         train.train(trainees, teacher.to(machine.device()), data, classes, 255, lambda _: None, tell)
+        shutil.rmtree(states)
         if failed := [one.failure for one in trainees if one.failure]:
             raise failed[0]
         return statistics.median(b - a for a, b in pairwise(stamps[2:])), statistics.median(passes[3:])

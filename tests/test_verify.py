@@ -219,7 +219,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         f"{CELL}: run.json belongs to another cell",
     ),
     "a digit of a setting": (
-        lambda r: change(r, "params.yaml", "lr: 0.01", "lr: 0.03"),
+        lambda r: change(r, "params.yaml", "lr: 0.02", "lr: 0.03"),
         f"{CELL}: not of today (training differ).",
     ),
     "a digit of a setting, against dvc.lock": (

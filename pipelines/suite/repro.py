@@ -107,6 +107,7 @@ class Suite:
         self.expected = work.identity(str(root))
         self.waiting: dict[Any, tuple[str, Callable[[work.Outcome], None] | None]] = {}
         self.failed: list[str] = []
+        self.counted = False
 
     def run(self) -> list[str]:
         """Do all that is needed; the sentences of what failed."""
@@ -115,13 +116,13 @@ class Suite:
         self.sequence: Any = as_completed(loop=self.client.loop)
         for key in self.needed.weights:
             self._submit(f"encoder weights {key}", work.fetch_weights, key)
-        if self.needed.count:
-            self._submit("count of networks", work.count)
         for benchmark in self.params.suite.benchmarks:
             if benchmark in self.needed.fetch:
                 self._submit(f"data of {benchmark}", work.fetch, benchmark, then=self._fetched(benchmark))
             else:
                 self._teach(benchmark)
+        if not self.waiting:
+            self._count()
         for future in self.sequence:
             name, then = self.waiting.pop(future)
             try:
@@ -138,11 +139,18 @@ class Suite:
                 self.display.say(logging.INFO, f"{name} took {outcome.seconds:.0f} s.")
             if then is not None:
                 then(outcome)
+            if not self.waiting:
+                self._count()
         return self.failed
 
-    def _submit(self, name: str, task: Any, *arguments: Any, then: Any = None) -> None:
+    def _submit(self, name: str, task: Any, *arguments: Any, then: Any = None, priority: int = 0) -> None:
         future = self.client.submit(
-            task, self.expected, *arguments, pure=False, key=f"{name}--{len(self.waiting)}-{id(then)}"
+            task,
+            self.expected,
+            *arguments,
+            pure=False,
+            key=f"{name}--{len(self.waiting)}-{id(then)}",
+            priority=priority,
         )
         self.waiting[future] = (name, then)
         self.sequence.add(future)
@@ -201,8 +209,15 @@ class Suite:
                     self._exports(benchmark)
 
             self._submit(f"{len(pack)} cells from {pack[0].path}", work.train, pack, then=then)
+        self._count()
         if not packs:
             self._exports(benchmark)
+
+    def _count(self) -> None:
+        """The count of networks: not beside a teacher, which has all cores, and after all packs."""
+        if self.needed.count and not self.counted:
+            self.counted = True
+            self._submit("count of networks", work.count, priority=-1)
 
     def _took(self, outcome: work.Outcome, pack: list[Cell]) -> None:
         for cell in pack:
