@@ -130,7 +130,7 @@ def test_panels_switch(opened: Any) -> None:
     area.get_by_label("at", exact=True).check()
     assert area.locator(".of-at").first.is_visible()
     assert not area.locator(".of-kd").first.is_visible()
-    area.get_by_label("where it is wrong").check()
+    area.get_by_label("errors", exact=True).check()
     assert area.screenshot() != before
 
 
