@@ -1,7 +1,7 @@
 """SKD: structured knowledge distillation = pixel-wise + pair-wise + holistic (adversarial).
 
 Source: Liu et al., "Structured Knowledge Distillation for Semantic Segmentation" (CVPR 2019; TPAMI 2020),
-eqs. 1 to 5; the authors' code is compared at irfanICMLL/structure_knowledge_distillation, commit ce208e1.
+eqs. 1 to 5. Differences are from irfanICMLL/structure_knowledge_distillation, commit ce208e1.
 Many tables call the pair-wise term alone "SKD"; set the other weights to 0 for that.
 
 - ``pixel``: KL(teacher || student) over classes at T = 1, mean over all pixels. Theirs: cross-entropy summed
