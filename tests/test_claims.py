@@ -457,7 +457,9 @@ def test_directions_hold_the_published_range_and_the_measured_word(tmp_path: Pat
     assert shown[4][1] == "+5.79 (unit not stated)"
 
 
-def test_sentences_count_the_verdicts_and_name_what_is_seen(tmp_path: Path) -> None:
+def test_sentences_count_the_verdicts_and_name_what_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, params = make_claims(tmp_path, several), make_params()
     every = [results({"kd": AROUND, "skd": [-2.0, 3.0, 2.0, 5.0], "acfd-full": [1.0]})]
     reason = (
@@ -474,6 +476,11 @@ def test_sentences_count_the_verdicts_and_name_what_is_seen(tmp_path: Path) -> N
         "for kd on roads, small: +2.10 (+1.58 to +2.62, n = 4).",
         "No gain over none is shown here for skd on roads, small: +2.00 (-2.68 to +6.68, n = 4), undecided; "
         "acfd on roads, small: +1.00 (n = 1), undecided.",
+    ]
+    monkeypatch.setattr(claims, "MOST", 2)  # cases that are listed one by one
+    assert claims.sentences(found, claims.judge_all(found, every, params), every, params)[3:] == [
+        "A gain over none is seen here in 1 of 3 cases (method, benchmark, student), by the interval over "
+        "seeds at equal steps; claims.md lists them."
     ]
     assert claims.sentences(found, claims.judge_all(found, [], params), [], params) == [
         "Of 5 published gains by the methods of this suite: 0 reproduced, 0 not reproduced, "

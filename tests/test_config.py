@@ -128,6 +128,12 @@ def test_unreadable_params(tmp_path: Path) -> None:
     file.write_text("just words")
     with pytest.raises(ConfigError, match=r"params\.yaml"):
         checked(config.load(file))
+    file.write_text("# nothing\n")
+    with pytest.raises(ConfigError, match=r"^params\.yaml is empty: restore it with git\.$"):
+        config.load(file)
+    file.write_bytes("suite: [é]".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"^params\.yaml is not UTF-8 text: save it as UTF-8\.$"):
+        config.load(file)
 
 
 @pytest.mark.parametrize(

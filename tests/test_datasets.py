@@ -970,6 +970,23 @@ def test_a_list_says_which_of_two_files(mine: Path, tmp_path: Path) -> None:
     assert (tmp_path / "data/large/train/img0.png").is_file()
 
 
+@pytest.mark.parametrize("change", [str.upper, lambda text: text.replace("img", "photos/img")])
+def test_a_name_that_is_nearly_one_is_shown(change: Any, mine: Path, tmp_path: Path) -> None:
+    data = layout(mine, PLAIN, lists=lambda text: change(text).encode())
+    with pytest.raises(ConfigError, match=r"a line is the name of one image\. There is img0\.$"):
+        build(tmp_path, data)
+
+
+def test_transparent_images_are_said(mine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shown = np.random.default_rng(0).integers(0, 256, (4, 32, 44, 4), np.uint8)
+    shown[..., 3] = 255
+    shown[1, 0, 0, 3] = 0
+    data = layout(mine, PLAIN, image=lambda name, index: (f"photos/{name}.png", png(shown[index])))
+    build(tmp_path, data)
+    assert "1 images have transparent pixels, which are laid over white" in caplog.text
+    assert "img1.png" in caplog.text.split("laid over white")[1].splitlines()[0]
+
+
 def test_a_mask_of_another_sample_is_no_hint(mine: Path, tmp_path: Path) -> None:
     data = layout(mine, ["img1", "img10", "img2", "img3"])
     (mine / "masks/img1.png").unlink()

@@ -88,6 +88,14 @@ def test_every_page_is_linked_from_the_readme() -> None:
     assert [page.name for page in PAGES[1:-1] if f"(docs/{page.name})" not in text] == []
 
 
+def test_the_readme_counts_the_methods_and_those_with_a_fixture() -> None:
+    text, rivals = (ROOT / "README.md").read_text(encoding="utf-8"), config.load().methods.keys() - {"none"}
+    held = {file.stem for file in (ROOT / "tests" / "parity").glob("*.npz")}
+    assert len(rivals) == 20 and "[twenty other methods]" in text
+    assert held <= rivals and f"gradients of {len(held)} of them are tested" in text
+    assert rivals - held == {"kd", "cwd", "skd"} and "those of KD, CWD and SKD" in text
+
+
 def test_every_file_that_is_named_exists() -> None:
     made = {"baselines/mymethod.py", "reports/index.html"}
     for page in PAGES:

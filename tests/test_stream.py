@@ -151,6 +151,14 @@ def test_damage_is_one_sentence(mixed: Path, tmp_path: Path, workers: int, how: 
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
 
 
+def run_script(script: str, root: Path) -> str:
+    """What a process of its own prints about the set in ``root``."""
+    command = [sys.executable, "-c", script, str(root)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
     root = build(tmp_path / "data" / "large", [(512, 640), (640, 512)], {"train": 90, "val": 1, "test": 1})
     script = (
@@ -162,10 +170,7 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
         "    if index == 5: before = peak()\n"
         "print(index + 1, peak() - before)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(root)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    count, grown = map(int, done.stdout.split())
+    count, grown = map(int, run_script(script, root).split())
     assert count == 90
     assert grown / (2**20 if sys.platform == "darwin" else 2**10) < 40  # MB; all pixels are 112
 
@@ -179,9 +184,7 @@ def test_a_daemon_reads_with_processes(tmp_path: Path) -> None:
         "process = multiprocessing.get_context('fork').Process(target=read, daemon=True)\n"
         "process.start(); process.join(); sys.exit(process.exitcode)"
     )
-    command = [sys.executable, "-c", script, str(root)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "6\n"), done.stderr[-2000:]
+    assert run_script(script, root) == "6\n"
 
 
 # ---- evaluation

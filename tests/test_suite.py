@@ -66,7 +66,7 @@ from pipelines.runs.records import Cell, teacher_cell
 from pipelines.stages import report
 from pipelines.suite import cluster, display, plan, work
 from pipelines.suite import dvc as pipeline
-from pipelines.suite.repro import Suite, _lost, needs, stage_of
+from pipelines.suite.repro import Needs, Suite, _lost, needs, stage_of
 from pipelines.tools import keep
 
 NONE = Cell("streets", "pspnet-resnet18", "none", 0)
@@ -466,6 +466,32 @@ def test_settings_that_change_while_a_suite_runs_are_taken_for_nothing(copy: Pat
     assert records.read(SLOW, copy) is not None and clean(copy)
 
 
+@pytest.mark.parametrize("fetch", [[], ["streets"]])
+def test_networks_are_counted_at_last_whatever_failed(
+    fetch: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = tmp_path / "ran"  # tasks are pickled
+    ran.touch()
+
+    def failing(_: object, benchmark: str) -> work.Outcome:
+        ran.write_text(f"{ran.read_text()}{benchmark} ")
+        return work.Outcome(failure="it is gone")
+
+    def counting(_: object) -> work.Outcome:
+        ran.write_text(f"{ran.read_text()}count ")
+        return work.Outcome()
+
+    monkeypatch.setattr(work, "fetch", failing)
+    monkeypatch.setattr(work, "count", counting)
+    params = config.Params.model_validate(tiny(read_params()))
+    with distributed.Client(processes=False, n_workers=1, dashboard_address=None) as client:
+        shown = display.Display(1)
+        failed = Suite(client, params, Needs(count=True, fetch=fetch), 1, shown, tmp_path).run()
+        shown.close()
+    assert ran.read_text().split() == [*fetch, "count"]
+    assert failed == [f"data of {name}: it is gone" for name in fetch]
+
+
 @slow
 @pytest.mark.parametrize("what", ["the data", "the teacher"])
 def test_nothing_is_tried_or_lost_without(what: str, copy: Path) -> None:
@@ -480,12 +506,14 @@ def test_nothing_is_tried_or_lost_without(what: str, copy: Path) -> None:
 
     before = weights(copy)
     change(copy, damage)
+    planned = len(plan.suite_cells(config.load(copy / "params.yaml"), "streets"))
     text = repro(copy, "--jobs", "2", status=1)
     if what == "the data":
         assert "data of streets failed: " in text and "leftImg8bit_trainvaltest.zip" in text
-        assert "3 trainings are not tried, because its data could not be had" in text
+        assert f"{planned} trainings are not tried, because its data could not be had" in text
     else:
-        assert "is not finite" in text and "3 trainings are not tried, because its teacher failed" in text
+        assert "is not finite" in text
+        assert f"{planned} trainings are not tried, because its teacher failed" in text
     assert weights(copy) == before
 
 

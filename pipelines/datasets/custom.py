@@ -186,14 +186,14 @@ def _classes(file: Path, config: Config) -> np.ndarray:
             opened.info.pop("transparency", None)  # it hides a colour that is a class's
             colours = np.asarray(pixels.rgb(opened, name, upright))
     if config.masks is None and found.ndim == 3 and (found == found[..., :1]).all():
-        ours = {own[0] for own in (*config.classes.values(), *config.ignored_colours) if len({*own}) == 1}
+        ours = {own[0] for own in _colours(config) if len({*own}) == 1}
         if not {*np.unique(found).tolist()} <= ours:
             raise ConfigError(
                 f"{name} has three equal channels, whose values are not colours of `classes`: if they are "
                 "the classes, set `masks: values` in params.yaml."
             )
     if config.masks == "colours" or (config.masks is None and found.ndim == 3):
-        return painted(colours, _colours(config, name), name)
+        return painted(colours, _colours(config), name)
     if found.ndim == 3:
         if (found != found[..., :1]).any():
             raise ConfigError(f"{name} is in colours: take `masks: values` out, or set `masks: colours`.")
@@ -212,21 +212,14 @@ def _classes(file: Path, config: Config) -> np.ndarray:
 
 def _contradicts(colours: np.ndarray, values: np.ndarray, config: Config) -> bool:
     """Whether a colour of ``classes`` stands where the value is of another one; other colours say nothing."""
-    table = {own: value for value, own in enumerate(config.classes.values())}
-    table |= dict.fromkeys(config.ignored_colours, config.ignore_index)
-    return any((values[(colours == own).all(axis=-1)] != value).any() for own, value in table.items())
+    known = _colours(config).items()
+    return any((values[(colours == own).all(axis=-1)] != value).any() for own, value in known)
 
 
-def _colours(config: Config, name: str) -> dict[tuple[int, ...], int]:
-    """The value of each colour. ConfigError, which names a mask in colours, where one has two."""
+def _colours(config: Config) -> dict[tuple[int, ...], int]:
+    """The value of each colour."""
     colours: dict[tuple[int, ...], int] = {own: value for value, own in enumerate(config.classes.values())}
-    colours |= dict.fromkeys(config.ignored_colours, config.ignore_index)
-    if len(colours) < len(config.classes) + len(set(config.ignored_colours)):
-        raise ConfigError(
-            f"{name} is a mask in colours, and one colour stands for two of `classes` and "
-            "`ignored_colours`: give each its own in params.yaml."
-        )
-    return colours
+    return colours | dict.fromkeys(config.ignored_colours, config.ignore_index)
 
 
 def _files(folder: Path, setting: str, suffix: str, endings: tuple[str, ...]) -> Found:
@@ -261,14 +254,14 @@ def _sample(line: str, images: Found, suffix: str) -> str | None:
 def _hint(found: Found, missing: Sequence[str], setting: str, known: Collection[str] = ()) -> str:
     """What files there are that begin like a missing one, or are spelt like it but for capitals."""
     names = [_cut(normalize("NFC", name.strip()))[0] for name in missing]
-    name, first = names[0], _cut(names[0])[0]
+    name = names[0]
     others = [key for key in found if key not in known and key not in names]
     for key in sorted((key for key in others if key.startswith(name)), key=len):
         rest = key.removeprefix(name)
         if rest and all(f"{other}{rest}" in found for other in names[:2]):
             return f" There is {key}: set `{setting}: {rest}` in params.yaml."
     for key in others:
-        if key.lower() == first.lower() or first.endswith(f"/{key}"):
+        if key.lower() == name.lower() or name.endswith(f"/{key}"):
             return f" There is {key}."
     return ""
 

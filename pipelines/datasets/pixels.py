@@ -191,7 +191,7 @@ def _planar(image: Image.Image) -> bool:
 
 def broken(origin: str, error: Exception) -> ConfigError:
     """What is said of a file that cannot be read, with the reason where there is more than an address."""
-    text = "" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())[:200].rstrip(".")
+    text = " ".join(str(error).split())[:200].rstrip(".")
     return ConfigError(f"{origin} is damaged or cut off{': ' if text else ''}{text}.")
 
 

@@ -286,11 +286,7 @@ def _guard(trainee: Trainee, act: Callable[..., object], *arguments: Any) -> Non
         act(*arguments)
     except Exception as error:
         trainee.failure = error
-        log.error(
-            "%s has failed; the other trainings go on: %s",
-            trainee.label,
-            " ".join(str(error).split())[:300],
-        )
+        log.error("%s failed: %s", trainee.label, " ".join(str(error).split())[:300])
         if not isinstance(error, ConfigError):
             log.debug("%s", trainee.label, exc_info=error)
         traceback.clear_frames(error.__traceback__)

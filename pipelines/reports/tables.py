@@ -296,10 +296,10 @@ def about(results: Results, params: Params) -> str:
     own = params.benchmark(results.benchmark)
     module = config.dataset_module(own.data, results.benchmark)
     size = own.data.get("size")
-    scaled = f", scaled to {size[0]}×{size[1]} pixels (height × width)" if size else ""
+    shape = f", at {size[0]}×{size[1]} pixels (height × width)" if size else ""
     network = own.teacher.network
     return (
-        f"{own.data['dataset']}: {module.ABOUT}{scaled}. Teacher: {network.architecture} with "
+        f"{own.data['dataset']}: {module.ABOUT}{shape}. Teacher: {network.architecture} with "
         f"{network.encoder.removeprefix('tu-')}."
     )
 
