@@ -101,7 +101,7 @@ def read_yaml(path: Path) -> Any:
 def parse_yaml(text: str, name: str) -> Any:
     """YAML as DVC reads it (1.2: 6e-05 is a number), with no setting twice. ConfigError when it is none."""
     try:
-        return YAML(typ="safe").load(text)
+        return YAML(typ="safe", pure=True).load(text)  # that in C crashes at great depth
     except MarkedYAMLError as error:  # its text has advice for programmers too
         line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
         reason = f"{error.problem or error.context}{line}"

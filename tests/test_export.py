@@ -190,6 +190,22 @@ def test_disturbed_weights_are_noticed(
         deploy.differences(deployed, student, images, 1)
 
 
+def test_what_was_measured_is_kept_while_it_would_be_measured_alike(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
+    params, before = load(tmp_path), (tmp_path / RECORD).read_bytes()
+    monkeypatch.setattr(deploy, "ROUNDS", 7)
+    export.check(BENCHMARK, STUDENT, params, tmp_path)
+    assert (tmp_path / RECORD).read_bytes() == before
+    for key, value in (("versions", {"torch": "0"}), ("hardware", {"processor": "another"})):
+        record = exports.read(BENCHMARK, STUDENT, done)
+        assert record is not None
+        exports.write(record | {key: record[key] | value}, tmp_path)
+        again = export.check(BENCHMARK, STUDENT, params, tmp_path)
+        assert again["rounds"] == 7 and again[key] == record[key]
+
+
 def test_wrong_weights_are_refused(done: Path, suite: Path) -> None:
     output, params, before = suite / "out", load(suite), (suite / RECORD).read_bytes()
     export.check(BENCHMARK, STUDENT, params, suite)  # a clone has no weights: what was measured is kept

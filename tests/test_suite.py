@@ -486,10 +486,11 @@ def test_networks_are_counted_at_last_whatever_failed(
     params = config.Params.model_validate(tiny(read_params()))
     with distributed.Client(processes=False, n_workers=1, dashboard_address=None) as client:
         shown = display.Display(1)
-        failed = Suite(client, params, Needs(count=True, fetch=fetch), 1, shown, tmp_path).run()
+        suite = Suite(client, params, Needs(count=True, fetch=fetch), 1, shown, tmp_path)
+        suite.run()
         shown.close()
     assert ran.read_text().split() == [*fetch, "count"]
-    assert failed == [f"data of {name}: it is gone" for name in fetch]
+    assert suite.failed == [f"data of {name}: it is gone" for name in fetch]
 
 
 @slow

@@ -7,7 +7,8 @@ Without them, the stage, at the first seed of the suite: the students of all met
 tensors; that of the reference and that of one method, the paper's if it has finished, are exported into a
 temporary folder, their outputs are compared, their parameters, FLOPs and latency measured. That makes the
 record ``runs/<benchmark>/exports/<student>.json``. Latencies are those of the CPU, with ``suite.threads``
-threads and in float32.
+threads and in float32. Of a record that is there, what was measured is kept while those two students,
+machine and libraries are the same.
 """
 
 from __future__ import annotations
@@ -111,7 +112,6 @@ def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str
     description = data_folder.describe(data)
     size = description.size or protocol.crop
     seed, threads, reference = params.suite.seeds[0], params.suite.threads, params.suite.reference
-    names, images = deploy.samples(data_folder.load(data, "test"), size)
     found: dict[str, dict[str, Any]] = {}
     deployed: dict[str, tuple[deploy.Deployed, Path]] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -124,16 +124,26 @@ def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str
                     raise
                 log.warning("%s It is left out.", error)
         # all are the same network: what is measured of one holds for the others
-        other = HEADLINE if HEADLINE in finished else [*finished][-1]
-        measured = (finished[method].folder / "weights.safetensors" for method in (reference, other))
-        if not all(weights.is_file() for weights in measured):
-            frame = {"seed": seed, "network": network.written(), "data_sha256": description.sha256}
-            frame["input"] = list(size)
-            if (content := _kept(benchmark, student, reference, finished, frame, root)) is not None:
-                return content
+        pair = (reference, HEADLINE if HEADLINE in finished else [*finished][-1])
+        about = {
+            "benchmark": benchmark,
+            "student": student,
+            "seed": seed,
+            "network": network.written(),
+            "data_sha256": description.sha256,
+            "input": list(size),
+        }
+        here = {
+            "hardware": {**hardware(), "device": "cpu"},
+            "versions": versions() | {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")},
+        }
+        able = all((finished[method].folder / "weights.safetensors").is_file() for method in pair)
+        if (kept := _kept(pair, finished, about | (here if able else {}), root)) is not None:
+            return kept
+        names, images = deploy.samples(data_folder.load(data, "test"), size)
         for method, record in finished.items():
             found[method] = known = _sums(record)
-            if method not in (reference, other):
+            if method not in pair:
                 continue
             place = Path(temporary) / method
             place.mkdir()
@@ -150,19 +160,13 @@ def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str
         found[method]["ms"] = times
     rounds = len(taken[reference]["torch"])
     content = {
-        "benchmark": benchmark,
-        "student": student,
-        "seed": seed,
-        "network": network.written(),
-        "data_sha256": description.sha256,
-        "input": list(size),
+        **about,
         "images": names,
         "tolerance": deploy.TOLERANCE,
         "warm_up": deploy.WARM_UP,
         "rounds": rounds,
         "methods": found,
-        "hardware": {**hardware(), "device": "cpu"},
-        "versions": versions() | {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")},
+        **here,
         "git": git_state(),
     }
     if wrong := exports.problems(content, reference):
@@ -183,28 +187,28 @@ def _sums(record: Record) -> dict[str, Any]:
 
 
 def _kept(
-    benchmark: str,
-    student: str,
-    reference: str,
-    finished: Mapping[str, Record],
-    frame: Mapping[str, Any],
-    root: Path,
+    pair: tuple[str, str], finished: Mapping[str, Record], frame: Mapping[str, Any], root: Path
 ) -> dict[str, Any] | None:
-    """The record that is there, as in a clone without the weights, with methods that have come since; None
-    when it is of other students."""
-    old = exports.read(benchmark, student, root)
+    """The record that is there with the methods that have come since; None when it is not in ``frame``, or
+    when what it measured were not the students of ``pair`` as they are."""
+    old = exports.read(frame["benchmark"], frame["student"], root)
     if old is None or any(old[key] != value for key, value in frame.items()):
         return None
     methods = {}
     for method, record in finished.items():
-        known = old["methods"].get(method)
-        same = known is not None and known["weights_sha256"] == record.run["weights_sha256"]
+        known = old["methods"].get(method, {})
+        same = known.get("weights_sha256") == record.run["weights_sha256"]
+        if method in pair and not (same and "ms" in known):
+            return None
         methods[method] = known if same else _sums(record)
     content = old | {"methods": methods}
-    if exports.problems(content, reference):
+    if exports.problems(content, pair[0]):
         return None
     exports.write(content, root)
-    log.info("%s, %s: what was measured before is kept, as its weights are not here.", benchmark, student)
+    log.info(
+        "%s, %s: %d methods compared; what was measured before is kept.",
+        *(frame["benchmark"], frame["student"], len(methods)),
+    )
     return content
 
 

@@ -107,10 +107,10 @@ class Suite:
         self.expected = work.identity(str(root))
         self.waiting: dict[Any, tuple[str, Callable[[work.Outcome], None] | None]] = {}
         self.failed: list[str] = []
-        self.counted = False
+        self.ran: set[str] = set()  # stages of dvc.yaml
 
-    def run(self) -> list[str]:
-        """Do all that is needed; the sentences of what failed."""
+    def run(self) -> None:
+        """Do all that is needed; ``failed`` are the sentences of what failed."""
         from distributed import CancelledError, as_completed
 
         self.sequence: Any = as_completed(loop=self.client.loop)
@@ -118,6 +118,7 @@ class Suite:
             self._submit(f"encoder weights {key}", work.fetch_weights, key)
         for benchmark in self.params.suite.benchmarks:
             if benchmark in self.needed.fetch:
+                self.ran.add(f"fetch@{benchmark}")
                 self._submit(f"data of {benchmark}", work.fetch, benchmark, then=self._fetched(benchmark))
             else:
                 self._teach(benchmark)
@@ -141,7 +142,6 @@ class Suite:
                 then(outcome)
             if not self.waiting:
                 self._count()
-        return self.failed
 
     def _submit(self, name: str, task: Any, *arguments: Any, then: Any = None, priority: int = 0) -> None:
         future = self.client.submit(
@@ -215,11 +215,12 @@ class Suite:
 
     def _count(self) -> None:
         """The count of networks: not beside a teacher, which has all cores, and after all packs."""
-        if self.needed.count and not self.counted:
-            self.counted = True
+        if self.needed.count and "count" not in self.ran:
+            self.ran.add("count")
             self._submit("count of networks", work.count, priority=-1)
 
     def _took(self, outcome: work.Outcome, pack: list[Cell]) -> None:
+        self.ran |= {stage_of(self.params, cell) for cell in pack}
         for cell in pack:
             self.display.finished(cell.path)
             if why := outcome.cells.get(cell):
@@ -234,6 +235,7 @@ class Suite:
     def _exports(self, benchmark: str) -> None:
         for name, student in self.needed.exports:
             if name == benchmark:
+                self.ran.add(f"export@{name}-{student}")
                 self._submit(f"export of {name}, {student}", work.export, name, student)
 
 
@@ -314,20 +316,17 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
             client.subscribe_topic(work.TOPIC, shown.event)
             remote = options.scheduler or options.cluster
             workers = max(jobs, len(client.scheduler_info()["workers"])) if remote else jobs
-            failed = Suite(client, params, needed, workers, shown, root).run()
-    stages = {stage_of(params, cell) for b in params.suite.benchmarks for cell in plan.suite_cells(params, b)}
-    stages |= {f"train_teacher@{name}" for name in params.suite.benchmarks}
-    finished = {
+            suite = Suite(client, params, needed, workers, shown, root)
+            suite.run()
+            failed, changed = suite.failed, changed | suite.ran
+    late = {
         stage_of(params, cell)
         for benchmark in params.suite.benchmarks
-        for cell in _current(params, benchmark, root)
+        for cell in _unfinished(params, benchmark, root)
     }
-    if needed.any:
-        changed = pipeline.stages.keys() - {"report"}
+    whole = changed - late - {"report"}
     with _timed("the commit to DVC"):
-        pipeline.commit(
-            name for name in pipeline.stages if name in changed and (name not in stages or name in finished)
-        )
+        pipeline.commit(name for name in pipeline.stages if name in whole)
     if needed.any or "report" in changed or not (root / "reports").is_dir():
         from pipelines.stages import report
 
@@ -346,11 +345,10 @@ def _timed(name: str) -> Iterator[None]:
         log.info("%s took %.0f s.", name, seconds)
 
 
-def _current(params: Params, benchmark: str, root: Path) -> list[Cell]:
-    """The cells of a benchmark whose record is today's."""
+def _unfinished(params: Params, benchmark: str, root: Path) -> list[Cell]:
+    """The cells of a benchmark without a record of today."""
     due = plan.due(params, benchmark, root)
-    done = [cell for cell in plan.suite_cells(params, benchmark) if cell not in set(due.cells)]
-    return [*done, *([] if due.train_teacher else [teacher_cell(params, benchmark)])]
+    return [*due.cells, *([teacher_cell(params, benchmark)] if due.train_teacher else [])]
 
 
 def main() -> None:
