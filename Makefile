@@ -53,9 +53,7 @@ smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
 	python -m pytest -m smoke
 
 torture: $(READY)  ## kills, clusters, damaged files, hostile input: many times each; figures to docs/reliability.md
-	ACFD_TORTURE=docs/reliability.md python -m pytest -n auto --maxprocesses 4 --dist worksteal \
-	  tests/test_reliability.py tests/test_suite.py tests/test_corruption.py tests/test_hostile.py \
-	  tests/test_pairs.py tests/test_spread.py tests/test_speed.py
+	ACFD_TORTURE=docs/reliability.md python -m pytest -n auto --maxprocesses 4 --dist worksteal -m torture
 
 ui: $(READY)  ## MLflow's web page
 	python -m mlflow ui --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db"

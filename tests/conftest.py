@@ -32,7 +32,12 @@ LONGEST = [
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """The files that take longest go first, so that at the end no process works alone."""
+    """What is for `make torture` alone is skipped without it. The files that take longest go first, so that
+    at the end no process works alone."""
+    if not os.environ.get("ACFD_TORTURE"):
+        for item in items:
+            if any(mark.kwargs.get("alone") for mark in item.iter_markers("torture")):
+                item.add_marker(pytest.mark.skip(reason="`make torture` runs it"))
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 

@@ -22,7 +22,8 @@ from pipelines.runs.records import Cell
 
 TORTURE = bool(os.environ.get("ACFD_TORTURE"))
 KILLS = 20 if TORTURE else 1
-slow = pytest.mark.skipif(not TORTURE, reason="`make torture` runs it")
+varied = pytest.mark.torture  # a short version runs with the other tests
+slow = pytest.mark.torture(alone=True)  # runs there alone
 RIVALS = ("none", "kd") if TORTURE else ("none",)  # of the suites, beside the paper's method and the teacher
 ATTEMPTS = ".scratch/attempts"  # to connect, noted by tests/offline
 # the commands of a clone, with its own modules

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 import random
 import re
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, TALLY, read_params, write_params
-from suites import lockfile
+from suites import TORTURE, lockfile, slow, varied
 
 from pipelines import config
 from pipelines.config import ConfigError, Params
@@ -36,7 +35,7 @@ from pipelines.stages import report
 from pipelines.stages.fetch import fetch
 from pipelines.tools import readme, tune, verify
 
-TORTURE = bool(os.environ.get("ACFD_TORTURE"))
+pytestmark = varied
 MANY = 80 if TORTURE else 8  # damages of a file that is read at once
 FEW = 10 if TORTURE else 4  # where every one costs a report or more
 NONE, KD = (Cell("streets", "pspnet-resnet18", method, 0) for method in ("none", "kd"))
@@ -409,6 +408,7 @@ def test_another_number_in_mlflow_never_gets_into_a_table(whole: Path, tmp_path:
     assert tracking.query(tracking.connect(root), "streets").equals(frames["streets"])
 
 
+@slow
 def test_a_damaged_store_of_trials_is_rebuilt_from_the_log(root: Path) -> None:
     log = budget.path(load(root), root)
     before, count = log.read_bytes(), 0

@@ -30,7 +30,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import ExifTags, Image
-from suites import slow
+from suites import TORTURE, slow, varied
 
 from pipelines import config, files
 from pipelines.config import ConfigError, Params
@@ -44,7 +44,7 @@ from pipelines.runs.records import Cell
 from pipelines.stages import report
 from pipelines.stages.fetch import fetch
 
-TORTURE = bool(os.environ.get("ACFD_TORTURE"))
+pytestmark = varied
 COMMON: dict[str, Any] = {
     "deadline": None,
     "derandomize": not TORTURE,

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from suites import slow
 from torch import nn
 
 from pipelines.config import ConfigError, Network
@@ -42,13 +43,8 @@ def build(name: str) -> SegmentationNetwork:
     return SegmentationNetwork(config, CLASSES)
 
 
-@pytest.mark.parametrize("part", ["taps", "modes"])
 @every_network
-def test_networks(name: str, part: str) -> None:
-    {"taps": taps, "modes": modes}[part](name)
-
-
-def taps(name: str) -> None:
+def test_taps(name: str) -> None:
     architecture, widths, strides, fusion, stride = NETWORKS[name][0], *NETWORKS[name][3:]
     expected = {
         f"backbone.{i}": (width, SIZE[0] // step, SIZE[1] // step)
@@ -64,7 +60,10 @@ def taps(name: str) -> None:
         assert [odd[f"backbone.{i}"] for i in (2, 3, 4)] == [(6, 9), (3, 5), (2, 3)]
 
 
-def modes(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=slow if "101" in name or "b4" in name else ()) for name in NETWORKS]
+)
+def test_modes(name: str) -> None:
     """An auxiliary head on the third stage in training alone, finite bf16, the same answer twice in eval."""
     network, images = build(name), torch.randn(2, 3, 32, 64)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

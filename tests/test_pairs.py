@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from suites import TORTURE
+from suites import TORTURE, varied
 
 from pipelines import config
 from pipelines.config import ROOT, Network, Training
@@ -24,6 +24,7 @@ from pipelines.method import Shapes
 from pipelines.methods import method_class, method_config
 from pipelines.networks import SegmentationNetwork, tap_shapes
 
+pytestmark = varied
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 METHODS = {**PARAMS["methods"], "acfd-full": PARAMS["acfd"]["full"]}
 TEACHERS = {

@@ -24,6 +24,7 @@ from suites import (
     environment,
     mlflow_runs,
     slow,
+    varied,
     weights,
 )
 
@@ -33,6 +34,7 @@ from pipelines.methods import checked
 from pipelines.runs import records
 from pipelines.runs.records import Cell, teacher_cell
 
+pytestmark = varied
 CELL = Cell("streets", "pspnet-resnet18", "skd", 0)
 
 
@@ -45,7 +47,7 @@ def killable(part: str, root: Path, kills: int, **more: str) -> tuple[str, str]:
     return kills_line, outcome
 
 
-@pytest.mark.parametrize("part", ["fetch", "pack"])
+@pytest.mark.parametrize("part", [pytest.param("fetch", marks=slow), "pack"])
 def test_a_kill_at_any_moment_changes_nothing(part: str, tmp_path: Path) -> None:
     roots = [tmp_path / name for name in ("killed", *(["whole"] if TORTURE else []))]
     for root in roots:
@@ -70,6 +72,7 @@ def test_a_killed_report_is_made_whole_by_the_next(place: Path) -> None:
     TALLY.append(f"kill, report: {kills}: all survived, no run of MLflow twice or RUNNING")
 
 
+@slow
 def test_a_second_process_waits_and_keeps_the_record(place: Path) -> None:
     def start() -> subprocess.Popen[str]:
         command = [sys.executable, "-c", RUN_CELL, str(place), "kd"]

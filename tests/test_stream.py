@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, read_params, tiny, write_params
 from PIL import Image
+from suites import slow
 
 from pipelines import config
 from pipelines.config import ConfigError, Recipe, Sliding, Training
@@ -159,6 +160,7 @@ def run_script(script: str, root: Path) -> str:
     return done.stdout
 
 
+@slow
 def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
     root = build(tmp_path / "data" / "large", [(512, 640), (640, 512)], {"train": 90, "val": 1, "test": 1})
     script = (

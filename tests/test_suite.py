@@ -53,6 +53,7 @@ from suites import (
     tables,
     trained_by,
     until,
+    varied,
     weights,
 )
 
@@ -69,6 +70,7 @@ from pipelines.suite import dvc as pipeline
 from pipelines.suite.repro import Needs, Suite, _lost, needs, stage_of
 from pipelines.tools import keep
 
+pytestmark = varied
 NONE = Cell("streets", "pspnet-resnet18", "none", 0)
 SLOW, BAD = (Cell("streets", "pspnet-resnet18", method, 0) for method in ("slow", "bad"))
 DONE = ["FINISHED"] * (len(RIVALS) + 3)  # of MLflow: the teacher, the control and the paper's method too

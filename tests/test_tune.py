@@ -11,6 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
+from suites import slow
 
 from pipelines import config
 from pipelines.config import ConfigError, Params
@@ -118,7 +119,7 @@ def test_a_trial_scores_the_same_beside_any_other(place: Path, params: Params) -
     assert short.benchmark("streets").training.steps == 2 != params.benchmark("streets").training.steps
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("elsewhere", [pytest.param(False, marks=slow), True])
 def test_a_killed_search_goes_on_with_the_trials_it_would_have_had(
     place: Path, params: Params, elsewhere: bool
 ) -> None:

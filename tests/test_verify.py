@@ -41,6 +41,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = tiny(read_params(root))
     raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd", "cwd")}
     raw["official"] = {}
+    raw["students"] = {key: raw["students"][key] for key in ("pspnet-resnet18", "fpn-resnet18")}
+    raw["benchmarks"] = {key: raw["benchmarks"][key] for key in (BENCHMARK, "camvid")}
     raw["suite"] |= {"seeds": [0, 1, 2], "controls": [1.5], "methods": ["none", "kd", "cwd"]}
     raw["tuning"] |= {"benchmark": BENCHMARK, "student": "pspnet-resnet18", "methods": ["kd", "cwd"]}
     raw["tuning"] |= {"trials": 2, "steps": 2, "seed": 100}
