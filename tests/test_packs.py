@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import CIRKD
-from suites import TORTURE, varied
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -34,8 +33,6 @@ from pipelines.runs.records import Cell
 
 STUDENT = "pspnet-resnet18"
 COMPARED = ("weights.safetensors", "history.csv", "metrics.json")
-# Of the short version: with a critic, queues, projections, a part of the teacher that learns, noise
-STATEFUL = ("none", "none-x1.5", "kd", "skd", "cirkd", "afdcd", "apd", "mgd", "attnfd", "acfd-full")
 OF_THE_PACK = {"started", "seconds", "trained_beside", "files", "seal", "hardware"}  # all else is the cell's
 
 Edit = Callable[[Callable[[dict[str, Any]], None]], Params]
@@ -107,7 +104,6 @@ def _every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- company
 
 
-@varied
 def test_company_order_and_size_change_no_bit_of_any_method(
     place: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,8 +111,6 @@ def test_company_order_and_size_change_no_bit_of_any_method(
     params = edit(settings(steps=2))
     methods = [key for key in params.method_keys if not key.endswith("-official")]
     assert {*params.methods, *(f"acfd-{key}" for key in params.acfd), "none-x1.5"} == {*methods}
-    if not TORTURE:
-        methods = [key for key in methods if key in STATEFUL]
     cells = [cell(method) for method in methods]
     single = alone(cells, params, place)
     assert len({found["weights.safetensors"] for found in single.values()}) == len(cells)

@@ -7,8 +7,8 @@ Without them, the stage, at the first seed of the suite: the students of all met
 tensors; that of the reference and that of one method, the paper's if it has finished, are exported into a
 temporary folder, their outputs are compared, their parameters, FLOPs and latency measured. That makes the
 record ``runs/<benchmark>/exports/<student>.json``. Latencies are those of the CPU, with ``suite.threads``
-threads and in float32. Of a record that is there, what was measured is kept while those two students,
-machine and libraries are the same.
+threads and in float32. Of a record that is there, what was measured is kept while those two students, the
+way of measuring, machine and libraries are the same.
 """
 
 from __future__ import annotations
@@ -134,6 +134,8 @@ def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str
             "input": list(size),
         }
         here = {
+            "tolerance": deploy.TOLERANCE,
+            "warm_up": deploy.WARM_UP,
             "hardware": {**hardware(), "device": "cpu"},
             "versions": versions() | {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")},
         }
@@ -162,8 +164,6 @@ def _check(benchmark: str, student: str, params: Params, root: Path) -> dict[str
     content = {
         **about,
         "images": names,
-        "tolerance": deploy.TOLERANCE,
-        "warm_up": deploy.WARM_UP,
         "rounds": rounds,
         "methods": found,
         **here,
