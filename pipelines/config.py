@@ -117,6 +117,7 @@ def _distinct(keys: list[Any]) -> list[Any]:
 
 
 Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(gt=0, le=2**13)]
 Size = tuple[Side, Side]  # height, width in pixels
@@ -293,6 +294,7 @@ class Tuning(Model):
     trials: Positive
     steps: Positive
     seed: Seed
+    margin: NonNegative  # points of mIoU by which a trial must lead the first one to be chosen
 
 
 class Params(Model):

@@ -28,7 +28,7 @@ METHODS = ["kd", "skd"]
 def params(edit: Any) -> Params:
     def change(raw: dict[str, Any]) -> None:
         raw["tuning"].update(
-            benchmark="streets", student="pspnet-resnet18", methods=METHODS, trials=3, steps=2
+            benchmark="streets", student="pspnet-resnet18", methods=METHODS, trials=3, steps=2, margin=0.0
         )
         for section, kept in (("benchmarks", ["streets"]), ("students", ["pspnet-resnet18"])):
             raw[section] = {key: raw[section][key] for key in kept}  # YAML takes longer than all else here
@@ -226,6 +226,20 @@ def test_an_import_of_the_log_that_was_killed_goes_on(
     none = Scored()
     tune.tune(params, place, none)
     assert none.rounds == [] and (place / "reports/streets/tuning.csv").read_bytes() == log
+
+
+def test_a_lead_within_the_margin_leaves_the_middle_of_the_ranges(
+    place: Path, params: Params, edit: Any
+) -> None:
+    tune.tune(params, place, Scored())
+    scores = [float(row["val_miou"]) for row in rows(place) if row["method"] == "skd"]
+    lead = max(scores) - scores[0]
+    assert lead > 0
+    for margin, chosen in ((lead, scores[0]), (0.99 * lead, max(scores))):
+        tune.tune(edit(lambda raw, m=margin: raw["tuning"].update(margin=m)), place, Scored())
+        row = next(row for row in rows(place) if row["method"] == "skd" and row["chosen"])
+        after = checked(config.load(place / "params.yaml"))
+        assert float(row["val_miou"]) == chosen and not budget.untuned(after, place)
 
 
 def test_a_diverged_trial_counts_and_is_never_chosen(place: Path, params: Params) -> None:

@@ -5,7 +5,9 @@ Every method gets ``tuning.trials`` trials on the same schedule and seed: first 
 what Optuna's TPE proposes. The trials of all methods train side by side, in packs. The test split is never
 read, and the seeds of the tables play no part. After each round the log of all trials is in
 ``reports/<benchmark>/tuning.csv``: a killed search goes on where it stopped, on another machine too, and
-proposes the same trials. When all methods have theirs, the best weights of each go into params.yaml.
+proposes the same trials. When all methods have theirs, the chosen weights of each go into params.yaml: the
+middle of the ranges, unless the best trial leads it by more than ``tuning.margin``. A lead that another seed
+would turn over says nothing about a weight.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ def tune(params: Params, root: Path = ROOT, train: Callable[[Round], Scores] | N
         if due:
             _export(path, params, tasks, studies, {})
             log.info("round %d of %d: %d trials.", number + 1, tuning.trials, len(due))
-    chosen = {task.method: _best(task, studies[task.method]) for task in tasks}
+    chosen = {task.method: _choose(task, studies[task.method], tuning.margin) for task in tasks}
     _export(path, params, tasks, studies, chosen)
     _write_params(root / "params.yaml", chosen)
     return path
@@ -192,12 +194,16 @@ def _tell(
         log.info("%s with %s: %.4f mIoU on validation", method, budget.text(weights), score)
 
 
-def _best(task: Task, study: optuna.Study) -> Weights:
+def _choose(task: Task, study: optuna.Study, margin: float) -> Weights:
+    """The weights of the first trial, the middle of the ranges, unless the best one leads it by more than
+    ``margin`` points of mIoU (as the one-standard-error rule of Breiman et al. 1984, section 3.4.3)."""
     scored = [trial for trial in _counted(study) if trial.value is not None]
     if not scored:
         reason = _counted(study)[-1].user_attrs["reason"]
         raise ConfigError(f"No trial of {task.method} gave a score; the last one: {reason}")
-    best = max(scored, key=lambda trial: (trial.value, -trial.number))
+    best, first = max(scored, key=lambda trial: (trial.value, -trial.number)), _counted(study)[0]
+    if first.value is not None and best.value - first.value <= margin:
+        best = first
     return {name: _value(best.params[name]) for name in task.ranges}
 
 
