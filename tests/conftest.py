@@ -104,8 +104,10 @@ def read_params(root: Path = ROOT) -> dict[str, Any]:
 
 
 def write_params(root: Path, raw: dict[str, Any]) -> None:
+    yaml = YAML(typ="safe")
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
     with (root / "params.yaml").open("w") as file:
-        YAML().dump(raw, file)
+        yaml.dump(raw, file)
 
 
 def rewrite(folder: Path, run: dict[str, Any] | None = None, **files: bytes) -> None:

@@ -242,6 +242,26 @@ def test_a_lead_within_the_margin_leaves_the_middle_of_the_ranges(
         assert float(row["val_miou"]) == chosen and not budget.untuned(after, place)
 
 
+def test_the_log_says_which_chosen_weights_lie_at_an_end_of_their_range(place: Path, params: Params) -> None:
+    """The score grows with the weight: sooner or later the largest one is tried, and it is the best."""
+
+    class Growing(Scored):
+        def score(self, method: str, weights: dict[str, float]) -> float | str:
+            return sum(map(math.log, weights.values()))
+
+    tune.tune(
+        params.model_copy(update={"tuning": params.tuning.model_copy(update={"trials": 25})}),
+        place,
+        Growing(),
+    )
+    kd = type(configured(params, "kd")).ranges()["weight"]
+    chosen = next(row for row in rows(place) if row["method"] == "kd" and row["chosen"])
+    assert chosen["weights"] == f"weight={kd.high:g}" and chosen["note"] == "at an end of the range of weight"
+    assert [row["note"] for row in rows(place) if not row["chosen"]] == [""] * 48
+    found = budget.choices(params, place)["kd"]
+    assert found.at_end and not found.middle
+
+
 def test_a_diverged_trial_counts_and_is_never_chosen(place: Path, params: Params) -> None:
     tune.tune(params, place, Scored(fails=lambda method, weight: (method, weight) == ("kd", 1.0)))
     first = rows(place)[0]

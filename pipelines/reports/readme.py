@@ -97,6 +97,13 @@ def answer(results: Results, student: str) -> str:
     rest = f" Not finished: {lacking} of {len(results.methods)} rows lack trainings." if lacking else ""
     if not tested:
         return f"On {place}, no method has finished beside {reference} yet.{rest}"
+    best = max(tested, key=lambda m: results.mean(student, m) or 0.0)
+    if all(s.gain.paired.n == 1 for s in tested.values()):
+        return (
+            f"Does distillation help? On {place}, one seed has been trained so far, and one seed cannot say "
+            f"how far another would move a score: no method counts as above {reference} yet. The largest gain "
+            f"is that of {results.label(best)}, {tested[best].gain.paired.mean:+.2f}.{rest}"
+        )
     seeds = " or ".join(str(n) for n in sorted({s.gain.paired.n for s in tested.values()}))
     above, equal = (
         sum(gain.verdict == "gain" for gain in gains)
@@ -106,7 +113,6 @@ def answer(results: Results, student: str) -> str:
         s.p_max is not None and s.p_max < tables.ALPHA and (s.gain.paired.mean or 0.0) > 0
         for s in tested.values()
     )
-    best = max(tested, key=lambda m: results.mean(student, m) or 0.0)
     return (
         f"Does distillation help? On {place} ({seeds} seeds), {above} of {len(tested)} methods are above the "
         f"student trained alone for the same steps, and {equal} above it at the same compute, by both 95 % "

@@ -83,6 +83,8 @@ class Results:
     stale: dict[Cell, list[str]] = field(default_factory=dict)  # left out of all these, and why
     trials: dict[str, int] = field(default_factory=dict)  # of tuning, by method
     different: dict[str, int] = field(default_factory=dict)  # of them, where some had the same weights
+    choices: dict[str, budget.Choice] = field(default_factory=dict)  # of tuning, by method
+    margin: float = 0.0  # of tuning: the lead that a choice other than the middle needs
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)  # records of exports, by student
     untuned: list[str] = field(default_factory=list)  # methods whose weights are not those that tuning chose
     tracking: str | None = None  # why the numbers do not come from MLflow, if they do not
@@ -409,6 +411,8 @@ def gather(
         stale=stale,
         trials=budget.trials(params, root),
         different=budget.different(params, root),
+        choices=budget.choices(params, root),
+        margin=params.tuning.margin,
         exports={
             student: record
             for student in students

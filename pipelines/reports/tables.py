@@ -210,12 +210,18 @@ def _exported(results: Results) -> list[str]:
 
 
 def _trials_note(results: Results) -> str:
-    trials = max(results.trials.values(), default=None)
-    text = "A step: teacher and method included." + (
-        f" Tuning: {trials} trials for every method" if trials else " No method was tuned"
+    if not results.trials:
+        return "A step: teacher and method included. No method was tuned."
+    text = f"Tuning: {max(results.trials.values())} trials for every method"
+    text += "".join(f"; {results.label(m)}: {n} different ones" for m, n in results.different.items())
+    middle = sum(choice.middle for choice in results.choices.values())
+    text += (
+        f". {middle} of {len(results.choices)} methods keep the middle of their ranges: no trial led it by "
+        f"more than {results.margin:g} mIoU."
     )
-    different = "".join(f"; {results.label(m)}: {n} different ones" for m, n in results.different.items())
-    return f"{text}{different}."
+    if ends := [results.label(m) for m, choice in results.choices.items() if choice.at_end]:
+        text += f" At an end of a range, beyond which there may be better: {', '.join(ends)}."
+    return f"A step: teacher and method included. {text}"
 
 
 def warnings(results: Results) -> list[str]:

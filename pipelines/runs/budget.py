@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,23 @@ def different(params: Params, root: Path = ROOT) -> dict[str, int]:
     rows = read(path(params, root))
     own = {m: [row["weights"] for row in rows if row["method"] == m] for m in trials(params, root)}
     return {m: len(set(tried)) for m, tried in own.items() if len(set(tried)) < len(tried)}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the search chose for a method: the middle of its ranges, and whether a weight lies at an end."""
+
+    middle: bool
+    at_end: bool
+
+
+def choices(params: Params, root: Path = ROOT) -> dict[str, Choice]:
+    """By method; none while the search goes on."""
+    return {
+        row["method"]: Choice(int(row["trial"]) == 0, bool(row["note"]))
+        for row in read(path(params, root))
+        if row["chosen"]
+    }
 
 
 def untuned(params: Params, root: Path = ROOT) -> dict[str, dict[str, Any]]:

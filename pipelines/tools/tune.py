@@ -207,6 +207,15 @@ def _choose(task: Task, study: optuna.Study, margin: float) -> Weights:
     return {name: _value(best.params[name]) for name in task.ranges}
 
 
+def _ends(task: Task, weights: Weights) -> str:
+    """Which of the weights lie at an end of their range, beyond which there may be better ones."""
+    ranges = _distributions(task)
+    at_end = [
+        name for name, value in weights.items() if _exponent(value) in (ranges[name].low, ranges[name].high)
+    ]
+    return f"at an end of the range of {', '.join(at_end)}" if at_end else ""
+
+
 def _export(
     path: Path,
     params: Params,
@@ -233,7 +242,7 @@ def _export(
                     "seed": params.tuning.seed,
                     "val_miou": "" if trial.value is None else f"{trial.value:.4f}",
                     "chosen": "yes" if mark else "",
-                    "note": trial.user_attrs.get("reason", ""),
+                    "note": trial.user_attrs.get("reason", _ends(task, weights) if mark else ""),
                     "trial_id": task.trial_id(weights),
                 }
             )
