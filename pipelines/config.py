@@ -100,7 +100,7 @@ def read_yaml(path: Path) -> Any:
 
 def parse_yaml(text: str, name: str) -> Any:
     """YAML as DVC reads it (1.2: 6e-05 is a number), with no setting twice. ConfigError when it is none."""
-    # the parser in C is four times as fast, and crashes at great depth: no line or bracket is deeper than this
+    # that in C is four times as fast, and crashes at great depth: this is an upper limit of it
     depth = max(map(len, text.splitlines()), default=0) + text.count("[") + text.count("{")
     try:
         return YAML(typ="safe", pure=depth > 500).load(text)

@@ -56,6 +56,9 @@ def block(every: Sequence[Results], params: Params) -> str:
     student = params.tuning.student if params.tuning.student in students else students[0]
     folder = f"reports/{results.benchmark}"
     lines = [escape_markdown(answer(results, student)), ""]
+    tuned = params.tuning.methods if results.benchmark == wanted else []
+    if left := [results.label(m) for m in tuned if not results.by_seed(student, m)]:
+        lines += [f"Not trained yet: {escape_markdown(', '.join(left))}.", ""]
     lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in tables.warnings(results)]
     found = tables.comparison(results)
     own = [row for row in found.rows if row[0] == student]
@@ -101,8 +104,8 @@ def answer(results: Results, student: str) -> str:
     if all(s.gain.paired.n == 1 for s in tested.values()):
         return (
             f"Does distillation help? On {place}, one seed has been trained so far, and one seed cannot say "
-            f"how far another would move a score: no method counts as above {reference} yet. The largest gain "
-            f"is that of {results.label(best)}, {tested[best].gain.paired.mean:+.2f}.{rest}"
+            f"how far another would move a score: no method counts as above {reference} yet. The largest "
+            f"gain is that of {results.label(best)}, {tested[best].gain.paired.mean:+.2f}.{rest}"
         )
     seeds = " or ".join(str(n) for n in sorted({s.gain.paired.n for s in tested.values()}))
     above, equal = (

@@ -74,7 +74,7 @@ class Results:
     methods: list[str]  # of the comparison: the reference, its controls, the baselines, then HEADLINE
     variants: list[str]  # of the paper's method, HEADLINE among them
     planned: list[str]  # what the suite runs; other methods are shown where they have a cell
-    seeds: list[int]  # of the suite: a row without one of them is not complete; there may be more
+    seeds: list[int]  # planned: a row without one of them is not complete; there may be more
     weights: dict[str, dict[str, Any]]  # per method: its loss weights in params.yaml
     cells: pd.DataFrame  # today's finished cells, in the form of tracking.frame
     controls: dict[str, float] = field(default_factory=dict)  # the reference for so many times the steps
@@ -400,7 +400,7 @@ def gather(
         methods=[key for key in order if key in rows and (key == HEADLINE or not records.is_variant(key))],
         variants=[key for key in order if records.is_variant(key)],
         planned=params.suite_methods,
-        seeds=list(params.suite.seeds),
+        seeds=records.planned_seeds(params, benchmark, root),
         weights=weights,
         cells=today,
         controls=params.controls,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,15 @@ def different(params: Params, root: Path = ROOT) -> dict[str, int]:
     rows = read(path(params, root))
     own = {m: [row["weights"] for row in rows if row["method"] == m] for m in trials(params, root)}
     return {m: len(set(tried)) for m, tried in own.items() if len(set(tried)) < len(tried)}
+
+
+def choose(scores: Sequence[float | None], margin: float) -> int:
+    """Which trial is chosen: the first, the middle of the ranges, unless the best one leads it by more than
+    ``margin`` points of mIoU (as the one-standard-error rule of Breiman et al. 1984, section 3.4.3). A trial
+    without a score is never chosen; ValueError when none has one."""
+    score, best = max((score, -number) for number, score in enumerate(scores) if score is not None)
+    first = scores[0]
+    return 0 if first is not None and score - first <= margin else -best
 
 
 @dataclass(frozen=True)

@@ -109,19 +109,27 @@ def teacher_cell(params: Params, benchmark: str) -> Cell:
 
 
 def students(params: Params, benchmark: str, root: Path = ROOT) -> list[str]:
-    """The students of a benchmark's tables: the suite's, and those of params.yaml that have a record."""
-    return [
-        key
-        for key in params.students
-        if key in params.suite.students or any((root / "runs" / benchmark / key).glob("*/*/run.json"))
-    ]
+    """The students of a benchmark's tables: those of params.yaml that have a record, and the suite's, if the
+    suite runs this benchmark or there is no record."""
+    have = [key for key in params.students if any((root / "runs" / benchmark / key).glob("*/*/run.json"))]
+    if have and benchmark not in params.suite.benchmarks:
+        return have
+    return [key for key in params.students if key in params.suite.students or key in have]
+
+
+def planned_seeds(params: Params, benchmark: str, root: Path = ROOT) -> list[int]:
+    """The seeds that every row should have: the suite's, or those of the records where the suite does not
+    run this benchmark."""
+    names = {path.parent.name for path in (root / "runs" / benchmark).glob("*/*/*/run.json")}
+    found = sorted(int(name) for name in names if name.isdigit())
+    return found if found and benchmark not in params.suite.benchmarks else list(params.suite.seeds)
 
 
 def seeds(params: Params, benchmark: str, student: str, method: str, root: Path = ROOT) -> list[int]:
-    """The seeds of a row: those of the suite, and those beyond them that have a record."""
+    """The seeds of a row: the planned ones, and those beyond them that have a record."""
     found = (root / "runs" / benchmark / student / method).glob("*/run.json")
     more = {int(path.parent.name) for path in found if path.parent.name.isdigit()}
-    return sorted(more.union(params.suite.seeds))
+    return sorted(more.union(planned_seeds(params, benchmark, root)))
 
 
 def expected_cells(params: Params, benchmark: str, root: Path = ROOT) -> Iterator[Cell]:

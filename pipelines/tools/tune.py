@@ -195,16 +195,13 @@ def _tell(
 
 
 def _choose(task: Task, study: optuna.Study, margin: float) -> Weights:
-    """The weights of the first trial, the middle of the ranges, unless the best one leads it by more than
-    ``margin`` points of mIoU (as the one-standard-error rule of Breiman et al. 1984, section 3.4.3)."""
-    scored = [trial for trial in _counted(study) if trial.value is not None]
-    if not scored:
-        reason = _counted(study)[-1].user_attrs["reason"]
-        raise ConfigError(f"No trial of {task.method} gave a score; the last one: {reason}")
-    best, first = max(scored, key=lambda trial: (trial.value, -trial.number)), _counted(study)[0]
-    if first.value is not None and best.value - first.value <= margin:
-        best = first
-    return {name: _value(best.params[name]) for name in task.ranges}
+    counted = _counted(study)
+    try:
+        chosen = counted[budget.choose([trial.value for trial in counted], margin)]
+    except ValueError:
+        reason = counted[-1].user_attrs["reason"]
+        raise ConfigError(f"No trial of {task.method} gave a score; the last one: {reason}") from None
+    return {name: _value(chosen.params[name]) for name in task.ranges}
 
 
 def _ends(task: Task, weights: Weights) -> str:

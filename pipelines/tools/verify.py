@@ -285,7 +285,7 @@ def _sizes(params: Params, root: Path) -> Iterator[str]:
 
 
 def _tuning(params: Params, root: Path) -> Iterator[str]:
-    """Whether the log of tuning gave every method as much, and the chosen weights are the best of it."""
+    """Whether the log of tuning gave every method as much, and the chosen trials are those of its rule."""
     path = budget.path(params, root)
     rows = budget.read(path)
     try:
@@ -306,10 +306,11 @@ def _tuning(params: Params, root: Path) -> Iterator[str]:
     if not budget.finished(rows):  # `make tune` goes on from there, and no table counts them
         return
     for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method and row["val_miou"]]
-        chosen = [row for row in own if row["chosen"]]
-        if len(chosen) != 1 or float(chosen[0]["val_miou"]) < max(float(row["val_miou"]) for row in own):
-            yield f"{path.relative_to(root)}: the chosen trial of {method} is not its best."
+        own = [row for row in rows if row["method"] == method]
+        scores = [float(row["val_miou"]) if row["val_miou"] else None for row in own]
+        chosen = [number for number, row in enumerate(own) if row["chosen"]]
+        if not any(score is not None for score in scores) or chosen != [budget.choose(scores, tuning.margin)]:
+            yield f"{name}: the chosen trial of {method} is not the one that tuning.margin leads to."
 
 
 def _texts(params: Params, every: Sequence[Results], root: Path) -> Iterator[str]:
