@@ -146,7 +146,14 @@ def make_record(
         "weights_sha256": ("f" if cell.is_teacher else "e") * 64,
         "fingerprint": fingerprint(params, cell, "d" * 64, "f" * 64),
         "started": "2025-01-02T03:04:05+00:00",
-        "seconds": {"wall": 300 * step + 10, "training": 300 * step, "step_median": step, "validation": 5.0},
+        "seconds": {
+            "wall": 3000 * step,  # of a pack of ten
+            "preparation": 1.0,
+            "training": 300 * step,
+            "step_median": step,
+            "validation": 5.0,
+            "test": 4.0,
+        },
         "memory_peak_mb": 900.0 + cell.seed,
         "student": {
             "parameters": 11_979_592,
@@ -961,6 +968,44 @@ def test_seeds_beyond_the_suite_count(done: Path, tmp_path: Path) -> None:
     assert [row(tmp_path, name)["n"] for name in ("none", "cwd", "acfd")] == ["4", "4", "3"]
     assert (row(tmp_path, "cwd")["diff_n"], row(tmp_path, "acfd")["diff_n"]) == ("4", "3")
     assert row(tmp_path, "kd")["status"].startswith("2 of 3")
+
+
+def test_the_hours_are_those_of_cells_alone_not_of_their_packs(done: Path) -> None:
+    results = read(done)
+    steps = [record.run["seconds"]["step_median"] for record in results.finished]
+    line = next(
+        line
+        for line in benchmark_table.overview(make_params(), [results], done).splitlines()
+        if line.startswith("| `streets`")
+    )
+    hours = sum(300 * step + 10 for step in steps) / 3600
+    assert f"| {hours:.1f} h measured for {len(steps)} trainings" in line
+
+
+def test_a_benchmark_that_the_suite_does_not_run_has_its_own_students_and_seeds(tmp_path: Path) -> None:
+    params = make_params()
+    other = "another"
+    elsewhere = params.model_copy(
+        update={
+            "students": {other: params.student(STUDENT), **params.students},
+            "suite": params.suite.model_copy(update={"benchmarks": [], "students": [other]}),
+        }
+    )
+    assert {cell.student for cell in expected_cells(elsewhere, "streets", tmp_path)} == {other}  # no record
+    make_record(teacher_cell(params, "streets"), tmp_path)
+    for seed in (7, 9):
+        make_record(Cell("streets", STUDENT, "none", seed), tmp_path)
+    make_record(Cell("streets", STUDENT, "kd", 7), tmp_path)
+    cells = [*expected_cells(elsewhere, "streets", tmp_path)]
+    assert {(cell.student, cell.seed) for cell in cells} == {(STUDENT, 7), (STUDENT, 9)}
+    found = read(tmp_path, elsewhere)
+    assert found.students == [STUDENT] and found.status(STUDENT, "none") == "complete"
+    assert found.status(STUDENT, "kd").startswith("1 of 2")
+    tuned = elsewhere.tuning.model_copy(
+        update={"benchmark": "streets", "student": STUDENT, "methods": ["kd", "cwd"]}
+    )
+    text = readme.block([found], elsewhere.model_copy(update={"tuning": tuned}))
+    assert "one seed has been trained so far" in text and "Not trained yet: cwd." in text
 
 
 def test_ranks_need_two_blocks_and_rank_what_all_have(done: Path, tmp_path: Path) -> None:

@@ -84,6 +84,9 @@ def table(params: Params, root: Path = ROOT) -> Table:
     return Table("benchmarks", "planned compute", frame, COLUMNS, text, notes, frozenset({COLUMNS[2]}))
 
 
+PARTS = ("preparation", "training", "validation", "test")  # of a cell's time, as if alone
+
+
 def write(params: Params, folder: Path, root: Path = ROOT) -> None:
     """Write ``folder/benchmarks.{md,csv,tex}``."""
     absent = counts.missing(params, root)
@@ -105,7 +108,8 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
     for name, benchmark in params.benchmarks.items():
         module = config.dataset_module(benchmark.data, name)
         if records := measured.get(name):
-            spent = sum(record.run["seconds"]["wall"] for record in records) / 3600
+            # not "wall": the cells of a pack share that
+            spent = sum(record.run["seconds"][part] for record in records for part in PARTS) / 3600
             devices = ", ".join(sorted({record.run["hardware"]["device"] for record in records}))
             time = f"{spent:.1f} h measured for {len(records)} trainings, one after the other ({devices})"
         elif found := speed_table.hours(name, params, root):

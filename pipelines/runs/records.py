@@ -125,18 +125,15 @@ def planned_seeds(params: Params, benchmark: str, root: Path = ROOT) -> list[int
     return found if found and benchmark not in params.suite.benchmarks else list(params.suite.seeds)
 
 
-def seeds(params: Params, benchmark: str, student: str, method: str, root: Path = ROOT) -> list[int]:
-    """The seeds of a row: the planned ones, and those beyond them that have a record."""
-    found = (root / "runs" / benchmark / student / method).glob("*/run.json")
-    more = {int(path.parent.name) for path in found if path.parent.name.isdigit()}
-    return sorted(more.union(planned_seeds(params, benchmark, root)))
-
-
 def expected_cells(params: Params, benchmark: str, root: Path = ROOT) -> Iterator[Cell]:
-    """The cells of a benchmark's tables: none whose student or method is not in params.yaml."""
+    """The cells of a benchmark's tables: the planned seeds, and those beyond them that have a record; none
+    whose student or method is not in params.yaml."""
+    planned = planned_seeds(params, benchmark, root)
     for student in students(params, benchmark, root):
         for method in params.method_keys:
-            for seed in seeds(params, benchmark, student, method, root):
+            found = (root / "runs" / benchmark / student / method).glob("*/run.json")
+            more = {int(path.parent.name) for path in found if path.parent.name.isdigit()}
+            for seed in sorted(more.union(planned)):
                 yield Cell(benchmark, student, method, seed)
 
 

@@ -6,8 +6,8 @@ what Optuna's TPE proposes. The trials of all methods train side by side, in pac
 read, and the seeds of the tables play no part. After each round the log of all trials is in
 ``reports/<benchmark>/tuning.csv``: a killed search goes on where it stopped, on another machine too, and
 proposes the same trials. When all methods have theirs, the chosen weights of each go into params.yaml: the
-middle of the ranges, unless the best trial leads it by more than ``tuning.margin``. A lead that another seed
-would turn over says nothing about a weight.
+middle of the ranges, unless the best trial leads it by more than ``tuning.margin``. Another seed
+may turn over a smaller lead.
 """
 
 from __future__ import annotations
