@@ -83,6 +83,8 @@ def test_heads_sort_and_filters_choose_rows(opened: Any) -> None:
     assert costs == sorted(costs) and len(set(costs)) > 2
     opened.get_by_role("combobox", name="Family").select_option("student alone")
     assert sorted(texts(opened, "method")) == ["none", "none ×1.5", "none ×2"]
+    opened.get_by_role("combobox", name="Family").select_option("features")
+    assert texts(opened, "method") == ["at"]
     opened.get_by_role("combobox", name="Family").select_option("")
     opened.get_by_label("Search").first.fill("cwd")
     assert texts(opened, "method") == ["cwd"]

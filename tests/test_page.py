@@ -13,6 +13,7 @@ from test_report import SEEDS, STUDENT, make_params, make_record, make_root, rea
 from pipelines import config
 from pipelines.reports import figures, page
 from pipelines.reports.looks import looks
+from pipelines.runs import counts
 from pipelines.runs.records import Cell, expected_cells, teacher_cell
 from pipelines.stages import report
 
@@ -96,6 +97,16 @@ def test_every_method_has_a_summary_and_its_paper() -> None:
         if params.module_key(method) != params.suite.reference:
             assert about["paper"], method
             assert len(re.sub("<.*?>", "", about["formula"])) < 1500, method
+
+
+def test_a_family_is_where_student_and_teacher_are_compared(done: Path) -> None:
+    results = read(done)
+    counted = counts.read(ROOT)["methods"]
+    expected = {"kd": "logits", "fitnet": "features", "dist": "logits", "acfd-full": "features and logits"}
+    found = {method: page.family(results, method, counted[method]["taps"]) for method in expected}
+    assert found == expected
+    assert page.family(results, "none", []) == "student alone"
+    assert page.family(results, "mine", []) == "not counted"
 
 
 def test_a_method_has_one_look_on_every_benchmark(done: Path) -> None:

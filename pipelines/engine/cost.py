@@ -15,7 +15,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 from pipelines.config import Recipe, Training
 from pipelines.engine import strict
 from pipelines.engine.train import terms_of
-from pipelines.method import AUXILIARY, Batch, Distiller, MethodConfig, Shapes
+from pipelines.method import AUXILIARY, Batch, Distiller, Shapes
 from pipelines.networks import SegmentationNetwork
 
 Size = tuple[int, int, int]
@@ -130,12 +130,10 @@ def _count(
     return Cost(counter.total, counter.largest / 2**20, total / 2**20, parameters)
 
 
-def method_cost(
-    method: type[Distiller], config: MethodConfig, student: Shapes, teacher: Shapes, size: Size, classes: int
-) -> Cost:
-    """What a method adds to a step: its terms, their gradients and ``after_step`` on maps of these shapes,
-    for ``size`` = images, height, width. Counted on torch's meta device: nothing is computed. The memory is
-    that of the teacher's taps, what the backward pass keeps, and twice the method's parameters."""
+def method_cost(own: Distiller, student: Shapes, teacher: Shapes, size: Size, classes: int) -> Cost:
+    """What a method built on the meta device adds to a step: its terms, their gradients and ``after_step`` on
+    maps of these shapes, for ``size`` = images, height, width. Nothing is computed. The memory is that of the
+    teacher's taps, what the backward pass keeps, and twice the method's parameters."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -143,7 +141,7 @@ def method_cost(
         return tensor
 
     with torch.device("meta"), torch.random.fork_rng():
-        own = method(config, student, teacher).train()
+        own.train()
         images, height, width = size
         batch = Batch(
             torch.empty(images, 3, height, width), torch.zeros(size, dtype=torch.int64), classes, 255

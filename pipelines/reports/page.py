@@ -11,7 +11,7 @@ import ast
 import base64
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from importlib import resources
 from itertools import product
@@ -22,12 +22,12 @@ import jinja2
 from markupsafe import Markup
 
 from pipelines import config, files
-from pipelines.config import OFFICIAL, PAPER, Params
+from pipelines.config import PAPER, Params
 from pipelines.reports import claims, figures, panels, ranks, statistics, svg, tables
 from pipelines.reports.looks import looks
 from pipelines.reports.ranks import Ranks
 from pipelines.reports.results import FEWEST, RESAMPLES, Gain, Results, Standing, variant
-from pipelines.runs import records
+from pipelines.runs import counts, records
 
 FILE = "index.html"
 VERDICT_COLOURS = {claims.REPRODUCED: "#009e73", claims.NOT_REPRODUCED: "#d55e00"}
@@ -148,11 +148,12 @@ def about(method: str, params: Params) -> dict[str, Any]:
 
 def _benchmark(results: Results, params: Params, root: Path) -> dict[str, Any]:
     key = results.benchmark
-    boards = [_board(results, params, results.methods, tables.comparison(results).data, "")]
+    taps = {method: found.get("taps", []) for method, found in counts.read(root)["methods"].items()}
+    boards = [_board(results, params, taps, results.methods, tables.comparison(results).data, "")]
     shown = {m for student in results.students for m in results.shown(student)}
     if shown - {*results.methods}:
-        rows = tables.ablation(results).data
-        boards.append(_board(results, params, [m for m in results.variants if m in shown], rows, "variants"))
+        rows, own = tables.ablation(results).data, [m for m in results.variants if m in shown]
+        boards.append(_board(results, params, taps, own, rows, "variants"))
     return {
         "key": key,
         "about": tables.about(results, params),
@@ -168,8 +169,15 @@ def _benchmark(results: Results, params: Params, root: Path) -> dict[str, Any]:
     }
 
 
-def _board(results: Results, params: Params, methods: Sequence[str], data: Any, name: str) -> dict[str, Any]:
-    """A leaderboard: ``data`` are the rows of a CSV table."""
+def _board(
+    results: Results,
+    params: Params,
+    taps: Mapping[str, Collection[str]],
+    methods: Sequence[str],
+    data: Any,
+    name: str,
+) -> dict[str, Any]:
+    """A leaderboard: ``data`` are the rows of a CSV table, ``taps`` those of each method that was counted."""
     lines = {(line["student"], line["method"]): line for line in data.to_dict("records")}
     rows = []
     for student, method in product(results.students, methods):
@@ -198,6 +206,7 @@ def _board(results: Results, params: Params, methods: Sequence[str], data: Any, 
             key = row["key"]
             row |= _row(results, row, stand[key], scores, gains, look[key].colour)
             row |= {
+                "family": family(results, key, taps.get(key, ())),
                 "group": groups.get(key),
                 "id": re.sub(r"\W+", "-", "-".join(filter(None, (results.benchmark, name, student, key)))),
                 "costs": costs.get((student, results.label(key))),
@@ -236,7 +245,6 @@ def _row(
     best = results.by_seed(student, key, "best_val/miou")
     return {
         "label": results.label(key),
-        "family": family(results, key),
         "colour": colour,
         "dots": ""
         if mean is None
@@ -256,13 +264,12 @@ def _row(
     }
 
 
-def family(results: Results, method: str) -> str:
-    """The kind of row: what the leaderboard can be filtered by."""
+def family(results: Results, method: str, taps: Collection[str]) -> str:
+    """Where a method compares student and teacher, by the taps that it asks for."""
     if method == results.reference or method in results.controls:
         return "student alone"
-    if method.endswith(OFFICIAL):
-        return "official weights"
-    return PAPER if records.is_variant(method) else "other methods"
+    kinds = {"logits" if tap in ("logits", "auxiliary") else "features" for tap in taps}
+    return " and ".join(sorted(kinds)) or "not counted"
 
 
 def _drawn(mean: float | None, gain: Gain, over: svg.Scale, colour: str) -> Markup | str:

@@ -69,7 +69,12 @@ def measure(network: Network) -> list[dict[str, Any]]:
 
 
 def measure_methods(params: Params, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What each method adds to a training step of PSPNet; see :func:`pipelines.engine.cost.method_cost`."""
+    """What each method taps, and what it adds to a training step of PSPNet.
+
+    See :func:`pipelines.engine.cost.method_cost`.
+    """
+    import torch
+
     from pipelines.engine.cost import method_cost
     from pipelines.methods import configured, method_class
     from pipelines.networks import SegmentationNetwork, tap_shapes
@@ -83,9 +88,11 @@ def measure_methods(params: Params, keys: Iterable[str]) -> dict[str, dict[str, 
     student, teacher = shapes(counts.STUDENT_ENCODER), shapes(counts.TEACHER_ENCODER)
     found = {}
     for key in keys:
-        method, values = method_class(params.module_key(key)), configured(params, key)
-        cost = method_cost(method, values, student, teacher, (counts.BATCH, *size), classes)
+        with torch.device("meta"), torch.random.fork_rng():
+            own = method_class(params.module_key(key))(configured(params, key), student, teacher)
+        cost = method_cost(own, student, teacher, (counts.BATCH, *size), classes)
         found[key] = {
+            "taps": sorted({*own.student_taps, *own.teacher_taps}),
             "flops": cost.flops,
             "memory_mb": round(cost.memory_mb, 1),
             "largest_mb": round(cost.largest_mb, 1),
