@@ -24,6 +24,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -678,8 +679,9 @@ def test_packs(methods: int, seeds: int, pack: int, controls: list[float], worke
     cells = plan.suite_cells(params, "streets")
     draw = random.Random(number)
     cells = [cell for cell in cells if draw.random() < 0.8]  # those that are due
-    packs = plan.cut(cells, params, workers)
-    assert packs == plan.cut(cells, params, workers)
+    nowhere = ROOT / "nowhere"  # without records, by which work is weighed
+    packs = plan.cut(cells, params, workers, nowhere)
+    assert packs == plan.cut(cells, params, workers, nowhere)
     assert sorted(c.path for p in packs for c in p) == sorted(cell.path for cell in cells)
     assert all(len({(cell.seed, cell.benchmark) for cell in own}) == 1 for own in packs)
     assert all(0 < len(own) <= pack for own in packs)
@@ -695,6 +697,20 @@ def test_packs(methods: int, seeds: int, pack: int, controls: list[float], worke
     assert max(loads) <= 2 * total / workers + largest
     fewest = max(-(-len([c for c in cells if c.seed == seed]) // pack) for seed in range(seeds))
     assert len(packs) <= workers * -(-len(cells) // (workers * pack)) + 2 * seeds + fewest * seeds
+
+
+def test_packs_are_cut_by_the_seconds_that_steps_took(tmp_path: Path) -> None:
+    """With other seeds: a slow method, one that has no record, a damaged record."""
+    params = suite_of(methods=7, seeds=1, pack=8, controls=[])
+    cells = [cell for cell in plan.suite_cells(params, "streets") if cell.method != "none"]
+    assert [len(own) for own in plan.cut(cells, params, 2, tmp_path)] == [4, 4]
+    for number, cell in enumerate(cells):
+        run = {"seconds": {"step_median": 7.0 if number == 0 else 1.0}}
+        if number != 5:
+            other = replace(cell, seed=3)
+            records.write(other.folder(tmp_path), run, dict.fromkeys(records.RECORD_FILES[:3], b"{}"))
+    (replace(cells[6], seed=3).folder(tmp_path) / "metrics.json").write_bytes(b"{ }")
+    assert [len(own) for own in plan.cut(cells, params, 2, tmp_path)] == [2, 6]
 
 
 def test_what_is_due(place: Path) -> None:

@@ -88,15 +88,21 @@ def restore_teachers(params: Params, root: Path = ROOT) -> None:
             write_bytes(file, content)
 
 
-def cut(cells: Sequence[Cell], params: Params, workers: int) -> list[list[Cell]]:
+def cut(cells: Sequence[Cell], params: Params, workers: int, root: Path = ROOT) -> list[list[Cell]]:
     """Cut cells into packs of one seed and at most ``suite.pack`` trainees, so that ``workers`` are busy to
     the end: equal parts of the whole work, cut between cells and between seeds.
 
-    The work of a cell is its number of steps. Every cut costs one more pass of the teacher.
+    The work of a cell is its number of steps, times the seconds that a step of its method took with another
+    seed where that is on record. Every cut costs one more pass of the teacher.
     """
-    work = {cell: params.schedule(cell.benchmark, cell.method).steps for cell in cells}
     if not cells:
         return []
+    seconds = _step_seconds(cells, params, root)
+    usual = sum(seconds.values()) / len(seconds) if seconds else 1.0
+    work = {
+        cell: params.schedule(cell.benchmark, cell.method).steps * seconds.get(_of(cell), usual)
+        for cell in cells
+    }
     rounds = -(-len(cells) // (workers * params.suite.pack))
     parts = workers * rounds
     share = sum(work.values()) / parts
@@ -110,3 +116,18 @@ def cut(cells: Sequence[Cell], params: Params, workers: int) -> list[list[Cell]]
         packs[-1].append(cell)
         spent, key = spent + work[cell], now
     return sorted(packs, key=lambda pack: -sum(work[cell] for cell in pack))
+
+
+def _of(cell: Cell) -> tuple[str, str, str]:
+    return cell.benchmark, cell.student, cell.method
+
+
+def _step_seconds(cells: Sequence[Cell], params: Params, root: Path) -> dict[tuple[str, str, str], float]:
+    """The seconds of a step as if alone, by the first seed on record, of each method that has one."""
+    wanted, found = {_of(cell) for cell in cells}, dict[tuple[str, str, str], float]()
+    for benchmark in {cell.benchmark for cell in cells}:
+        for cell in records.expected_cells(params, benchmark, root):
+            key = _of(cell)
+            if key in wanted and key not in found and (record := _read(cell, root)) is not None:
+                found[key] = record.run["seconds"]["step_median"]
+    return found

@@ -196,7 +196,7 @@ class Suite:
         due = plan.due(self.params, benchmark, self.root)
         for cell in set(plan.suite_cells(self.params, benchmark)) - set(due.cells):
             records.failure_note(cell, self.root).unlink(missing_ok=True)  # what failed has been put right
-        packs = plan.cut(due.cells, self.params, self.jobs)
+        packs = plan.cut(due.cells, self.params, self.jobs, self.root)
         left = {id(pack) for pack in packs}
         for pack in packs:
             for cell in pack:
