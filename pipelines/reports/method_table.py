@@ -19,7 +19,9 @@ def table(params: Params, root: Path = ROOT) -> Table:
     """One row a method of params.yaml that was counted."""
     known, (size, classes) = counts.read(root)["methods"], counts.SIZES[0]
     shown = [key for key in counts.methods(params) if key in known and not key.endswith("-official")]
-    data: list[dict[str, Any]] = [{"method": key} | known[key] for key in shown]
+    data: list[dict[str, Any]] = [
+        {"method": key} | known[key] | {"taps": " ".join(known[key].get("taps", ()))} for key in shown
+    ]
     rows = [
         [
             label(row["method"], params.controls),

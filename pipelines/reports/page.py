@@ -200,8 +200,8 @@ def _board(
     costs = {(line["student"], line["method"]): line for line in tables.cost(results).data.to_dict("records")}
     classes, look = tables.per_class(results).data.to_dict("records"), looks(results)
     for student in results.students:
-        family = methods if not name else [results.reference, *results.shown(student)]
-        stand, groups = results.standings(student, family), results.groups(student, family)
+        compared = methods if not name else [results.reference, *results.shown(student)]
+        stand, groups = results.standings(student, compared), results.groups(student, compared)
         for row in (r for r in rows if r["student"] == student):
             key = row["key"]
             row |= _row(results, row, stand[key], scores, gains, look[key].colour)
