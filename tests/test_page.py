@@ -71,6 +71,9 @@ def test_the_answer_admits_what_is_not_known(done: Path, tmp_path: Path) -> None
     assert "not known, because the student alone has not been trained longer" in " ".join(
         page.answer(alone, STUDENT)
     )
+    one = page.answer(replace(results, cells=results.cells[results.cells["seed"] == SEEDS[0]]), STUDENT)
+    assert one[0] == "Not known yet: one seed cannot say how far another would move a score."
+    assert one[1].startswith("The highest difference is ") and len(one) == 2
     params = make_params(controls=[], methods=["kd"], variants=[])
     make_record(teacher_cell(params, "streets"), tmp_path, params=params)
     for seed in SEEDS:

@@ -73,6 +73,19 @@ def answer(results: Results, student: str) -> list[str]:
         found = [m for m, s in known.items() if getattr(s, gain).verdict == verdict]
         return sorted(found, key=lambda m: -(getattr(known[m], gain).paired.mean or 0))
 
+    best = max(known, key=lambda m: known[m].gain.paired.mean or 0)
+    lead, sure = results.lead(student), [m for m in known if _above(known[m])]
+    highest = (
+        f"The highest {'mean ' * (seeds > 1)}difference is {known[best].gain.paired.mean or 0:+.2f} points "
+        f"of test mIoU ({results.label(best)})"
+        + (
+            "."
+            if lead is None
+            else f"; the teacher scores {lead:+.2f} above the student alone on validation."
+        )
+    )
+    if seeds == 1:
+        return ["Not known yet: one seed cannot say how far another would move a score.", highest]
     better, worse, equal = those("gain"), those("loss"), those("gain", "equal")
     first = (
         f"Yes, at equal steps, for {len(better)} of {n} method{'s' * (n > 1)}: {listed(better)}."
@@ -97,20 +110,10 @@ def answer(results: Results, student: str) -> list[str]:
         found.append(
             "At equal training compute: not known, because the student alone has not been trained longer."
         )
-    best = max(known, key=lambda m: known[m].gain.paired.mean or 0)
-    lead, sure = results.lead(student), [m for m in known if _above(known[m])]
-    found.append(
-        f"The highest mean difference is {known[best].gain.paired.mean or 0:+.2f} points of test mIoU "
-        f"({results.label(best)})"
-        + (
-            "."
-            if lead is None
-            else f"; the teacher scores {lead:+.2f} above the student alone on validation."
-        )
-    )
+    found.append(highest)
     found.append(
         f"How sure: better and worse mean that both 95 % intervals of the gain exclude 0, one over {seeds} "
-        f"seed{'s' * (seeds > 1)}, one over {results.images} test images. They are not corrected for testing "
+        f"seeds, one over {results.images} test images. They are not corrected for testing "
         f"{n} method{'s' * (n > 1)}; with that correction (max-T, 5 %), {len(sure)} of {n} "
         f"{'is' if len(sure) == 1 else 'are'} better{': ' * bool(sure)}{listed(sure)}."
     )
