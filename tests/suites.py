@@ -21,10 +21,10 @@ from pipelines import files
 from pipelines.runs.records import Cell
 
 TORTURE = bool(os.environ.get("ACFD_TORTURE"))
-KILLS = 20 if TORTURE else 1
+KILLS = 20
 varied = pytest.mark.torture  # a short version runs with the other tests
 slow = pytest.mark.torture(alone=True)  # runs there alone
-RIVALS = ("none", "kd") if TORTURE else ("none",)  # of the suites, beside the paper's method and the teacher
+RIVALS = ("none", "kd")  # of the suites, beside the paper's method and the teacher
 ATTEMPTS = ".scratch/attempts"  # to connect, noted by tests/offline
 # the commands of a clone, with its own modules
 RUN_CELL = (

@@ -132,7 +132,7 @@ def tally(kind: str, cases: int, outcome: str) -> None:
 # ---- records
 
 
-@pytest.mark.parametrize("name", records.RECORD_FILES)
+@pytest.mark.parametrize("name", records.RECORD_FILES if TORTURE else ("run.json", "confusion.npz"))
 def test_a_damaged_record_is_one_sentence_and_never_a_number(name: str, root: Path, tmp_path: Path) -> None:
     before, count = texts(root, tmp_path / "out"), 0
     for how in damages(KD.folder(root) / name, 3 * FEW if TORTURE else FEW):

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from conftest import ROOT, copy_repository, read_params, tiny, write_params
 from PIL import Image
-from suites import change, environment, git, repro, run_dvc
+from suites import ATTEMPTS, RUN_CELL, change, environment, git, repro, run_dvc, weights
 from test_docs import ELSEWHERE, PAGES, own_data, shell
 
 from pipelines.reports import figures, tables
@@ -113,6 +113,20 @@ def test_the_records_of_a_run_are_verified(clone: Path) -> None:
     text = python(clone, *command, status=1)
     assert "reports/streets/comparison.md, line " in text and "1 problem: " in text
     table.write_text(before)
+
+
+def test_a_training_alone_gives_the_bytes_of_the_suite(clone: Path, tmp_path: Path) -> None:
+    """As two workers trained it in packs; and nobody was called over the network."""
+    for name in ("params.yaml", "data", "runs/streets/teacher"):
+        source, target = clone / name, tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    python(clone, "-c", RUN_CELL, str(tmp_path), "kd")
+    place = f"runs/{STUDENT}/kd/0"
+    alone = {name: content for name, content in weights(tmp_path).items() if name.startswith(place)}
+    assert len(alone) == 4
+    assert alone.items() <= weights(clone).items()
+    assert not (clone / ATTEMPTS).exists(), (clone / ATTEMPTS).read_text()
 
 
 def test_mlflow_holds_each_cell_once(clone: Path) -> None:

@@ -36,10 +36,7 @@ TEACHERS = {
     "fpn-efficientnet-lite2": ("FPN", "tu-tf_efficientnet_lite2", 32),
 }
 STUDENTS = config.load().students
-SHORT = [
-    ("pspnet-resnet34", "segformer-b0"),
-    ("segformer-b2", "fpn-mobilenetv2"),
-]
+SHORT = [("segformer-b2", "fpn-mobilenetv2")]
 CLASSES, IGNORE, CROP = 5, 255, (32, 64)
 
 

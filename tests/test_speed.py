@@ -56,6 +56,7 @@ def entry(params: Params, benchmark: str = "cityscapes", **changes: Any) -> dict
     return {**about, "protocol": protocol, "workers": 4, "hardware": GPU, "rows": rows} | changes
 
 
+@slow
 def test_every_training_is_measured_and_a_second_time_replaces_the_first(tmp_path: Path) -> None:
     raw = tiny(read_params())
     raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd")}

@@ -38,7 +38,6 @@ from suites import (
     ATTEMPTS,
     KILLS,
     RIVALS,
-    TORTURE,
     change,
     dvc,
     environment,
@@ -60,12 +59,8 @@ from suites import (
 
 from pipelines import config, files
 from pipelines.config import ConfigError
-from pipelines.engine import machine
-from pipelines.engine.pack import run_pack
-from pipelines.methods import checked
 from pipelines.runs import records
 from pipelines.runs.records import Cell, teacher_cell
-from pipelines.stages import report
 from pipelines.suite import cluster, display, plan, work
 from pipelines.suite import dvc as pipeline
 from pipelines.suite.repro import Needs, Suite, _lost, needs, stage_of
@@ -93,20 +88,10 @@ class Method(Distiller):
 
 
 @pytest.fixture(scope="module")
-def serial(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny suite after `dvc repro`; in the short version its cells one after the other in this process. Do
-    not change it."""
+def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny suite after `dvc repro`. Do not change it."""
     root = new_suite(tmp_path_factory.mktemp("serial"))
-    if TORTURE:
-        subprocess.run(dvc("repro"), cwd=root, env=environment(root), check=True, capture_output=True)
-        return root
-    shutil.copytree(tiny_root / "data", root / "data")
-    params = checked(config.load(root / "params.yaml"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "cores", cluster.cores)  # as in a process of its own
-        for cell in (teacher_cell(params, "streets"), *plan.suite_cells(params, "streets")):
-            assert run_pack([cell], params, root) == {cell: None}
-    report.report(params, root)
+    subprocess.run(dvc("repro"), cwd=root, env=environment(root), check=True, capture_output=True)
     return root
 
 
@@ -165,6 +150,7 @@ def statuses(root: Path) -> dict[str, str]:
 # ---- the same bytes
 
 
+@slow
 def test_two_workers_give_the_bytes_of_a_serial_run(serial: Path, parallel: Path) -> None:
     same(parallel, serial)
     assert not (parallel / ATTEMPTS).exists(), (parallel / ATTEMPTS).read_text()
@@ -173,6 +159,7 @@ def test_two_workers_give_the_bytes_of_a_serial_run(serial: Path, parallel: Path
     )
 
 
+@slow
 def test_a_second_run_finds_nothing_to_do(parallel: Path) -> None:
     """Neither torch nor Dask is imported, so no worker starts."""
     before = stamps(parallel)
@@ -294,12 +281,11 @@ def test_a_killed_worker_ctrl_c_and_a_failing_cell_lose_nothing(copy: Path) -> N
     assert state.is_file() and records.read(SLOW, copy) is None
 
     assert records.failure(BAD, copy) == "RuntimeError: the paper left this out"
-    if TORTURE:
-        said = repro(copy, "--jobs", "1", status=1)
-        assert "1 failed; the others are done." in said
-        assert f"{BAD.path}: RuntimeError: the paper left this out" in said
-        assert "RuntimeError: the paper left this out" in statuses(copy)["bad"]
-        assert statuses(copy)["slow"] == "complete"
+    said = repro(copy, "--jobs", "1", status=1)
+    assert "1 failed; the others are done." in said
+    assert f"{BAD.path}: RuntimeError: the paper left this out" in said
+    assert "RuntimeError: the paper left this out" in statuses(copy)["bad"]
+    assert statuses(copy)["slow"] == "complete"
     kept = weights(copy)
     add(copy, "bad", "pass")
     repro(copy, "--jobs", "1")
@@ -333,8 +319,9 @@ def test_processes_that_do_not_start_are_one_sentence(
         pass
 
 
+@slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
-@pytest.mark.parametrize("wait", [0.0, *([0.3, 1.0, 2.0, 4.0, 6.0] if TORTURE else [])])
+@pytest.mark.parametrize("wait", [0.0, 0.3, 1.0, 2.0, 4.0, 6.0])
 def test_ctrl_c_while_python_imports(wait: float, parallel: Path) -> None:
     process = start(parallel, "--jobs", "2")
 
@@ -444,9 +431,10 @@ def test_two_suites_at_once(serial: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_suite_that_waits_can_be_stopped(number: int, parallel: Path) -> None:
-    with files.hold(parallel / ".scratch" / "locks" / "repro.lock", "the test"):
-        process = start(parallel)
+def test_a_suite_that_waits_can_be_stopped(number: int, tmp_path: Path) -> None:
+    root = new_suite(tmp_path / "suite")
+    with files.hold(root / ".scratch" / "locks" / "repro.lock", "the test"):
+        process = start(root)
         assert process.stderr is not None
         said = process.stderr.readline()
         assert f"`make repro` is being run by process {os.getpid()}: waiting" in said

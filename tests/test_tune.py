@@ -242,6 +242,7 @@ def test_a_lead_within_the_margin_leaves_the_middle_of_the_ranges(
         assert float(row["val_miou"]) == chosen and not budget.untuned(after, place)
 
 
+@slow
 def test_the_log_says_which_chosen_weights_lie_at_an_end_of_their_range(place: Path, params: Params) -> None:
     """The score grows with the weight: sooner or later the largest one is tried, and it is the best."""
 

@@ -123,11 +123,7 @@ class Results:
         return statistics.mean(self.by_seed(student, method, metric).values())
 
     def teacher(self, metric: str) -> float | None:
-        found = self.cells[self.cells["student"] == TEACHER]
-        values = (
-            [] if metric not in found else [float(value) for value in found[metric] if not pd.isna(value)]
-        )
-        return values[0] if values else None
+        return next(iter(self.by_seed(TEACHER, TEACHER, metric).values()), None)
 
     def classes(self) -> list[str]:
         for value in self.distinct("tags.classes"):
