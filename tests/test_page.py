@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_report import SEEDS, STUDENT, make_params, make_record, make_root, read, row
+from test_report import SEEDS, STUDENT, make_params, make_record, make_root, read, row, write_texts
 
 from pipelines import config
 from pipelines.reports import figures, page
@@ -134,6 +134,6 @@ def test_a_name_is_no_markup(tmp_path: Path) -> None:
     root = make_root(tmp_path, make_params())
     note = next(c for c in expected_cells(make_params(), "streets") if (c.method, c.seed) == ("kd", 1))
     (note.scratch(root) / "failure.txt").write_text("<script>alert(1)</script> & more")
-    report.report(make_params(), root)
+    write_texts(root)
     text = (root / "reports" / "index.html").read_text(encoding="utf-8")
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text and "car &amp; van" in text

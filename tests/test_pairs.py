@@ -1,6 +1,5 @@
 """Every method on every teacher → student pair of the paper's scale, convolutional and transformer both ways:
-two steps of the real loop, on tiny crops. ``make torture`` tries all pairs, ``make test`` both ways between
-the kinds."""
+two steps of the real loop, on tiny crops."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from suites import TORTURE, varied
+from suites import slow
 
 from pipelines import config
 from pipelines.config import ROOT, Network, Training
@@ -24,7 +23,7 @@ from pipelines.method import Shapes
 from pipelines.methods import method_class, method_config
 from pipelines.networks import SegmentationNetwork, tap_shapes
 
-pytestmark = varied
+pytestmark = slow
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 METHODS = {**PARAMS["methods"], "acfd-full": PARAMS["acfd"]["full"]}
 TEACHERS = {
@@ -36,7 +35,6 @@ TEACHERS = {
     "fpn-efficientnet-lite2": ("FPN", "tu-tf_efficientnet_lite2", 32),
 }
 STUDENTS = config.load().students
-SHORT = [("segformer-b2", "fpn-mobilenetv2")]
 CLASSES, IGNORE, CROP = 5, 255, (32, 64)
 
 
@@ -106,8 +104,7 @@ def pairs() -> list[tuple[str, str]]:
     distinct = dict[str, str]()  # weights make no other network
     for key, network in STUDENTS.items():
         distinct.setdefault(repr(network.model_copy(update={"weights": None})), key)
-    every = [(name, pupil) for name in TEACHERS for pupil in distinct.values()]
-    return every if TORTURE else SHORT
+    return [(name, pupil) for name in TEACHERS for pupil in distinct.values()]
 
 
 @pytest.mark.parametrize(("name", "pupil"), pairs())

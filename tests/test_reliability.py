@@ -20,7 +20,6 @@ from conftest import ROOT, TALLY, copy_repository, read_params, tiny, write_para
 from suites import (
     KILLS,
     RUN_CELL,
-    TORTURE,
     environment,
     mlflow_runs,
     slow,
@@ -223,7 +222,8 @@ RUN_OTHER = (
 )
 
 
-@pytest.mark.parametrize("command", OTHERS if TORTURE else ["fetch"])
+@slow
+@pytest.mark.parametrize("command", OTHERS)
 def test_a_full_disk_stops_every_command_by_one_sentence(command: str, place: Path) -> None:
     call, limit, made = OTHERS[command]
     raw = read_params(place)

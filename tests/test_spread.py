@@ -158,6 +158,7 @@ def test_wrong_options_are_refused_before_anything_runs(
         spread.main()
 
 
+@slow
 def test_a_repeat_without_data_is_one_sentence(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (place / "data" / "streets" / "dataset.json").unlink()
     with pytest.raises(config.ConfigError, match=r"A repeat of .*kd/0 did not finish"):

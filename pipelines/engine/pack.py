@@ -213,10 +213,7 @@ def run_pack(
     kept. The reason of a failure stays in ``.scratch/`` for the report. A teacher is a pack of its own.
     """
     for cell in cells:  # a name that does not exist leaves no trace
-        params.benchmark(cell.benchmark)
-        if not cell.is_teacher:
-            params.student(cell.student)
-            config.known("method", cell.method, params.method_keys)
+        records.check_names(cell, params)
     if len({(cell.benchmark, cell.seed, cell.is_teacher) for cell in cells}) != 1:
         raise ValueError(f"No pack: {', '.join(cell.path for cell in cells)} do not see the same batches.")
     failures: dict[Cell, Exception | None] = dict.fromkeys(cells)

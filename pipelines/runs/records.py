@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pipelines import files
-from pipelines.config import PAPER, ROOT, TEACHER, ConfigError, Params
+from pipelines.config import PAPER, ROOT, TEACHER, ConfigError, Params, known
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,14 @@ class Record:
                 f"runs/{self.cell.path}/confusion.npz is damaged ({type(error).__name__}): delete the folder "
                 "and run `make repro`."
             ) from None
+
+
+def check_names(cell: Cell, params: Params) -> None:
+    """:class:`ConfigError` when params.yaml lacks the benchmark, student or method; it says which exist."""
+    params.benchmark(cell.benchmark)
+    if not cell.is_teacher:
+        params.student(cell.student)
+        known("method", cell.method, params.method_keys)
 
 
 def teacher_cell(params: Params, benchmark: str) -> Cell:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pipelines import cli, config
-from pipelines.methods import checked
+from pipelines.runs.records import Cell, check_names
 from pipelines.suite.place import check_links
 
 
@@ -22,14 +22,16 @@ def main() -> None:
     )
     options = parser.parse_args()
     check_links()
-    params = checked(config.load())
+    params = config.load()
+    cell = Cell(options.benchmark, options.student, options.method, options.seed)
+    check_names(cell, params)  # before torch is imported
 
     from pipelines.engine.pack import run_cell
-    from pipelines.runs.records import Cell
+    from pipelines.methods import checked
     from pipelines.suite.display import bar
 
     with bar() as tell:
-        run_cell(Cell(options.benchmark, options.student, options.method, options.seed), params, tell=tell)
+        run_cell(cell, checked(params), tell=tell)
 
 
 if __name__ == "__main__":
