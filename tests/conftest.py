@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -140,6 +141,26 @@ def _one_thread() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "cores", lambda: 1)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_empty_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """MLflow takes seconds to make one: each process of the tests has one made, and copies it."""
+    from pipelines.runs import tracking
+
+    connect, empty = tracking.connect, tmp_path_factory.mktemp("store") / "mlflow.db"
+
+    def with_store(root: Path) -> Any:
+        if not empty.exists():
+            connect(empty.parent)
+        if not (root / empty.name).exists():
+            with contextlib.suppress(OSError):  # where it cannot be written, the real one says so
+                shutil.copy(empty, root)
+        return connect(root)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "connect", with_store)
         yield
 
 
