@@ -21,7 +21,7 @@ from pipelines import files
 from pipelines.runs.records import Cell
 
 TORTURE = bool(os.environ.get("ACFD_TORTURE"))
-KILLS = 20
+KILLS = 12
 varied = pytest.mark.torture  # a short version runs with the other tests
 slow = pytest.mark.torture(alone=True)  # runs there alone
 RIVALS = ("none", "kd")  # of the suites, beside the paper's method and the teacher

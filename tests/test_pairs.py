@@ -1,4 +1,4 @@
-"""Every method on every teacher → student pair of the paper's scale, convolutional and transformer both ways:
+"""Every method on teacher → student pairs of the paper's scale, convolutional and transformer both ways:
 two steps of the real loop, on tiny crops."""
 
 from __future__ import annotations
@@ -101,14 +101,16 @@ def train(trainees: list[Trainee], taught: SegmentationNetwork | None) -> None:
 
 
 def pairs() -> list[tuple[str, str]]:
+    """Every teacher with two students, every student by one teacher at least."""
     distinct = dict[str, str]()  # weights make no other network
     for key, network in STUDENTS.items():
         distinct.setdefault(repr(network.model_copy(update={"weights": None})), key)
-    return [(name, pupil) for name in TEACHERS for pupil in distinct.values()]
+    pupils = list(distinct.values())
+    return [(name, pupils[(i + j) % len(pupils)]) for i, name in enumerate(TEACHERS) for j in (0, 3)]
 
 
 @pytest.mark.parametrize(("name", "pupil"), pairs())
-def test_every_method_trains_every_student_by_every_teacher(tmp_path: Path, name: str, pupil: str) -> None:
+def test_every_method_trains_a_student_by_a_teacher(tmp_path: Path, name: str, pupil: str) -> None:
     """Finite losses, a gradient in every parameter and a step of every weight; the teacher stays as it is."""
     taught, teacher_shapes = teacher(name)
     start = student(pupil).state_dict()

@@ -232,6 +232,7 @@ def test_a_full_disk_stops_every_command_by_one_sentence(command: str, place: Pa
     raw["methods"], raw["official"] = {key: raw["methods"][key] for key in ("none", "kd")}, {}
     raw["suite"]["methods"] = ["none", "kd"]
     raw["students"] = {"pspnet-resnet18": raw["students"]["pspnet-resnet18"]}
+    raw["benchmarks"] = {"streets": raw["benchmarks"]["streets"]}
     write_params(place, raw)
     if command == "fetch":
         shutil.rmtree(place / "data")

@@ -350,7 +350,7 @@ def test_a_stopped_suite_loses_nothing(serial: Path, tmp_path: Path) -> None:
         "SIGTERM": lambda process: process.send_signal(signal.SIGTERM),
         "SIGKILL": lambda process: process.kill(),
     }
-    order = ["Ctrl-C", "SIGTERM", "SIGKILL", "Ctrl-C", "SIGKILL", "SIGKILL"]
+    order = ["Ctrl-C", "SIGTERM", "SIGKILL", "SIGKILL"]
     for way in order:
         process = start(root, "--jobs", "2")
         time.sleep(draw.uniform(3, 14))
@@ -364,7 +364,7 @@ def test_a_stopped_suite_loses_nothing(serial: Path, tmp_path: Path) -> None:
     repro(root, "--jobs", "2")
     same(root, serial)
     TALLY.append(
-        "kill, the head: 2 times Ctrl-C, 1 SIGTERM, 3 SIGKILL, after which the workers end by themselves: "
+        "kill, the head: Ctrl-C, SIGTERM, 2 times SIGKILL, after which the workers end by themselves: "
         "the next run finishes, the same bit for bit"
     )
 
@@ -394,7 +394,7 @@ def test_stopped_while_it_commits(number: int, serial: Path, copy: Path) -> None
 def test_killed_dvc(whom: str, serial: Path, tmp_path: Path) -> None:
     """Of dvc alone: its child trains on as an orphan, while the next `dvc repro` begins at once."""
     root, draw = new_suite(tmp_path / "suite"), random.Random(whom)
-    orphans, kills = 0, 6
+    orphans, kills = 0, 4
     for _ in range(kills):
         process = subprocess.Popen(
             dvc("repro"),
@@ -507,21 +507,6 @@ def test_nothing_is_tried_or_lost_without(what: str, copy: Path) -> None:
         assert "is not finite" in text
         assert f"{planned} trainings are not tried, because its teacher failed" in text
     assert weights(copy) == before
-
-
-@slow
-def test_data_elsewhere_behind_a_link(serial: Path, tmp_path: Path) -> None:
-    """As for a large set on another disk, which then moves."""
-    root, disk = new_suite(tmp_path / "suite"), tmp_path / "disk"
-    disk.mkdir()
-    (root / "data").symlink_to(disk)
-    repro(root)
-    same(root, serial)
-    (root / "data").unlink()
-    disk.rename(tmp_path / "other")
-    (root / "data").symlink_to(tmp_path / "other")
-    assert "done in" not in repro(root)
-    same(root, serial)
 
 
 # ---- DVC

@@ -210,7 +210,8 @@ def run_pack(
     cell, or None. ValueError for cells that do not see the same batches.
 
     While another process trains one of the cells, this one waits. A whole record of exactly today's inputs is
-    kept. The reason of a failure stays in ``.scratch/`` for the report. A teacher is a pack of its own.
+    kept, if its weights are there: without them nobody would ask for the training. The reason of a failure
+    stays in ``.scratch/`` for the report. A teacher is a pack of its own.
     """
     for cell in cells:  # a name that does not exist leaves no trace
         records.check_names(cell, params)
@@ -231,7 +232,8 @@ def run_pack(
             plans: list[Plan] = []
             for cell in failures:
                 with _noting(cell, failures):
-                    if records.is_finished(cell, fingerprint(params, cell, *sums), root):
+                    here = (cell.folder(root) / "weights.safetensors").is_file()
+                    if here and records.is_finished(cell, fingerprint(params, cell, *sums), root):
                         log.info("%s has finished before, with exactly these inputs: it is kept.", cell.path)
                         whole.add(cell)
                     else:
