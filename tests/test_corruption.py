@@ -167,6 +167,18 @@ def test_a_cell_with_a_damaged_file_is_trained_again_to_the_same_bits(name: str,
     tally(f"{name}, then `make repro`", count, "rebuilt to the same bits")
 
 
+def test_what_has_a_record_but_no_weights_is_trained_again_to_the_same_bits(root: Path) -> None:
+    before, params = trained(root), checked(config.load(root / "params.yaml"))
+    teacher = teacher_cell(params, "streets")
+    taught = (teacher.folder(root) / "weights.safetensors").read_bytes()
+    for cell in (KD, teacher):
+        (cell.folder(root) / "weights.safetensors").unlink()
+    for cell in (teacher, KD):
+        run_cell(cell, params, root)
+    assert (teacher.folder(root) / "weights.safetensors").read_bytes() == taught
+    assert trained(root) == before
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "metrics.json", "run.json"])
 def test_nothing_learns_from_a_damaged_teacher(name: str, root: Path) -> None:
     params, count = checked(config.load(root / "params.yaml")), 0

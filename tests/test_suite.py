@@ -36,8 +36,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from suites import (
     ATTEMPTS,
-    KILLS,
     RIVALS,
+    TORTURE,
     change,
     dvc,
     environment,
@@ -590,7 +590,7 @@ def test_a_damaged_dvc_lock_is_put_aside(kept: str, tmp_path: Path, caplog: pyte
     marked = lock.replace(b"    deps:\n", b"<<<<<<< ours\n    deps:\n=======\n>>>>>>> x\n", 1)
     draw = random.Random(0)
     broken = [marked, b"", lock[: len(lock) // 2] + b"\xff"]
-    cuts = [lock[: draw.randrange(40, len(lock) - 1)] for _ in range(10 * KILLS)]
+    cuts = [lock[: draw.randrange(40, len(lock) - 1)] for _ in range(200 if TORTURE else 10)]
     broken += [cut for cut in cuts if not cut.endswith(b"\n")]  # which is a file with fewer entries
     for text in broken:
         place.write_bytes(text)

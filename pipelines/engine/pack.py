@@ -210,8 +210,8 @@ def run_pack(
     cell, or None. ValueError for cells that do not see the same batches.
 
     While another process trains one of the cells, this one waits. A whole record of exactly today's inputs is
-    kept, if its weights are there: without them nobody would ask for the training. The reason of a failure
-    stays in ``.scratch/`` for the report. A teacher is a pack of its own.
+    kept if its weights are here too: DVC asks for a cell without them, and waits for the file. The reason of
+    a failure stays in ``.scratch/`` for the report. A teacher is a pack of its own.
     """
     for cell in cells:  # a name that does not exist leaves no trace
         records.check_names(cell, params)
