@@ -1,12 +1,23 @@
-"""ACFD as a method of the suite: taps, adapters and weights around the losses of acfd/losses.py.
+"""ACFD: the teacher's channels rebuilt in the backbone, correlated in the fusion, located in the logits.
 
-Source: doi 10.3969/j.issn.1671-7775.2025.05.009 (abstract; acfd/README.md: what is stated, inferred, chosen).
+Source: "Adaptive channel-wise feature distillation in semantic segmentation" (Journal of Jiangsu University,
+Natural Science Edition, 46, no. 5, 2025, doi 10.3969/j.issn.1671-7775.2025.05.009). Only its abstract is
+public: acfd/README.md says what is stated, inferred and chosen, acfd/losses.py has the losses. With s_c and
+t_c = channel c of the student's and the teacher's map, over the positions:
 
-    L = L_task + weight_afd * L_AFD (backbone) + weight_ccd * L_CCD (fusion) + weight_csd * L_CSD (logits)
+    L     = weight_afd * L_AFD + weight_ccd * L_CCD + weight_csd * L_CSD
+    L_AFD = mean over stages, images and the teacher's channels of w_c |r_c / |r_c| - t_c / |t_c||²,
+            r_c = the student's channels of that backbone stage, weighted by the attention of t_c
+    L_CCD = mean over images and pairs of channels of the fusion layer of (G_s - G_t)²,
+            G = Pearson correlation of the two channels over positions
+    L_CSD = tau² * mean over images and classes of v_c KL(p_t || p_s),
+            p = softmax over positions of the logits of class c / tau
 
-Reductions: L_AFD is the mean over stages, images and teacher channels, L_CCD over images and pairs of
-channels, L_CSD over images and classes. A component with weight 0 is not computed, its taps are not asked for
-and its adapters are not built. All adapters are for training only.
+w_c is small for a channel that resembles many others, v_c is the teacher's peak probability of class c; both
+have mean 1.
+
+A component with weight 0 is not computed, its taps are not asked for and its adapters are not built. All
+adapters are for training only.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Af-DCD: dense contrast within patches, between groups of channels, without augmentation.
 
 Source: Fan et al., "Augmentation-free Dense Contrastive Knowledge Distillation for Efficient Semantic
-Segmentation" (NeurIPS 2023); the authors' code is compared at OSVAI/Af-DCD, commit 5b086a7. As in MGD, y =
-G(A(student) * keep), A = a 1x1 convolution, G = 3x3 convolution, ReLU, 3x3 convolution (``projector:
-enhanced``: two blocks of 3x3 convolution and ReLU in a row, the mean of a 3x3 convolution of each):
+Segmentation" (NeurIPS 2023, arXiv 2312.04168); the authors' code is compared at OSVAI/Af-DCD, commit 5b086a7.
+As in MGD, y = G(A(student) * keep), A = a 1x1 convolution, G = 3x3 convolution, ReLU, 3x3 convolution
+(``projector: enhanced``: two blocks of 3x3 convolution and ReLU in a row, the mean of a 3x3 convolution of
+each):
 
 - ``fd``: mean over images, the teacher's channels and positions of (y - teacher)².
 - ``ctr``: both maps max-pooled by ``pool`` (0 = not), cut into patches of ``patch`` x ``patch`` positions,

@@ -1,9 +1,9 @@
 """AICSD: how far apart the classes lie on the map, a matrix of divergences between them.
 
 Source: Mansourian et al., "AICSD: Adaptive Inter-Class Similarity Distillation for Semantic Segmentation"
-(Multimedia Tools and Applications, 2025); the authors' code is compared at AmirMansurian/AICSD, commit
-f99949e. Paper and code are two losses. ``formula: paper``, the default, on the logits before upsampling:
-with p[n, i] = softmax over the positions x of class i in image n,
+(Multimedia Tools and Applications, 2025, arXiv 2308.04243); the authors' code is compared at
+AmirMansurian/AICSD, commit f99949e. Paper and code are two losses. ``formula: paper``, the default, on the
+logits before upsampling: with p[n, i] = softmax over the positions x of class i in image n,
 
     K[n, i, j] = sum_x p[n, i, x] (log p[n, i, x] - log p[n, j, x])
     ics        = mean over images and pairs of classes of (K_student - K_teacher)²

@@ -1,9 +1,10 @@
 """APD: each network's pixels seen from its own class centres, plus the centres themselves.
 
-Source: Tian et al., "Adaptive Perspective Distillation for Semantic Segmentation" (TPAMI 2022); the
-authors' code is compared at dvlab-research/APD, commit 4036315. With E_s, E_t = 1x1 convolution, ReLU,
-1x1 convolution, a = E(map) at unit length per pixel, and for every class among the labels of the
-**batch** its centre c = the mean of the class's vectors, at unit length, one for each network:
+Source: Tian et al., "Adaptive Perspective Distillation for Semantic Segmentation" (TPAMI 2022, doi
+10.1109/TPAMI.2022.3159581); the authors' code is compared at dvlab-research/APD, commit 4036315. With E_s,
+E_t = 1x1 convolution, ReLU, 1x1 convolution, a = E(map) at unit length per pixel, and for every class among
+the labels of the **batch** its centre c = the mean of the class's vectors, at unit length, one for each
+network:
 
     o[n, i] = scale * cosine of pixel i with centre n of its own network
     view    = mean over images, centres and pixels of q (log q - log p), where p, q = softmax of o_s, o_t

@@ -1,8 +1,9 @@
 """AT: attention transfer; where the student's features are strong, relative to the rest of the image.
 
-Source: Zagoruyko and Komodakis, "Paying More Attention to Attention" (ICLR 2017), section 3.1 with p = 2; the
-authors' code is compared at szagoruyko/attention-transfer, commit 893df54 (CIRKD has the same function for
-segmentation). With a(x) = the mean over channels of x², as a unit vector over the P positions of an image:
+Source: Zagoruyko and Komodakis, "Paying More Attention to Attention" (ICLR 2017, arXiv 1612.03928), section
+3.1 with p = 2; the authors' code is compared at szagoruyko/attention-transfer, commit 893df54 (CIRKD has the
+same function for segmentation). With a(x) = the mean over channels of x², as a unit vector over the P
+positions of an image:
 
     L = sum over taps of the mean over images and positions of (a(student) - a(teacher))²
 

@@ -1,7 +1,7 @@
 """AttnFD: maps refined by attention over channels and positions (CBAM), compared as one unit tensor each.
 
-Source: Mansourian et al., "Attention-guided Feature Distillation for Semantic Segmentation" (2024; WACV
-2026 workshop as "Attention as Geometric Transformation"); the authors' code is compared at
+Source: Mansourian et al., "Attention-guided Feature Distillation for Semantic Segmentation" (2024; WACV 2026
+workshop as "Attention as Geometric Transformation", arXiv 2403.05451); the authors' code is compared at
 AmirMansurian/AttnFD, commit f090bbe. R(x) = CBAM of a map x:
 
     x <- x * sigmoid(m(mean over positions) + m(maximum over positions)),  m = linear C -> C/16, ReLU, linear

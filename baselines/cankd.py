@@ -1,9 +1,9 @@
 """CanKD: the student's map is completed by what every position finds in the teacher's map, then compared.
 
 Source: Sun and Ohyama, "CanKD: Cross-Attention-based Non-local Operation for Feature-based Knowledge
-Distillation" (WACV 2026); the authors' code is compared at tori-hotaru/CanKD, commit f951e3a. With v = W
-s (1x1 convolution with bias) the student's map at the teacher's width, and theta, phi, g 1x1 convolutions
-from the teacher's width to half of it:
+Distillation" (WACV 2026, arXiv 2511.21503); the authors' code is compared at tori-hotaru/CanKD, commit
+f951e3a. With v = W s (1x1 convolution with bias) the student's map at the teacher's width, and theta, phi, g
+1x1 convolutions from the teacher's width to half of it:
 
     a_ij = theta(v)_i . phi(t)_j / J                       J = number of keys j; there is no softmax
     z_i  = v_i + BN(W_z sum_j a_ij g(t)_j)

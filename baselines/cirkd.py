@@ -1,8 +1,9 @@
 """CIRKD: a pixel's similarities to the pixels of all images, and to a memory of the teacher's features.
 
-Source: Yang et al., "Cross-Image Relational Knowledge Distillation for Semantic Segmentation" (CVPR
-2022); the authors' code is compared at winycg/CIRKD, commits dab64db and 2d8ad0f. Features have unit length
-per pixel; similarities are cosines / ``temperature``; KL(teacher || student) is over the keys of a pixel:
+Source: Yang et al., "Cross-Image Relational Knowledge Distillation for Semantic Segmentation" (CVPR 2022,
+arXiv 2204.06986); the authors' code is compared at winycg/CIRKD, commits dab64db and 2d8ad0f. Features have
+unit length per pixel; similarities are cosines / ``temperature``; KL(teacher || student) is over the keys of
+a pixel:
 
 - ``batch``: for every ordered pair of images of the step (i, j), also i = j, the keys of a pixel of i are all
   pixels of j; mean over pixels and pairs. No T². ``pool``: average pooling before it (theirs: off; 2 or 4).

@@ -1,7 +1,7 @@
 """CWD: channel-wise distillation; every channel becomes a distribution over positions.
 
-Source: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction" (ICCV 2021), eqs. 2 to 4. With
-p[n, c] = softmax over the positions i of channel c of image n, at temperature tau:
+Source: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction" (ICCV 2021, arXiv 2011.13256),
+eqs. 2 to 4. With p[n, c] = softmax over the positions i of channel c of image n, at temperature tau:
 
     L = tau² / (N * C) * sum_n sum_c sum_i p_t[n, c, i] * (log p_t[n, c, i] - log p_s[n, c, i])
 

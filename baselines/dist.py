@@ -1,6 +1,6 @@
 """DIST: the student's class probabilities correlate with the teacher's, instead of being equal to them.
 
-Source: Huang et al., "Knowledge Distillation from A Stronger Teacher" (NeurIPS 2022); the
+Source: Huang et al., "Knowledge Distillation from A Stronger Teacher" (NeurIPS 2022, arXiv 2205.10536); the
 authors' code is compared at hunto/DIST_KD, commit 2418f18. With p and q = softmax over classes (T = 1) of
 student and teacher, and r(a, b) = <a - mean a, b - mean b> / (||a - mean a|| * ||b - mean b|| + 1e-8):
 

@@ -1,8 +1,8 @@
 """DKD: decoupled distillation; how sure of the labelled class, and how the rest is shared out.
 
-Source: Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022), eqs. 2 to 7; the authors' code for
-classification is compared at megvii-research/mdistiller, commit a08d46f. With y the label of a pixel, p
-and q the probabilities of student and teacher at temperature T:
+Source: Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022, arXiv 2203.08679), eqs. 2 to 7; the
+authors' code for classification is compared at megvii-research/mdistiller, commit a08d46f. With y the label
+of a pixel, p and q the probabilities of student and teacher at temperature T:
 
     tckd = T² * mean over labelled pixels of KL((q_y, 1 - q_y) || (p_y, 1 - p_y))
     nckd = T² * mean over labelled pixels of KL(q' || p'),  p' = softmax over the classes other than y

@@ -1,8 +1,8 @@
 """DSD: differences between the attention maps of layers, and similarities between the maps of classes.
 
-Source: Feng et al., "Double Similarity Distillation for Semantic Image Segmentation" (TIP 2021). No code of
-the authors was found; compared with the field's, winycg/CIRKD, commit dab64db. With u = the unit vector over
-positions, and a(x) = u(the mean over channels of x²) as in AT:
+Source: Feng et al., "Double Similarity Distillation for Semantic Image Segmentation" (TIP 2021, arXiv
+2107.08591). No code of the authors was found; compared with the field's, winycg/CIRKD, commit dab64db. With u
+= the unit vector over positions, and a(x) = u(the mean over channels of x²) as in AT:
 
 - ``psd``: for each pair m < n of the maps [auxiliary logits, the map before the classifier, logits], with d =
   u(a(x_n) - a(x_m)): the mean over pairs, images and positions of (d(student) - d(teacher))².

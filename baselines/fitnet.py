@@ -1,8 +1,8 @@
 """FitNet: the student's features, through a 1x1 convolution, equal the teacher's.
 
-Source: Romero et al., "FitNets: Hints for Thin Deep Nets" (ICLR 2015), eq. 3, on one map and during the whole
-training, as the field uses it; compared with winycg/CIRKD, commit dab64db. With W = a 1x1 convolution without
-bias to the teacher's width, trained along with the student:
+Source: Romero et al., "FitNets: Hints for Thin Deep Nets" (ICLR 2015, arXiv 1412.6550), eq. 3, on one map and
+during the whole training, as the field uses it; compared with winycg/CIRKD, commit dab64db. With W = a 1x1
+convolution without bias to the teacher's width, trained along with the student:
 
     L = mean over images, the teacher's channels and positions of (W student - teacher)²
 

@@ -1,9 +1,9 @@
 """ICKD: the correlations between the channels of a map, compared row by row.
 
-Source: Liu et al., "Exploring Inter-Channel Correlation for Diversity-Preserved Knowledge Distillation"
-(ICCV 2021); the authors' code for classification is compared at ADLab-AutoDrive/ICKD, commit 403b8d3
-(that of their segmentation is not released). With X the map of one image as (C, positions), G(X) = X Xᵀ
-(C x C) and its rows brought to unit L2 norm:
+Source: Liu et al., "Exploring Inter-Channel Correlation for Diversity-Preserved Knowledge Distillation" (ICCV
+2021, arXiv 2202.03680); the authors' code for classification is compared at ADLab-AutoDrive/ICKD, commit
+403b8d3 (that of their segmentation is not released). With X the map of one image as (C, positions), G(X) = X
+Xᵀ (C x C) and its rows brought to unit L2 norm:
 
     L = mean over images and rows of |G(X_s)_row - G(X_t)_row|²      (0 to 4; 0 to 2 for maps after ReLU)
 

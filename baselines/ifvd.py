@@ -1,9 +1,10 @@
 """IFVD: how far each pixel is from the centre of its class, in the student as in the teacher.
 
-Source: Wang et al., "Intra-class Feature Variation Distillation for Semantic Segmentation" (ECCV 2020); the
-authors' code is compared at YukangWang/IFVD, commit 950a7a5. The centre of class k in image b is
-the sum of its pixels' features over (their number + 1e-6), with the labels brought to the map's size by
-nearest neighbour. With v_i = the cosine of pixel i and the centre of its class in its own image:
+Source: Wang et al., "Intra-class Feature Variation Distillation for Semantic Segmentation" (ECCV 2020, doi
+10.1007/978-3-030-58571-6_21); the authors' code is compared at YukangWang/IFVD, commit 950a7a5. The centre of
+class k in image b is the sum of its pixels' features over (their number + 1e-6), with the labels brought to
+the map's size by nearest neighbour. With v_i = the cosine of pixel i and the centre of its class in its own
+image:
 
     L = mean over images and positions of (v_i(student) - v_i(teacher))²
 

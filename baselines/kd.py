@@ -1,8 +1,8 @@
 """KD: pixel-wise distillation of the class probabilities.
 
-Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015), eq. 1 and section
-2.1, applied to every pixel as in Liu et al., "Structured Knowledge Distillation for Semantic Segmentation"
-(CVPR 2019), eq. 1.
+Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015, arXiv 1503.02531), eq.
+1 and section 2.1, applied to every pixel as in Liu et al., "Structured Knowledge Distillation for Semantic
+Segmentation" (CVPR 2019), eq. 1.
 
 With p = softmax over classes of logits / T, for the pixels i of the whole batch:
 

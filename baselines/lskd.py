@@ -1,7 +1,7 @@
 """LSKD: pixel-wise distillation of standardised logits.
 
-Source: Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024), algorithm 1; the
-authors' code for classification is compared at sunshangquan/logit-standardization-KD, commit f6e5aa5.
+Source: Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024, arXiv 2403.01427), algorithm
+1; the authors' code for classification is compared at sunshangquan/logit-standardization-KD, commit f6e5aa5.
 With z(x) = (x - mean x) / (1e-7 + std x) over the classes of a pixel (std with C - 1), for student and
 teacher:
 

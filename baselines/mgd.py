@@ -1,9 +1,9 @@
 """MGD: from the student's features with most pixels masked, a small generator makes the teacher's.
 
-Source: Yang et al., "Masked Generative Distillation" (ECCV 2022); the authors' code is compared
-at yzd-v/MGD, commit 2c9da0b. With A = a 1x1 convolution to the teacher's width (only if the widths differ),
-keep = one mask for all channels, 0 where a uniform draw is > 1 - masked, G = 3x3 convolution, ReLU, 3x3
-convolution:
+Source: Yang et al., "Masked Generative Distillation" (ECCV 2022, arXiv 2205.01529); the authors' code is
+compared at yzd-v/MGD, commit 2c9da0b. With A = a 1x1 convolution to the teacher's width (only if the widths
+differ), keep = one mask for all channels, 0 where a uniform draw is > 1 - masked, G = 3x3 convolution, ReLU,
+3x3 convolution:
 
     L = mean over images, the teacher's channels and positions of (G(A(student) * keep) - teacher)²
 

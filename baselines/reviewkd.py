@@ -1,9 +1,9 @@
 """ReviewKD: every stage of the teacher teaches the student's stage together with all deeper ones.
 
-Source: Chen et al., "Distilling Knowledge via Knowledge Review" (CVPR 2021), sections 3.2 to 3.4; the
-authors' code for classification is compared at dvlab-research/ReviewKD, commit cede6ea, and its port to
-segmentation and to maps that are not square, RuipingL/TransKD, commit 39ab795. From the deepest stage k =
-4 up to 1:
+Source: Chen et al., "Distilling Knowledge via Knowledge Review" (CVPR 2021, arXiv 2104.09044), sections 3.2
+to 3.4; the authors' code for classification is compared at dvlab-research/ReviewKD, commit cede6ea, and its
+port to segmentation and to maps that are not square, RuipingL/TransKD, commit 39ab795. From the deepest stage
+k = 4 up to 1:
 
     f_k   = BN(1x1 convolution(s_k)) to ``width`` m
     f_k  <- a_0 f_k + a_1 up(f_{k+1}),  a = sigmoid(1x1 convolution(f_k, up(f_{k+1})))   (k < 4)

@@ -1,8 +1,8 @@
 """SKD: structured knowledge distillation = pixel-wise + pair-wise + holistic (adversarial).
 
-Source: Liu et al., "Structured Knowledge Distillation for Semantic Segmentation" (CVPR 2019; TPAMI 2020),
-eqs. 1 to 5. Differences are from irfanICMLL/structure_knowledge_distillation, commit ce208e1.
-Many tables call the pair-wise term alone "SKD"; set the other weights to 0 for that.
+Source: Liu et al., "Structured Knowledge Distillation for Semantic Segmentation" (CVPR 2019; TPAMI 2020,
+arXiv 1903.04197), eqs. 1 to 5. Differences are from irfanICMLL/structure_knowledge_distillation, commit
+ce208e1. Many tables call the pair-wise term alone "SKD"; set the other weights to 0 for that.
 
 - ``pixel``: KL(teacher || student) over classes at T = 1, mean over all pixels. Theirs: cross-entropy summed
   over all pixels and divided by H * W but not by the N images of a process, so ``weight_pixel`` = N * their

@@ -1,9 +1,9 @@
 """SP: similarity-preserving distillation; which images of a step resemble each other.
 
-Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019), eqs. 1 to 4. No
-repository of the authors was found; compared is HobbitLong/RepDistiller, commit b84f547, which its header
-says the original author verified. With X the maps of the step as (B, C h w), G(X) = X Xᵀ (B x B) and its
-rows at unit L2 norm:
+Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019, arXiv 1907.09682), eqs. 1 to
+4. No repository of the authors was found; compared is HobbitLong/RepDistiller, commit b84f547, which its
+header says the original author verified. With X the maps of the step as (B, C h w), G(X) = X Xᵀ (B x B) and
+its rows at unit L2 norm:
 
     L = 1 / B² * sum over pairs of images of (G(X_s) - G(X_t))²
 

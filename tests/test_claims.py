@@ -479,8 +479,8 @@ def test_sentences_count_the_verdicts_and_name_what_is_seen(
     ]
     monkeypatch.setattr(claims, "MOST", 2)  # cases that are listed one by one
     assert claims.sentences(found, claims.judge_all(found, every, params), every, params)[3:] == [
-        "A gain over none is seen here in 1 of 3 cases (method, benchmark, student), by the interval over "
-        "seeds at equal steps; claims.md lists them."
+        "Of the methods with a published gain, one over none is seen here in 1 of 3 cases (method, "
+        "benchmark, student), by the interval over seeds at equal steps; claims.md lists them."
     ]
     assert claims.sentences(found, claims.judge_all(found, [], params), [], params) == [
         "Of 5 published gains by the methods of this suite: 0 reproduced, 0 not reproduced, "
@@ -515,7 +515,7 @@ def test_files_are_the_same_bytes_twice_and_change_with_the_records(tmp_path: Pa
     text = written[0][0].decode()
     assert "[How a claim is judged](../docs/tables.md#claims)" in text
     assert all(rule in (ROOT / "docs" / "tables.md").read_text(encoding="utf-8") for rule in claims.RULE)
-    assert "6 claims: 1 reproduced, 1 not reproduced, 2 not comparable, 2 not run." in text
+    assert "6 claims, 5 of them of a gain: 1 reproduced, 1 not reproduced, 2 not comparable" in text
     assert r"S\|KD" in text
     assert str(tmp_path) not in text
     lines = text.splitlines()

@@ -115,9 +115,8 @@ def texts(root: Path, target: Path) -> dict[str, bytes]:
     """All tables, made from the records below ``root``."""
     params = load(root)
     found = report.finished(params, root)
-    frames = {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
     shutil.rmtree(target, ignore_errors=True)
-    report.write_texts(params, report.gather_all(params, root, found, frames), root, target)
+    report.write_texts(params, report.gather_all(params, root, found), root, target)
     return {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
 
 

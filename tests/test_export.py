@@ -31,7 +31,7 @@ from pipelines.engine.pack import run_cell
 from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork
 from pipelines.reports import statistics
-from pipelines.runs import exports, tracking
+from pipelines.runs import exports
 from pipelines.runs.records import Cell
 from pipelines.stages import export, report
 from pipelines.tools import verify
@@ -295,8 +295,7 @@ def tables(root: Path) -> None:
     """The tables and claims of the report; figures and MLflow have no part in this."""
     params = load(root)
     found = report.finished(params, root)
-    frames = {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
-    report.write_texts(params, report.gather_all(params, root, found, frames), root, root)
+    report.write_texts(params, report.gather_all(params, root, found), root, root)
 
 
 def test_the_cost_table_shows_the_record(suite: Path) -> None:

@@ -40,7 +40,7 @@ from pipelines.engine import checkpoint
 from pipelines.methods import checked
 from pipelines.networks import read_state
 from pipelines.reports import tables
-from pipelines.runs import counts, records, tracking
+from pipelines.runs import counts, records
 from pipelines.runs.records import Cell
 from pipelines.stages import report
 from pipelines.stages.fetch import fetch
@@ -745,9 +745,8 @@ def test_a_hostile_note_of_a_failure_stays_in_its_cell(place: Path) -> None:
     (place / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\nafter\n")
     params = config.load(place / "params.yaml")
     found = report.finished(params, place)
-    frames = {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
     for _ in range(2):
-        report.write_texts(params, report.gather_all(params, place, found, frames), place, place)
+        report.write_texts(params, report.gather_all(params, place, found), place, place)
     text = (place / "reports/streets/comparison.md").read_text()
     row = next(line for line in text.splitlines() if "RuntimeError" in line)
     html = MarkdownIt("commonmark").enable("table").render(text)

@@ -73,7 +73,8 @@ def test_the_answer_admits_what_is_not_known(done: Path, tmp_path: Path) -> None
     )
     one = page.answer(replace(results, cells=results.cells[results.cells["seed"] == SEEDS[0]]), STUDENT)
     assert one[0] == "Not known yet: one seed cannot say how far another would move a score."
-    assert one[1].startswith("The highest difference is ") and len(one) == 2
+    assert one[1].startswith("The highest gain is ") and one[2].startswith("The student alone scores ")
+    assert len(one) == 3
     params = make_params(controls=[], methods=["kd"], variants=[])
     make_record(teacher_cell(params, "streets"), tmp_path, params=params)
     for seed in SEEDS:
@@ -98,7 +99,7 @@ def test_every_method_has_a_summary_and_its_paper() -> None:
         about = page.about(method, params)
         assert about["summary"] and (ROOT / about["file"]).is_file(), method
         if params.module_key(method) != params.suite.reference:
-            assert about["paper"], method
+            assert re.search(r'href="https://(arxiv\.org/abs|doi\.org)/', about["paper"]), method
             assert len(re.sub("<.*?>", "", about["formula"])) < 1500, method
 
 
@@ -125,7 +126,12 @@ def test_the_page_asks_for_nothing(done: Path) -> None:
     text = (done / "reports" / "index.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in text
     own = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
-    assert re.findall(r"(?:src|href)=\"(?!#|data:)([^\"]*)", own) == []
+    assert re.findall(r"src=\"(?!data:)([^\"]*)", own) == [] and "<link" not in own
+    led = set(re.findall(r"<a href=\"(?!#)([^\"]*)", own))  # what a reader may open is no request of the page
+    assert set(re.findall(r"href=\"(?!#)([^\"]*)", own)) == led
+    assert "https://arxiv.org/abs/2011.13256" in led  # CWD's paper
+    ours = {name.removeprefix("../") for name in led if not name.startswith("https://")}
+    assert "baselines/kd.py" in ours and [name for name in ours if not (ROOT / name).is_file()] == []
     assert str(done) not in text and all(figures.sentence(name, read(done)) for name in figures.NAMES)
 
 

@@ -216,8 +216,7 @@ def read(root: Path, params: Params | None = None) -> Results:
 def write_texts(root: Path) -> None:
     """The tables and the page, without figures."""
     found = report.finished(make_params(), root)
-    frames = {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
-    every = report.gather_all(make_params(), root, found, frames)
+    every = report.gather_all(make_params(), root, found)
     if ranked := ranks.rank(every):
         figures.write_ranks(ranked, every, root / "reports")
     report.write_texts(make_params(), every, root, root)
@@ -288,8 +287,7 @@ def test_counts_that_were_replaced_since_are_no_others(root: Path) -> None:
 def write_tables(params: config.Params, root: Path) -> None:
     """Without MLflow, figures and pages, which take most of a report's time."""
     found = report.finished(params, root)
-    frames = {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
-    for results in report.gather_all(params, root, found, frames):
+    for results in report.gather_all(params, root, found):
         tables.write(results, root / "reports" / results.benchmark)
 
 
@@ -644,8 +642,7 @@ def all_tables(root: Path) -> Path:
     for benchmark in ("streets", "camvid-small"):
         make_root(root, params, benchmark)
     found = report.finished(params, root)
-    frames = {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
-    every = report.gather_all(params, root, found, frames)
+    every = report.gather_all(params, root, found)
     report.write_texts(params, every, root, target)
     whole = config.load()
     network_table.write(network_table.load(ROOT / network_table.PUBLISHED), whole, target / "reports")
@@ -901,8 +898,7 @@ def test_cells_of_other_data_or_another_teacher_are_left_out(done: Path, tmp_pat
 def test_readme_block(done: Path) -> None:
     text = (done / "README.md").read_text(encoding="utf-8")
     assert text.startswith(
-        "# A\n<!-- results:begin -->\nDoes distillation help? On streets with psp\\_net-r18 (2 or 3 seeds), "
-        "3 of 3 methods are above "
+        "# A\n<!-- results:begin -->\nOn streets with psp\\_net-r18 (2 or 3 seeds), 3 of 3 methods are above "
     )
     assert text.endswith("<!-- results:end -->\nafter\n")
     assert "\nold\n" not in text

@@ -18,6 +18,7 @@ from pipelines.runs import counts
 SUSTAINED = 40e12  # FLOP/s that a large GPU is assumed to reach here in bf16, until one was measured
 COPIES = 3  # of a data set on disk: its archives, data/<benchmark>, DVC's cache
 (HEIGHT, WIDTH), _ = counts.SIZES[0]  # at which the networks were counted
+PARTS = ("preparation", "training", "validation", "test")  # of a cell's time, as if alone
 COLUMNS = [
     "benchmark",
     "batch, crop",
@@ -82,9 +83,6 @@ def table(params: Params, root: Path = ROOT) -> Table:
     ]
     frame = pd.DataFrame(data, dtype=object)
     return Table("benchmarks", "planned compute", frame, COLUMNS, text, notes, frozenset({COLUMNS[2]}))
-
-
-PARTS = ("preparation", "training", "validation", "test")  # of a cell's time, as if alone
 
 
 def write(params: Params, folder: Path, root: Path = ROOT) -> None:

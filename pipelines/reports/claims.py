@@ -330,8 +330,11 @@ def table(claims: Claims, verdicts: Mapping[str, Verdict]) -> Table:
         "why",
     ]
     words = [row["verdict"] for row in data]
+    gains = sum(claim.kind == "gain" for claim in claims.claims)
     notes = [
-        f"{len(words)} claims: " + ", ".join(f"{words.count(word)} {word}" for word in VERDICTS) + ".",
+        f"{len(words)} claims, {gains} of them of a gain: "
+        + ", ".join(f"{words.count(word)} {word}" for word in VERDICTS)
+        + ".",
         "measured gain: of the comparable benchmark, else of the closest one; with the 95 % t-interval over "
         "n paired seeds.",
     ]
@@ -363,7 +366,7 @@ def directions(claims: Claims, every: Sequence[Results]) -> Table:
         )
         text.append(
             [
-                item.method,
+                label(item.method),
                 _published_text(item),
                 f"{len(item.claims)} ({len(sources)})",
                 "–" if measured is None else _place(measured),
@@ -413,8 +416,9 @@ def sentences(
     unseen = [item for item in measured if item.word != GAIN]
     if len(measured) > MOST:
         found.append(
-            f"A gain over {params.suite.reference} is seen here in {len(seen)} of {len(measured)} cases "
-            "(method, benchmark, student), by the interval over seeds at equal steps; claims.md lists them."
+            f"Of the methods with a published gain, one over {params.suite.reference} is seen here in "
+            f"{len(seen)} of {len(measured)} cases (method, benchmark, student), by the interval over seeds "
+            "at equal steps; claims.md lists them."
         )
     elif seen:
         found.append(

@@ -219,6 +219,11 @@ def _say_scores(results: Results, student: str) -> str:
         return f"{student}: nothing to compare yet."
     above = [m for m, own in tested.items() if (statistics.mean(own.values()) or 0) > _average(alone)]
     clear = [m for m, own in tested.items() if min(own.values()) > max(alone.values())]
+    if len(alone) == 1:
+        return (
+            f"{student}: {len(above)} of {len(tested)} methods score above {results.reference} (dotted line) "
+            "with the one seed that there is."
+        )
     return (
         f"{student}: {len(above)} of {len(tested)} methods have a higher mean than {results.reference} "
         f"(dotted line); for {len(clear)} of them, every seed is above every seed of {results.reference}. A "
@@ -236,9 +241,11 @@ def _say_compute(results: Results, student: str) -> str:
     over = [
         m for m, (x, y) in inside.items() if y > np.interp(x, [p[0] for p in curve], [p[1] for p in curve])
     ]
+    outside = ", ".join(results.label(m) for m in rivals if m not in inside)
     return (
-        f"{student}: {len(over)} of {len(inside)} methods lie above the dotted curve, which is the student "
-        "alone trained longer; the others gain less than their compute would buy without a teacher."
+        f"{student}: {len(over)} of {len(inside)} methods {'lies' if len(over) == 1 else 'lie'} above the "
+        "dotted curve, which is the student alone trained longer; the others gain less than their compute "
+        "would buy without a teacher." + f" Beyond the ends of the curve: {outside}." * bool(outside)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ def table(params: Params, root: Path = ROOT) -> Table:
     ]
     columns = ["method", "TFLOP a step", "memory (GiB)", "largest tensor (GiB)", "parameters (M)"]
     return Table("methods", "what each method adds to a step", pd.DataFrame(data), columns, rows, notes)
+
+
+def compares(taps: Collection[str]) -> str:
+    """What of student and teacher a method compares, by the taps that it asks for."""
+    kinds = {"logits" if tap in ("logits", "auxiliary") else "features" for tap in taps}
+    return " and ".join(sorted(kinds)) or "not counted"
 
 
 def write(params: Params, folder: Path, root: Path = ROOT) -> None:

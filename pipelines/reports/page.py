@@ -23,13 +23,18 @@ from markupsafe import Markup
 
 from pipelines import config, files
 from pipelines.config import PAPER, Params
-from pipelines.reports import claims, figures, panels, ranks, statistics, svg, tables
+from pipelines.reports import claims, figures, method_table, panels, ranks, readme, statistics, svg, tables
 from pipelines.reports.looks import looks
 from pipelines.reports.ranks import Ranks
-from pipelines.reports.results import FEWEST, RESAMPLES, Gain, Results, Standing, variant
+from pipelines.reports.results import FEWEST, RESAMPLES, SCORE, Gain, Results, Standing, variant
 from pipelines.runs import counts, records
 
 FILE = "index.html"
+LINKS = readme.PAPERS | {  # what a text names, and where that is
+    r"(?<=compared at )([\w-]+/[\w.-]+), commits? ([0-9a-f]{7,})": r"https://github.com/\1/tree/\2",
+    r"(?<!/)github\.com/([\w-]+/[\w.-]*\w)": r"https://github.com/\1",
+    r"\b(?:baselines|acfd|pipelines)/[\w/]+\.(?:py|md)": r"../\g<0>",
+}
 VERDICT_COLOURS = {claims.REPRODUCED: "#009e73", claims.NOT_REPRODUCED: "#d55e00"}
 
 
@@ -74,18 +79,16 @@ def answer(results: Results, student: str) -> list[str]:
         return sorted(found, key=lambda m: -(getattr(known[m], gain).paired.mean or 0))
 
     best = max(known, key=lambda m: known[m].gain.paired.mean or 0)
-    lead, sure = results.lead(student), [m for m in known if _above(known[m])]
+    lead, sure = results.lead(student, SCORE), [m for m in known if _above(known[m])]
     highest = (
-        f"The highest {'mean ' * (seeds > 1)}difference is {known[best].gain.paired.mean or 0:+.2f} points "
-        f"of test mIoU ({results.label(best)})"
-        + (
-            "."
-            if lead is None
-            else f"; the teacher scores {lead:+.2f} above the student alone on validation."
-        )
+        f"The highest {'mean ' * (seeds > 1)}gain is {known[best].gain.paired.mean or 0:+.2f} points of test "
+        f"mIoU ({results.label(best)})"
+        + ("." if lead is None else f"; the teacher's own lead over the student alone is {lead:+.2f}.")
     )
+    longer = _longer(results, student, [*known])
     if seeds == 1:
-        return ["Not known yet: one seed cannot say how far another would move a score.", highest]
+        first = "Not known yet: one seed cannot say how far another would move a score."
+        return [first, highest, *longer]
     better, worse, equal = those("gain"), those("loss"), those("gain", "equal")
     first = (
         f"Yes, at equal steps, for {len(better)} of {n} method{'s' * (n > 1)}: {listed(better)}."
@@ -110,7 +113,7 @@ def answer(results: Results, student: str) -> list[str]:
         found.append(
             "At equal training compute: not known, because the student alone has not been trained longer."
         )
-    found.append(highest)
+    found += [*longer, highest]
     found.append(
         f"How sure: better and worse mean that both 95 % intervals of the gain exclude 0, one over {seeds} "
         f"seeds, one over {results.images} test images. They are not corrected for testing "
@@ -124,9 +127,20 @@ def answer(results: Results, student: str) -> list[str]:
     return found
 
 
+def _longer(results: Results, student: str, methods: Sequence[str]) -> list[str]:
+    """What the student alone reaches when it trains longer, in one sentence."""
+    means, parts = [results.mean(student, m) or 0 for m in methods], []
+    for control, factor in sorted(results.controls.items(), key=lambda pair: pair[1]):
+        if (own := results.mean(student, control)) is not None:
+            above = sum(own > mean for mean in means)
+            parts.append(f"{factor:g} times the steps {own:.2f} (above {above} of {len(means)} methods)")
+    plain = results.mean(student, results.reference) or 0
+    return [f"The student alone scores {plain:.2f}; trained for {_named(parts)}."] if parts else []
+
+
 def about(method: str, params: Params) -> dict[str, Any]:
     """What the docstring of a method's file says: a summary, the formula or the terms, the paper and what
-    follows its name, the differences from the authors' code, and all of it."""
+    follows its name, the differences from the authors' code, and the rest."""
     file = f"{PAPER}/method.py" if records.is_variant(method) else f"baselines/{params.module_key(method)}.py"
     path = config.ROOT / file
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path.is_file() else None
@@ -138,14 +152,18 @@ def about(method: str, params: Params) -> dict[str, Any]:
     cited = re.match(r".*?\([^()]*\d{4}[^()]*\)", source, re.DOTALL)
     paper = cited[0] if cited else source
     symbols = source[len(paper) :].lstrip(".;, \n")
+    differences = [part for part in parts if part.startswith(("Differences", "Not in it"))]
+    shown = [part for part in parts if part.startswith("Source: ")] + differences
+    if formula.startswith("    "):
+        shown.append(formula)
     return {
         "file": file,
         "summary": _marked(parts[0]),
         "formula": _block(formula),
         "paper": _marked(paper),
         "symbols": _marked(symbols[:1].upper() + symbols[1:]),
-        "differences": [_marked(part) for part in parts if part.startswith(("Differences", "Not in it"))],
-        "text": Markup("").join(_block(part) for part in parts),
+        "differences": [_marked(part) for part in differences],
+        "rest": Markup("").join(_block(part) for part in parts[1:] if part not in shown),
     }
 
 
@@ -209,6 +227,7 @@ def _board(
             key = row["key"]
             row |= _row(results, row, stand[key], scores, gains, look[key].colour)
             row |= {
+                "taps": taps.get(key, ()),
                 "family": family(results, key, taps.get(key, ())),
                 "group": groups.get(key),
                 "id": re.sub(r"\W+", "-", "-".join(filter(None, (results.benchmark, name, student, key)))),
@@ -268,11 +287,9 @@ def _row(
 
 
 def family(results: Results, method: str, taps: Collection[str]) -> str:
-    """Where a method compares student and teacher, by the taps that it asks for."""
-    if method == results.reference or method in results.controls:
-        return "student alone"
-    kinds = {"logits" if tap in ("logits", "auxiliary") else "features" for tap in taps}
-    return " and ".join(sorted(kinds)) or "not counted"
+    """What of student and teacher a row compares."""
+    alone = method == results.reference or method in results.controls
+    return "student alone" if alone else method_table.compares(taps)
 
 
 def _drawn(mean: float | None, gain: Gain, over: svg.Scale, colour: str) -> Markup | str:
@@ -322,7 +339,7 @@ def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, A
             drawn = svg.claim(claimed, over)
         source = published.sources[row["source"]]
         row |= {"why": texts["why"], "setting": texts["student from teacher"], "interval": interval}
-        row |= {"drawn": Markup(drawn), "cite": source.cite, "where": source.where}
+        row |= {"drawn": Markup(drawn), "cite": _marked(source.cite), "where": _marked(source.where)}
     return {
         "rows": rows,
         "sentences": claims.sentences(published, verdicts, every, params),
@@ -345,9 +362,13 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _marked(text: str) -> Markup:
-    """The text of a docstring with its ``code`` and **bold**."""
+    """The text of a docstring with its ``code``, **bold**, and links to papers, code and our own files."""
     text = re.sub(r"``(.+?)``", r"<code>\1</code>", escape(text, quote=False), flags=re.DOTALL)
-    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text, flags=re.DOTALL))
+    text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text, flags=re.DOTALL)
+    text = re.sub(r"(?<![\w*])\*(\w[^*]*\w)\*(?![\w*])", r"<em>\1</em>", text)
+    for pattern, address in LINKS.items():
+        text = re.sub(pattern, rf'<a href="{address}">\g<0></a>', text)
+    return Markup(text)
 
 
 def _block(text: str) -> Markup:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import files
-from pipelines.config import OFFICIAL, ROOT, ConfigError, Params
+from pipelines.config import OFFICIAL, PAPER, ROOT, ConfigError, Params
 from pipelines.reports import claims, tables
+from pipelines.reports.method_table import compares
 from pipelines.reports.results import HEADLINE, Gain, Results
 from pipelines.reports.tables import between, escape_markdown
-from pipelines.runs import journal
+from pipelines.runs import counts, journal
 
 RESULTS = ("<!-- results:begin -->", "<!-- results:end -->")
 PLANS = ("<!-- benchmarks:begin -->", "<!-- benchmarks:end -->")
@@ -24,6 +25,10 @@ SPEED = ("<!-- speed:begin -->", "<!-- speed:end -->")
 BENCH = Path("runs") / "bench.json"  # by `make bench`
 FIGURE = "compute"
 ROWS = 8  # of the table in the README
+PAPERS = {  # what a text says of a paper, and where that is
+    r"arXiv\s(\d{4}\.\d{4,5})": r"https://arxiv.org/abs/\1",
+    r"doi\s(10\.[\w./-]*\w)": r"https://doi.org/\1",
+}
 
 
 def update(path: Path, markers: tuple[str, str], text: str) -> bool:
@@ -72,7 +77,8 @@ def block(every: Sequence[Results], params: Params) -> str:
         lines.append("| " + " | ".join(escape_markdown(row[i]) for i in kept) + " |")
     lines += [
         "",
-        f"{len(order)} of {len(own)} rows, by mean score; all: [comparison]({folder}/comparison.md), "
+        f"{len(order)} of {len(own)} rows: {results.reference}, {PAPER} and the highest others, by mean test "
+        f"mIoU. All: [comparison]({folder}/comparison.md), "
         "[what the columns mean](docs/tables.md#comparison).",
         "",
         f"![gain against training compute on {results.benchmark}]({folder}/{FIGURE}.png)",
@@ -103,7 +109,7 @@ def answer(results: Results, student: str) -> str:
     best = max(tested, key=lambda m: results.mean(student, m) or 0.0)
     if all(s.gain.paired.n == 1 for s in tested.values()):
         return (
-            f"Does distillation help? On {place}, one seed has been trained so far, and one seed cannot say "
+            f"Not known yet. On {place}, one seed has been trained so far, and one seed cannot say "
             f"how far another would move a score: no method counts as above {reference} yet. The largest "
             f"gain is that of {results.label(best)}, {tested[best].gain.paired.mean:+.2f}.{rest}"
         )
@@ -117,10 +123,11 @@ def answer(results: Results, student: str) -> str:
         for s in tested.values()
     )
     return (
-        f"Does distillation help? On {place} ({seeds} seeds), {above} of {len(tested)} methods are above the "
-        f"student trained alone for the same steps, and {equal} above it at the same compute, by both 95 % "
-        f"intervals (over seeds and over images); {joint} are above it by the max-T test, which allows for "
-        f"all methods together. The best is {results.label(best)}, {_gain(tested[best].gain)}.{rest}"
+        f"On {place} ({seeds} seeds), {above} of {len(tested)} methods {_are(above)} above the student "
+        f"trained alone for the same steps, and {equal} {_are(equal)} above it at the same compute, by both "
+        f"95 % intervals (over seeds and over images); {joint} {_are(joint)} above it by the max-T test, "
+        f"which allows for all methods together. The best is {results.label(best)}, "
+        f"{_gain(tested[best].gain)}.{rest}"
     )
 
 
@@ -131,7 +138,8 @@ def rules() -> str:
 
 def methods(params: Params, root: Path = ROOT) -> str:
     """Every method of params.yaml by the words of its own file."""
-    lines = ["| method | what it does | source | authors' weights |", "|---|---|---|---|"]
+    counted = counts.read(root)["methods"]
+    lines = ["| method | what it does | compares | source | authors' weights |", "|---|---|---|---|---|"]
     for name in params.methods:
         file = Path("baselines") / f"{name}.py"
         text = ast.get_docstring(ast.parse((root / file).read_text(encoding="utf-8"))) or ""
@@ -141,10 +149,14 @@ def methods(params: Params, root: Path = ROOT) -> str:
         weights = ", ".join(f"{key.removeprefix('weight_')} {value:g}" for key, value in own.items())
         cells = (
             (first.partition(": ")[2] or first).removesuffix("."),
+            "–" if name == params.suite.reference else compares(counted.get(name, {}).get("taps", ())),
             source[1] if source else "–",
             weights or "–",
         )
-        lines.append(f"| [{name}](../{file}) | " + " | ".join(map(escape_markdown, cells)) + " |")
+        text = " | ".join(map(escape_markdown, cells))
+        for pattern, address in PAPERS.items():
+            text = re.sub(pattern, rf"[\g<0>]({address})", text)
+        lines.append(f"| [{name}](../{file}) | {text} |")
     return "\n".join(lines)
 
 
@@ -187,6 +199,10 @@ def speed(root: Path = ROOT) -> str:
 
 def _bench(root: Path) -> dict[str, dict[str, Any]]:
     return {entry["what"]: entry for entry in journal.read(BENCH, "`make bench`", root)}
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _gain(gain: Gain) -> str:

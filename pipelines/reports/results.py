@@ -44,7 +44,10 @@ class Gain:
 
     @property
     def verdict(self) -> str:
-        """``gain`` or ``loss`` where the intervals over seeds and over images both exclude 0 on one side."""
+        """``gain`` or ``loss`` where the intervals over seeds and over images both exclude 0 on one side,
+        ``undecided`` where not; nothing for one seed, which cannot say how far another would move a score."""
+        if self.paired.n < 2:
+            return ""
         if self.over_seeds and statistics.told_apart(self.over_seeds, self.over_images):
             return "gain" if self.over_seeds.low > 0 else "loss"
         return "undecided"
@@ -56,7 +59,7 @@ class Standing:
 
     scores: dict[int, float]  # test mIoU by seed
     gain: Gain  # over the reference, at equal steps
-    p: float | None  # of the gain, exact sign-flip test
+    p: float | None  # of the gain, exact sign-flip test; of two seeds at least
     p_holm: float | None  # the same, adjusted for the methods of one table
     p_max: float | None  # adjusted for them by the max-T test
     equal: Gain  # over the student alone at the method's own training compute
@@ -211,9 +214,9 @@ class Results:
         )
         return found, "; ".join(named)
 
-    def lead(self, student: str) -> float | None:
-        """Validation mIoU of the teacher minus the mean of the student alone over its seeds."""
-        teacher, plain = self.teacher("val/miou"), self.mean(student, self.reference, "val/miou")
+    def lead(self, student: str, metric: str = "val/miou") -> float | None:
+        """mIoU of the teacher minus the mean of the student alone over its seeds."""
+        teacher, plain = self.teacher(metric), self.mean(student, self.reference, metric)
         return None if teacher is None or plain is None else teacher - plain
 
     def exported(self, student: str, method: str) -> dict[str, Any] | None:
@@ -274,8 +277,8 @@ class Results:
     def groups(self, student: str, methods: Sequence[str]) -> dict[str, int]:
         """Rank groups of the reference and the tested methods, the best mean first: 1 are the best and all
         that are not told apart from it, 2 the best of the others and all that are not told apart from that
-        one, and so on."""
-        means = {m: self.mean(student, m) or 0.0 for m in methods if self.by_seed(student, m)}
+        one, and so on; a row with one seed is in none."""
+        means = {m: self.mean(student, m) or 0.0 for m in methods if len(self.by_seed(student, m)) > 1}
         left = sorted({self.reference, *self.tested(methods)} & means.keys(), key=lambda m: (-means[m], m))
         found: dict[str, int] = {}
         group = 0
@@ -303,7 +306,7 @@ class Results:
         the best is one of them or the reference."""
         family = self.tested(methods)
         scores = {m: self.by_seed(student, m) for m in methods}
-        ranked = {m: own for m, own in scores.items() if own and m in (self.reference, *family)}
+        ranked = {m: own for m, own in scores.items() if len(own) > 1 and m in (self.reference, *family)}
         shared = set.intersection(*map(set, ranked.values())) if ranked else set()
         means = {  # of the seeds that all rows have: one with more of them may have drawn better ones
             m: statistics.mean([by_seed[seed] for seed in shared or by_seed]) or 0.0
@@ -311,7 +314,7 @@ class Results:
         }
         best = max(means, key=lambda m: means[m], default=None)
         gains = {m: self.gain(student, m) for m in methods if m != self.reference}
-        differences = {m: gains[m].paired.by_seed for m in family if gains[m].paired.n}
+        differences = {m: gains[m].paired.by_seed for m in family if gains[m].paired.n > 1}
         p = {m: statistics.sign_flip_p(list(own.values())) or 0.0 for m, own in differences.items()}
         holm, joint = statistics.holm(p), statistics.max_t(differences)
         found = {}

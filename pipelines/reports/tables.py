@@ -598,6 +598,8 @@ def interval(row: Mapping[Any, Any], name: str) -> Interval | None:
 
 def power(n: int) -> str:
     """What so few seeds can show at all."""
+    if n == 1:
+        return "n = 1: one seed, so nothing can be told apart"
     text = f"n = {n}: the smallest p that a sign-flip test can reach is {statistics.smallest_p(n):.2g}"
     return text + (", exploratory" if n < statistics.SEEDS_FOR_SIGNIFICANCE else "")
 

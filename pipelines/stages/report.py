@@ -74,11 +74,12 @@ def gather_all(
     params: Params,
     root: Path,
     found: Mapping[str, list[Record]],
-    frames: Mapping[str, pd.DataFrame],
+    frames: Mapping[str, pd.DataFrame] | None = None,
     problem: str | None = None,
 ) -> list[Results]:
-    """The results of every benchmark of which a student was trained, or failed; ``frames`` are its cells in
-    the form of ``tracking.frame``."""
+    """The results of every benchmark of which a student was trained, or failed; ``frames`` are its cells as
+    MLflow returned them, else they are made from the records, which gives the same."""
+    frames = frames or {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
     return [
         gather(params, name, frames[name], root, problem, own)
         for name, own in found.items()

@@ -13,7 +13,6 @@ from pathlib import Path
 from pipelines import cli, config, files
 from pipelines.config import ROOT, Params
 from pipelines.reports import benchmark_table, readme
-from pipelines.runs import tracking
 from pipelines.stages import report
 
 
@@ -33,8 +32,7 @@ def write(params: Params, root: Path, target: Path) -> None:
     files.clear_parts(target, below=False)
     own = committed(params, root)
     found = {name: records for name, records in report.finished(params, root).items() if name in own}
-    frames = {name: tracking.frame(map(tracking.entry, records)) for name, records in found.items()}
-    every = report.gather_all(params, root, found, frames)
+    every = report.gather_all(params, root, found)
     texts: tuple[tuple[str, tuple[str, str], Callable[[], str]], ...] = (
         ("README.md", readme.RESULTS, lambda: readme.block(every, params)),
         ("README.md", readme.MINUTES, lambda: readme.minutes(root)),

@@ -26,7 +26,7 @@ from pipelines.config import EXPORTS, ROOT, TEACHER, ConfigError, Params
 from pipelines.datasets.folder import DESCRIPTION
 from pipelines.reports import figures, network_table, panels, ranks
 from pipelines.reports.results import Results
-from pipelines.runs import budget, counts, exports, tracking
+from pipelines.runs import budget, counts, exports
 from pipelines.runs.confusion import summary
 from pipelines.runs.fingerprint import outdated
 from pipelines.runs.records import RECORD_FILES, Record
@@ -69,9 +69,8 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
             listed += check
         except ConfigError as error:  # a damaged file
             listed.append(str(error))
-    frames = {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
     try:
-        every = report.gather_all(params, root, found, frames)
+        every = report.gather_all(params, root, found)
     except ConfigError as error:  # a seed of two machines; of unequal budgets, it is in the list already
         return list(dict.fromkeys([*listed, str(error)]))
     try:
