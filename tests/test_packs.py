@@ -28,6 +28,7 @@ from pipelines.engine import pack as pack_module
 from pipelines.engine import train as train_module
 from pipelines.engine.pack import run_cell, run_pack
 from pipelines.method import Batch, Distiller
+from pipelines.networks import SegmentationNetwork
 from pipelines.runs import records
 from pipelines.runs.records import Cell
 
@@ -143,6 +144,24 @@ def test_two_students_and_a_longer_control_in_one_pack(place: Path, edit: Edit) 
     # counted, not measured: the teacher and what the loss keeps take their part
     memory = [single[own]["memory_peak_mb"] for own in (cells[4], cells[3])]
     assert 1 < memory[0] < memory[1] < 100
+
+
+def test_the_networks_of_a_pack_are_gone_when_the_next_one_trains(place: Path, edit: Edit) -> None:
+    """Else a process that trains one pack after another would grow by all of them."""
+    params, there = edit(settings(2)), list[int]()
+
+    def students(*_: object) -> None:
+        there.append(sum(isinstance(one, SegmentationNetwork) for one in gc.get_objects()))
+
+    gc.collect()
+    gc.disable()  # when it runs by itself is chance
+    try:
+        run_pack([cell(name) for name in ("none", "kd", "cwd")], params, place, students)
+        first = max(there)
+        run_pack([cell(name, seed=1) for name in ("none", "kd", "cwd")], params, place, students)
+    finally:
+        gc.enable()
+    assert there[-1] == first
 
 
 def test_cells_of_other_batches_are_no_pack(place: Path, edit: Edit) -> None:

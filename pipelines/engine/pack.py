@@ -10,6 +10,7 @@ import contextlib
 import csv
 import datetime
 import functools
+import gc
 import io
 import logging
 import shutil
@@ -289,6 +290,7 @@ def train_plans(
     failures: dict[Cell, Exception | None] = {planned.cell: None for planned in plans}
     if not plans:
         return failures
+    gc.collect()  # what the last pack of this process left is in cycles, about a gigabyte
     machine.set_up(params.suite, machine.cores() if plans[0].cell.is_teacher else None)
     ready: list[Prepared] = []
     for planned in plans:
