@@ -171,7 +171,7 @@ def packs(pair: str) -> None:
             student = SegmentationNetwork(planned.network, classes, True)
             method = planned.method(planned.config, tap_shapes(student, crop), tap_shapes(teacher, crop))
             state = states / str(number)  # of a slow step one is written
-            about = (str(number), student, method, planned.training, None, 0, state, "", lambda: 0.0)
+            about = (str(number), student, method, planned.training, None, 0, state, "", lambda _: 0.0)
             trainees.append(train.Trainee(*about))
 
         def tell(label: str, *_: object) -> None:

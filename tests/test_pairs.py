@@ -88,7 +88,7 @@ def trainee(key: str, pupil: str, teacher_shapes: Shapes, folder: Path) -> Train
         seed=0,
         state_file=folder / f"{key}.pt",
         mark="",
-        validate=lambda: 0.0,
+        validate=lambda _: 0.0,
     )
 
 

@@ -10,7 +10,6 @@ import contextlib
 import csv
 import datetime
 import functools
-import gc
 import io
 import logging
 import shutil
@@ -118,7 +117,6 @@ class Prepared:
     config: dict[str, Any]
     engine: int
     seconds: float  # of its preparation
-    evaluating: float = 0.0  # seconds
 
 
 def prepare(
@@ -156,7 +154,11 @@ def prepare(
         network, used.network if used else None, method, classes, planned.training, planned.recipe
     )
     sha256 = teacher.sha256 if teacher else None
-    prepared = Prepared(
+
+    def score(trainee: Trainee) -> float:
+        return summary(validate(trainee, shared), shared.classes)["miou"]
+
+    return Prepared(
         plan=planned,
         trainee=Trainee(
             label=cell.path,
@@ -167,18 +169,15 @@ def prepare(
             seed=cell.seed,
             state_file=cell.scratch(root) / "state.pt",
             mark=fingerprint(params, cell, shared.description.sha256, sha256),
-            validate=lambda: 0.0,
+            validate=score,
         ),
         cost=cost,
         teacher=used,
         teacher_sha256=sha256,
         config=settings(params, cell),
         engine=params.engine,
-        seconds=0.0,
+        seconds=time.perf_counter() - clock,
     )
-    prepared.trainee.validate = lambda: summary(validate(prepared, shared), shared.classes)["miou"]
-    prepared.seconds = time.perf_counter() - clock
-    return prepared
 
 
 def _unseen(params: Params, cell: Cell, classes: int) -> dict[str, tuple[int, int, int]]:
@@ -189,12 +188,13 @@ def _unseen(params: Params, cell: Cell, classes: int) -> dict[str, tuple[int, in
     return tap_shapes(network, params.benchmark(cell.benchmark).training.crop)
 
 
-def validate(prepared: Prepared, shared: Bench) -> np.ndarray:
+def validate(trainee: Trainee, shared: Bench) -> np.ndarray:
     """Counts (N, C, C) of the validation images."""
     start, description = time.perf_counter(), shared.description
-    network, training = prepared.trainee.student, prepared.plan.training
-    counts = evaluate(network, shared.val, len(shared.classes), description.ignore_index, training)
-    prepared.evaluating += time.perf_counter() - start
+    counts = evaluate(
+        trainee.student, shared.val, len(shared.classes), description.ignore_index, trainee.training
+    )
+    trainee.evaluating += time.perf_counter() - start
     return counts
 
 
@@ -290,7 +290,6 @@ def train_plans(
     failures: dict[Cell, Exception | None] = {planned.cell: None for planned in plans}
     if not plans:
         return failures
-    gc.collect()  # what the last pack of this process left is in cycles, about a gigabyte
     machine.set_up(params.suite, machine.cores() if plans[0].cell.is_teacher else None)
     ready: list[Prepared] = []
     for planned in plans:
@@ -395,7 +394,7 @@ class Circumstances:
 def _finish(prepared: Prepared, params: Params, shared: Bench, about: Circumstances) -> None:
     """Score a trained network, and write its record if all is still as it was when it began."""
     trainee, training, ignore = prepared.trainee, prepared.plan.training, shared.description.ignore_index
-    val = validate(prepared, shared)
+    val = validate(prepared.trainee, shared)
     trainee.history.rows[-1]["val_miou"] = summary(val, shared.classes)["miou"]
     start = time.perf_counter()
     test = data_folder.load(shared.folder, "test", shared.workers)
@@ -405,7 +404,7 @@ def _finish(prepared: Prepared, params: Params, shared: Bench, about: Circumstan
         "preparation": prepared.seconds,
         "training": sum(trainee.history.seconds),
         "step_median": float(np.median(trainee.history.seconds)),
-        "validation": prepared.evaluating,
+        "validation": prepared.trainee.evaluating,
         "test": time.perf_counter() - start,
     }
     _check_unchanged(prepared, params, about.root)

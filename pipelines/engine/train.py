@@ -64,11 +64,12 @@ class Trainee:
     seed: int
     state_file: Path
     mark: str  # the fingerprint of the cell, to which the resume state belongs
-    validate: Callable[[], float]  # mIoU in percent
+    validate: Callable[[Trainee], float]  # mIoU in percent
     history: History = field(default_factory=History)
     step: int = 0
     failure: Exception | None = None
     found: dict[str, Optimizer] = field(init=False)
+    evaluating: float = 0.0  # seconds
     sums: dict[str, float] = field(default_factory=dict)
     summed: int = 0
 
@@ -136,7 +137,7 @@ class Trainee:
         self.summed = 0
         self.history.rows.append(row)
         if due and not self.finished:
-            row["val_miou"] = self.validate()
+            row["val_miou"] = self.validate(self)
         return True
 
     def check_weights(self) -> None:

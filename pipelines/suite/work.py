@@ -151,7 +151,7 @@ def try_weights(
     shared, scores = bench(short, tuning.benchmark, root), dict[Cell, float | str]()
 
     def finish(prepared: Prepared) -> None:
-        score = summary(validate(prepared, shared), shared.classes)["miou"]
+        score = summary(validate(prepared.trainee, shared), shared.classes)["miou"]
         scores[prepared.plan.cell] = round(score, 4)
 
     teacher = teacher_of([*cells.values()], short, shared, root)

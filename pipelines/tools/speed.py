@@ -198,7 +198,7 @@ def row(
         0,
         data.parent / "state.pt",
         "",
-        lambda: 0.0,
+        lambda _: 0.0,
     )
     train([trainee], teacher, split, classes, ignore, lambda _: None)
     if trainee.failure is not None:
