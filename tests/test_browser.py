@@ -52,11 +52,14 @@ def opened(reported: Path, browser: Any, request: pytest.FixtureRequest) -> Iter
 
 
 def texts(page: Any, column: str) -> list[str]:
-    """What a column of the leaderboard shows, from top to bottom."""
+    """What a column of the leaderboard shows, from top to bottom; of a method, its name."""
     place = page.locator("#board-streets thead tr:first-child th").evaluate_all(
         "(heads, name) => heads.findIndex(head => head.classList.contains(name))", column
     )
-    return [row.strip() for row in page.locator(f"{VISIBLE} > :nth-child({place + 1})").all_inner_texts()]
+    return [
+        row.strip().split("\n")[0]
+        for row in page.locator(f"{VISIBLE} > :nth-child({place + 1})").all_inner_texts()
+    ]
 
 
 def comparison(root: Path) -> dict[str, dict[str, str]]:
@@ -85,6 +88,7 @@ def test_heads_sort_and_filters_choose_rows(opened: Any) -> None:
     assert sorted(texts(opened, "method")) == ["none", "none ×1.5", "none ×2"]
     opened.get_by_role("combobox", name="Family").select_option("features")
     assert texts(opened, "method") == ["at"]
+    assert opened.locator(f"{VISIBLE} th small").all_inner_texts() == ["features"]
     opened.get_by_role("combobox", name="Family").select_option("")
     opened.get_by_label("Search").first.fill("cwd")
     assert texts(opened, "method") == ["cwd"]
