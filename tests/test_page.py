@@ -75,6 +75,19 @@ def test_the_answer_admits_what_is_not_known(done: Path, tmp_path: Path) -> None
     assert one[0] == "Not known yet: one seed cannot say how far another would move a score."
     assert one[1].startswith("The highest gain is ") and one[2].startswith("The student alone scores ")
     assert len(one) == 3
+    single = replace(results, cells=results.cells[results.cells["seed"] == SEEDS[0]])
+    stand = single.standings(STUDENT, single.methods)
+    assert single.groups(STUDENT, single.methods) == {}
+    assert {(s.place, s.p, s.p_holm, s.p_max, s.gain.verdict, s.equal.verdict) for s in stand.values()} == {
+        ("", None, None, None, "", "")
+    }
+    cells = results.cells  # kd has one seed, the others have more
+    mixed = replace(results, cells=cells[(cells["method"] != "kd") | (cells["seed"] == SEEDS[0])])
+    text = page.answer(mixed, STUDENT)
+    assert "Not known, with one seed each: kd." in text
+    assert not any("kd" in sentence for sentence in text if sentence.startswith(("Yes", "No clear", "Worse")))
+    assert mixed.standings(STUDENT, mixed.methods)["kd"].place == ""
+    assert set(mixed.groups(STUDENT, mixed.methods)) == {"none", "cwd", "acfd-full"}
     params = make_params(controls=[], methods=["kd"], variants=[])
     make_record(teacher_cell(params, "streets"), tmp_path, params=params)
     for seed in SEEDS:

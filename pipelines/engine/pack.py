@@ -394,7 +394,7 @@ class Circumstances:
 def _finish(prepared: Prepared, params: Params, shared: Bench, about: Circumstances) -> None:
     """Score a trained network, and write its record if all is still as it was when it began."""
     trainee, training, ignore = prepared.trainee, prepared.plan.training, shared.description.ignore_index
-    val = validate(prepared.trainee, shared)
+    val = validate(trainee, shared)
     trainee.history.rows[-1]["val_miou"] = summary(val, shared.classes)["miou"]
     start = time.perf_counter()
     test = data_folder.load(shared.folder, "test", shared.workers)
@@ -404,7 +404,7 @@ def _finish(prepared: Prepared, params: Params, shared: Bench, about: Circumstan
         "preparation": prepared.seconds,
         "training": sum(trainee.history.seconds),
         "step_median": float(np.median(trainee.history.seconds)),
-        "validation": prepared.trainee.evaluating,
+        "validation": trainee.evaluating,
         "test": time.perf_counter() - start,
     }
     _check_unchanged(prepared, params, about.root)

@@ -310,7 +310,7 @@ def table(claims: Claims, verdicts: Mapping[str, Verdict]) -> Table:
         text.append(
             [
                 claim.id,
-                f"{claim.method}{name}",
+                f"{label(claim.method)}{name}",
                 where,
                 (claim.student or "student not stated") + teacher,
                 f"{_claimed_text(claim)} ({claim.source})",

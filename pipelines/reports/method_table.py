@@ -13,6 +13,10 @@ from pipelines.reports.results import label
 from pipelines.reports.tables import Table, number, render
 from pipelines.runs import counts
 
+PAPERS = {  # how a text names a paper, and where that is
+    r"arXiv\s(\d{4}\.\d{4,5})": r"https://arxiv.org/abs/\1",
+    r"doi\s(10\.[\w./-]*\w)": r"https://doi.org/\1",
+}
 MANY = 1024.0  # MB, from which on a cost is worth a look
 
 

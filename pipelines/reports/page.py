@@ -23,14 +23,14 @@ from markupsafe import Markup
 
 from pipelines import config, files
 from pipelines.config import PAPER, Params
-from pipelines.reports import claims, figures, method_table, panels, ranks, readme, statistics, svg, tables
+from pipelines.reports import claims, figures, method_table, panels, ranks, statistics, svg, tables
 from pipelines.reports.looks import looks
 from pipelines.reports.ranks import Ranks
-from pipelines.reports.results import FEWEST, RESAMPLES, SCORE, Gain, Results, Standing, variant
+from pipelines.reports.results import FEWEST, RESAMPLES, SCORE, Gain, Results, Standing, label, variant
 from pipelines.runs import counts, records
 
 FILE = "index.html"
-LINKS = readme.PAPERS | {  # what a text names, and where that is
+LINKS = method_table.PAPERS | {  # what a text names, and where that is
     r"(?<=compared at )([\w-]+/[\w.-]+), commits? ([0-9a-f]{7,})": r"https://github.com/\1/tree/\2",
     r"(?<!/)github\.com/([\w-]+/[\w.-]*\w)": r"https://github.com/\1",
     r"\b(?:baselines|acfd|pipelines)/[\w/]+\.(?:py|md)": r"../\g<0>",
@@ -100,10 +100,12 @@ def answer(results: Results, student: str) -> list[str]:
     found = [first]
     if worse:
         found.append(f"Worse than the student alone: {listed(worse)}.")
-    if rest := [m for m in known if m not in (*better, *worse)]:
+    if rest := [m for m in known if known[m].gain.verdict == "undecided"]:
         found.append(f"No clear difference from the student alone: {listed(rest)}.")
-    if any(s.equal.paired.n for s in known.values()):
-        lost = [m for m in known if not known[m].equal.paired.n]
+    if single := [m for m in known if known[m].gain.paired.n == 1]:
+        found.append(f"Not known, with one seed each: {listed(single)}.")
+    if any(s.equal.paired.n > 1 for s in known.values()):
+        lost = [m for m in known if known[m].equal.paired.n < 2]
         found.append(
             "At equal training compute, against the student alone trained longer, "
             + (f"{len(equal)} remain better: {listed(equal)}." if equal else "none is clearly better.")
@@ -111,7 +113,8 @@ def answer(results: Results, student: str) -> list[str]:
         )
     else:
         found.append(
-            "At equal training compute: not known, because the student alone has not been trained longer."
+            "At equal training compute: not known, because the student alone has not been trained longer "
+            "with two seeds or more."
         )
     found += [*longer, highest]
     found.append(
@@ -273,8 +276,8 @@ def _row(
         else Markup(svg.dots([*stand.scores.values()], mean, alone, scores, colour)),
         "gain": _drawn(row["diff_mean"], stand.gain, gains, colour),
         "equal": _drawn(row["equal_diff_mean"], stand.equal, gains, colour),
-        "verdict": "" if key == results.reference else stand.gain.verdict,
-        "equal_verdict": stand.equal.verdict if stand.equal.paired.n else "",
+        "verdict": stand.gain.verdict,
+        "equal_verdict": stand.equal.verdict,
         "over_seeds": stand.gain.over_seeds,
         "over_images": stand.gain.over_images,
         "equal_seeds": stand.equal.over_seeds,
@@ -338,7 +341,12 @@ def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, A
         elif claimed is not None:
             drawn = svg.claim(claimed, over)
         source = published.sources[row["source"]]
-        row |= {"why": texts["why"], "setting": texts["student from teacher"], "interval": interval}
+        row |= {
+            "method": label(row["method"]),
+            "why": texts["why"],
+            "setting": texts["student from teacher"],
+            "interval": interval,
+        }
         row |= {"drawn": Markup(drawn), "cite": _marked(source.cite), "where": _marked(source.where)}
     return {
         "rows": rows,

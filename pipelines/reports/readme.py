@@ -11,7 +11,7 @@ from typing import Any
 from pipelines import files
 from pipelines.config import OFFICIAL, PAPER, ROOT, ConfigError, Params
 from pipelines.reports import claims, tables
-from pipelines.reports.method_table import compares
+from pipelines.reports.method_table import PAPERS, compares
 from pipelines.reports.results import HEADLINE, Gain, Results
 from pipelines.reports.tables import between, escape_markdown
 from pipelines.runs import counts, journal
@@ -25,10 +25,6 @@ SPEED = ("<!-- speed:begin -->", "<!-- speed:end -->")
 BENCH = Path("runs") / "bench.json"  # by `make bench`
 FIGURE = "compute"
 ROWS = 8  # of the table in the README
-PAPERS = {  # what a text says of a paper, and where that is
-    r"arXiv\s(\d{4}\.\d{4,5})": r"https://arxiv.org/abs/\1",
-    r"doi\s(10\.[\w./-]*\w)": r"https://doi.org/\1",
-}
 
 
 def update(path: Path, markers: tuple[str, str], text: str) -> bool:

@@ -473,8 +473,8 @@ def _scores(results: Results, student: str, method: str, standing: Standing) -> 
             "equal_diff_mean": standing.equal.paired.mean,
             "equal_n": standing.equal.paired.n,
             "equal_why": standing.why,
-            "verdict": standing.gain.verdict if known else None,
-            "equal_verdict": standing.equal.verdict if standing.equal.paired.n else None,
+            "verdict": standing.gain.verdict,
+            "equal_verdict": standing.equal.verdict,
             "val_miou_mean": results.mean(student, method, "val/miou"),
             "best_val_miou_mean": results.mean(student, method, "best_val/miou"),
         }
