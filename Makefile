@@ -50,7 +50,7 @@ show: $(READY)  ## open the page of the reports
 	python -m webbrowser "file://$(CURDIR)/reports/index.html"
 
 smoke: $(READY)  ## the whole pipeline at a tiny size, in a temporary clone
-	python -m pytest -m smoke
+	python -m pytest -m smoke -n 2 --dist loadfile tests/test_end_to_end.py tests/test_extend.py
 
 torture: $(READY)  ## kills, clusters, damaged files, hostile input: many times each; figures to docs/reliability.md
 	ACFD_TORTURE=docs/reliability.md python -m pytest -n auto --maxprocesses 4 --dist worksteal -m torture

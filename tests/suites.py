@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from conftest import OFFLINE, ROOT, copy_repository, read_params, tiny, write_pa
 from pipelines import files
 from pipelines.runs.records import Cell
 
+STUDENT = "streets/pspnet-resnet18"  # of the suites
 TORTURE = bool(os.environ.get("ACFD_TORTURE"))
 KILLS = 12
 varied = pytest.mark.torture  # a short version runs with the other tests
@@ -94,6 +96,30 @@ def new_suite(folder: Path) -> Path:
     (root / "dvc.yaml").write_text(yaml.safe_dump(stages, sort_keys=False))
     git(root, "add", "-A")
     git(root, "commit", "-qm", "a tiny suite")
+    return root
+
+
+def finished_suite(folder: Path, *, exports: bool) -> Path:
+    """A clone where a tiny suite has run from nothing: none, its control, kd, acfd."""
+    root = copy_repository(folder)
+    (root / "dvc.lock").unlink(missing_ok=True)  # from nothing, without the committed records
+    for made in (root / "runs").iterdir():
+        if made.is_dir():
+            shutil.rmtree(made)
+    for made in (root / "reports").iterdir():
+        if made.is_dir():
+            shutil.rmtree(made)
+        elif made.suffix != ".yaml":
+            made.unlink()
+    raw = tiny(read_params(root))
+    raw["suite"] |= {"methods": ["none", "kd"], "controls": [1.5]}
+    write_params(root, raw)
+    if not exports:
+        drop_exports(root)
+    git(root, "add", "-A")
+    python(root, "-m", "pipelines.tools.readme")  # its results were those of the removed records
+    git(root, "commit", "-qam", "a tiny suite")
+    repro(root)
     return root
 
 
@@ -189,3 +215,44 @@ def processes_in(root: Path) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def python(root: Path, *arguments: str, status: int = 0) -> str:
+    """What a command of a clone says."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=root,
+        env=environment(root),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def due(root: Path) -> set[str]:
+    """The cells that `make repro` would train."""
+    script = (
+        "from pipelines import config; from pipelines.suite import plan; params = config.load()\n"
+        "for cell in plan.due(params, 'streets').cells: print('due', cell.path)"
+    )
+    return {line.split()[1] for line in python(root, "-c", script).splitlines()}
+
+
+def comparison(root: Path) -> dict[str, dict[str, str]]:
+    with (root / "reports" / "streets" / "comparison.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        assert (reader.fieldnames or [])[:5] == ["student", "method", "n", "miou_mean", "miou_sd"]
+        return {row["method"]: row for row in reader}
+
+
+def scores(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in (root / "runs").rglob("metrics.json")}
+
+
+def drop_exports(root: Path) -> None:
+    """They take longer than all the rest."""
+    stages = yaml.safe_load((root / "dvc.yaml").read_text())
+    stages["stages"].pop("export", None)
+    (root / "dvc.yaml").write_text(yaml.safe_dump(stages, sort_keys=False))

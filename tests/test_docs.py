@@ -41,7 +41,7 @@ ELSEWHERE = {
         "tests/test_suite.py: def test_a_cluster_that_is_not_there_is_one_sentence"
     ),
     r"dvc (remote add|push|pull).*": (
-        "tests/test_end_to_end.py: def test_a_clone_gets_a_student_from_the_remote"
+        "tests/test_extend.py: def test_a_clone_gets_a_student_from_the_remote"
     ),
     r"python -m pipelines.stages.fetch_weights .*": "tests/test_weights.py: def test_a_file_is_fetched_once",
 }

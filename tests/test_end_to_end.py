@@ -1,5 +1,5 @@
-"""The whole pipeline at a tiny size in a temporary clone: `make repro`, tables, MLflow, nothing twice, every
-method; then what somebody else does with it: a clone with a method of their own, weights from a remote."""
+"""The whole pipeline at a tiny size in a temporary clone: `make repro`, tables, MLflow, nothing twice, what
+an edit makes due, and the commands of the docs."""
 
 from __future__ import annotations
 
@@ -15,83 +15,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
-from conftest import ROOT, copy_repository, read_params, tiny, write_params
+from conftest import read_params, write_params
 from PIL import Image
-from suites import ATTEMPTS, RUN_CELL, change, environment, git, repro, run_dvc, weights
+from suites import (
+    ATTEMPTS,
+    RUN_CELL,
+    STUDENT,
+    change,
+    comparison,
+    due,
+    environment,
+    finished_suite,
+    python,
+    repro,
+    run_dvc,
+    weights,
+)
 from test_docs import ELSEWHERE, PAGES, own_data, shell
 
 from pipelines.reports import figures, tables
 
 pytestmark = pytest.mark.smoke
 
-# the method that the README adds
-NEW = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
 OWN = own_data()
-STUDENT = "streets/pspnet-resnet18"
-
-
-def python(root: Path, *arguments: str, status: int = 0) -> str:
-    """What a command of a clone says."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=root,
-        env=environment(root),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-def due(root: Path) -> set[str]:
-    """The cells that `make repro` would train."""
-    script = (
-        "from pipelines import config; from pipelines.suite import plan; params = config.load()\n"
-        "for cell in plan.due(params, 'streets').cells: print('due', cell.path)"
-    )
-    return {line.split()[1] for line in python(root, "-c", script).splitlines()}
-
-
-def comparison(root: Path) -> dict[str, dict[str, str]]:
-    with (root / "reports" / "streets" / "comparison.csv").open(newline="") as file:
-        reader = csv.DictReader(file)
-        assert (reader.fieldnames or [])[:5] == ["student", "method", "n", "miou_mean", "miou_sd"]
-        return {row["method"]: row for row in reader}
-
-
-def scores(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in (root / "runs").rglob("metrics.json")}
-
-
-def drop_exports(root: Path) -> None:
-    """They take longer than all the rest."""
-    stages = yaml.safe_load((root / "dvc.yaml").read_text())
-    stages["stages"].pop("export", None)
-    (root / "dvc.yaml").write_text(yaml.safe_dump(stages, sort_keys=False))
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = copy_repository(tmp_path_factory.mktemp("clone"))
-    (root / "dvc.lock").unlink(missing_ok=True)  # from nothing, without the committed records
-    for made in (root / "runs").iterdir():
-        if made.is_dir():
-            shutil.rmtree(made)
-    for made in (root / "reports").iterdir():
-        if made.is_dir():
-            shutil.rmtree(made)
-        elif made.suffix != ".yaml":
-            made.unlink()
-    raw = tiny(read_params(root))
-    raw["suite"] |= {"methods": ["none", "kd"], "controls": [1.5]}
-    write_params(root, raw)
-    git(root, "add", "-A")
-    python(root, "-m", "pipelines.tools.readme")  # its results were those of the removed records
-    git(root, "commit", "-qam", "a tiny suite")
-    repro(root)
-    return root
+    return finished_suite(tmp_path_factory.mktemp("clone"), exports=True)
 
 
 def test_one_command_makes_cells_tables_and_figures(clone: Path) -> None:
@@ -183,78 +134,6 @@ def test_edits_make_exactly_their_cells_due(clone: Path) -> None:
     raw["engine"] -= 1
     write_params(clone, raw)
     assert due(clone) == set()
-
-
-@pytest.fixture(scope="module")
-def published(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the maintainer commits and pushes: records, the teacher; a remote of DVC."""
-    drop_exports(clone)
-    store = tmp_path_factory.mktemp("store")
-    python(clone, "-m", "pipelines.tools.keep", "--benchmark", "streets")
-    assert run_dvc(clone, "remote", "add", "-d", "store", str(store)).returncode == 0
-    assert run_dvc(clone, "push", "-q").returncode == 0
-    ignored = (clone / ".gitignore").read_text()  # these records are worth citing
-    ignored = ignored.replace("/runs/streets/\n", "").replace("/reports/streets/\n", "")
-    (clone / ".gitignore").write_text(ignored)
-    git(clone, "add", "-A")
-    git(clone, "commit", "-qm", "records")
-    return clone
-
-
-def test_a_clone_trains_a_new_method_and_nothing_else(published: Path, tmp_path: Path) -> None:
-    root = tmp_path / "other"
-    git(tmp_path, "clone", "-q", str(published), str(root))
-    assert not (root / "data").exists() and not list((root / "runs").rglob("weights.safetensors"))
-    assert due(root) == set()
-    before = scores(root)
-    assert "done in" not in repro(root) and not (root / "data").exists()
-
-    (root / "baselines" / "mse.py").write_text(NEW)
-    change(root, lambda raw: raw["methods"].update(mse={"weight": 0.1}))
-    change(root, lambda raw: raw["suite"].update(methods=[*raw["suite"]["methods"], "mse"]))
-    assert due(root) == {f"{STUDENT}/mse/0"}
-    text = repro(root)
-    assert re.findall(r"streets: (\S+) done in", text) == [f"{STUDENT}/mse/0"]
-    assert scores(root).keys() - before.keys() == {f"runs/{STUDENT}/mse/0/metrics.json"}
-    assert before.items() < scores(root).items()
-    old, new = comparison(published), comparison(root)
-    assert new["mse"]["status"] == "complete" and new["mse"]["n"] == "1"
-    assert {name: row["miou_mean"] for name, row in old.items()} == {
-        name: row["miou_mean"] for name, row in new.items() if name != "mse"
-    }
-
-    change(root, lambda raw: raw["methods"].pop("mse"))
-    change(root, lambda raw: raw["suite"]["methods"].remove("mse"))
-    repro(root)
-    assert "mse" not in comparison(root)  # its folder is still there, its row is not
-
-
-def test_a_clone_gets_a_student_from_the_remote(published: Path, tmp_path: Path) -> None:
-    root, weights = tmp_path / "other", f"runs/{STUDENT}/kd/0/weights.safetensors"
-    git(tmp_path, "clone", "-q", str(published), str(root))
-    done = run_dvc(root, "pull", "-q", weights)
-    assert done.returncode == 0, done.stderr
-    assert (root / weights).read_bytes() == (published / weights).read_bytes()
-    (root / "own").mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)).save(root / "own/a.png")
-    command = ("-m", "pipelines.tools.predict", "--weights", weights, "--images", "own", "--output", "out")
-    python(root, *command)
-    assert list((root / "out").glob("a*.png")) and not (root / "data").exists()
-    assert due(root) == set()
-
-
-def test_every_method_of_params_yaml_runs(clone: Path) -> None:
-    """In one run, without the exports."""
-    drop_exports(clone)
-    change(clone, lambda raw: raw["suite"].update(methods=list(raw["methods"]), official=["kd"]))
-    before = scores(clone)
-    repro(clone)
-    assert before.items() < scores(clone).items()
-    rows = comparison(clone)
-    methods = [key for key in read_params(clone)["methods"] if key != "none"]
-    assert {*methods, "kd (official weight)"} <= set(rows)
-    assert {rows[name]["status"] for name in (*methods, "kd (official weight)")} == {"complete"}
-    assert due(clone) == set() and not json.loads(run_dvc(clone, "status", "--json").stdout)
 
 
 def test_the_blocks_of_shell_in_the_docs_run(clone: Path) -> None:
