@@ -12,12 +12,12 @@ student and teacher, and r(a, b) = <a - mean a, b - mean b> / (||a - mean a|| * 
 which stands in the authors' training loop alone (with weight 0.4). Where student or teacher has no such head,
 the term is left out, and the record says so.
 
-Images are coupled: ``intra`` sees all images of a step; the authors' processes see 2 each. Unlabelled and
-padded pixels take part, as in theirs. Unequal sizes are brought to the smaller one by average pooling of the
-logits. mmrazor's port correlates over the batch dimension of a map; that is another loss.
+Reduction: means, so that the weights (1 and 0.4, with beta = gamma = 1) need no conversion. Unlabelled and
+padded pixels take part, as in theirs. There is no KD term in theirs.
 
-Reduction: means, so that the weights (1 and 0.4, with beta = gamma = 1) need no conversion. There is no KD
-term in theirs.
+Differences from the authors' code: images are coupled, ``intra`` sees all images of a step, where the
+authors' processes see 2 each; unequal sizes are brought to the smaller one by average pooling of the logits.
+mmrazor's port correlates over the batch dimension of a map; that is another loss.
 """
 
 from __future__ import annotations

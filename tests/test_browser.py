@@ -74,8 +74,8 @@ def test_the_page_shows_what_the_table_says(opened: Any, reported: Path) -> None
         name: f"{float(row['miou_mean']):.2f} ± {float(row['miou_sd']):.2f}" for name, row in rows.items()
     }
     first = opened.locator(".answer .first").inner_text()
-    assert first.startswith(("Yes, at equal steps, for ", "Not shown: none of 4 methods"))
-    assert "Exploratory: n = 2" in opened.locator(".answer").inner_text()
+    assert first.startswith(("Yes, at equal steps, for ", "Not shown: no method of 4"))
+    assert "Exploratory: with 2 seeds" in opened.locator(".answer").inner_text()
 
 
 def test_heads_sort_and_filters_choose_rows(opened: Any) -> None:
@@ -121,8 +121,8 @@ def test_a_method_opens_by_mouse_and_by_keyboard(opened: Any) -> None:
     opened.keyboard.press("Enter")
     assert method.is_visible()
     opened.keyboard.press("Escape")
-    opened.get_by_role("button", name="What is Group?").click()
-    assert "differ clearly" in opened.locator("#board-streets-group").inner_text()
+    opened.get_by_role("button", name="What is Rank?").click()
+    assert "differ clearly" in opened.locator("#board-streets-rank").inner_text()
 
 
 def test_panels_switch(opened: Any) -> None:

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -23,6 +24,7 @@ from pipelines.config import Benchmark, ConfigError, Network, Params
 from pipelines.reports import claims
 from pipelines.reports.claims import Claims, Verdict
 from pipelines.reports.results import Results
+from pipelines.reports.statistics import ImageBootstrap
 
 STUDENT = "small"
 BENCHMARK = "roads"
@@ -132,7 +134,7 @@ def results(
         for method, values in {"none": [0.0] * 4, **(gains or {})}.items()
         for seed, gain in enumerate(values)
     ]
-    return Results(
+    found = Results(
         benchmark=name,
         students=[student],
         reference="none",
@@ -143,11 +145,23 @@ def results(
         weights={},
         cells=pd.DataFrame(rows),
     )
+    return on_images(found)
+
+
+def on_images(found: Results, spread: float = 0.0) -> Results:
+    """With resamples of test images, on which a gain varies by so many points."""
+    shift = spread * np.linspace(-1, 1, 201)
+    scores = {
+        (row["method"], row["seed"]): row["test/miou"] + (row["method"] != "none") * shift
+        for row in found.cells.to_dict("records")
+    }
+    found.__dict__["bootstraps"] = {student: ImageBootstrap(scores) for student in found.students}
+    return found
 
 
 def without(found: Results, method: str, *seeds: int) -> Results:
     gone = (found.cells["method"] == method) & found.cells["seed"].isin(seeds)
-    return replace(found, cells=found.cells[~gone])
+    return on_images(replace(found, cells=found.cells[~gone]))
 
 
 def judge(
@@ -243,7 +257,7 @@ def test_without_cells_a_comparable_claim_is_not_run(tmp_path: Path) -> None:
         assert verdict.reasons == ["no seed with finished cells of both kd and none"]
     paired = judge(tmp_path, without(full, "none", 0))
     assert paired.measured is not None
-    assert paired.measured.by_seed == pytest.approx({1: 2.1, 2: 2.5, 3: 2.1})
+    assert paired.measured.gain.paired.by_seed == pytest.approx({1: 2.1, 2: 2.5, 3: 2.1})
 
 
 @pytest.mark.parametrize(
@@ -457,6 +471,13 @@ def test_directions_hold_the_published_range_and_the_measured_word(tmp_path: Pat
     assert shown[4][1] == "+5.79 (unit not stated)"
 
 
+def test_a_gain_that_hangs_on_the_test_images_is_not_decided(tmp_path: Path) -> None:
+    found = results({"kd": AROUND})
+    assert judge(tmp_path, found).word == "reproduced"
+    verdict = judge(tmp_path, on_images(found, spread=5.0))
+    assert verdict.word == "not reproduced" and "the interval over images holds 0" in verdict.reasons[0]
+
+
 def test_sentences_count_the_verdicts_and_name_what_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -467,25 +488,27 @@ def test_sentences_count_the_verdicts_and_name_what_is_seen(
         "stated; the column why gives the reason."
     )
     assert claims.sentences(found, claims.judge_all(found, every, params), every, params) == [
-        "Of 5 published gains by the methods of this suite: 1 reproduced, 2 not reproduced, "
-        "2 not comparable, 0 not run. " + reason,
-        "acfd's +5.79 (unit not stated): not comparable (data set not stated; unit of the gain not stated).",
+        "Of 5 published results of the methods of this suite (5 of them state a gain): 1 reproduced, "
+        "2 not reproduced, 2 not comparable, 0 not run. " + reason,
+        "acfd's +5.79 (unit not stated) can be neither confirmed nor refuted here (data set not stated; unit "
+        "of the gain not stated). The suite's reading of acfd, on roads, small: +1.00 (n = 1).",
         "acfd's unchanged inference cost: reproduced (it holds by construction, as adapters are dropped: "
         "equal on roads, small: 12,000,000 parameters, 3,000,000,000 FLOPs).",
-        "A gain over none, as published, is seen here, by the interval over seeds alone and at equal steps, "
-        "for kd on roads, small: +2.10 (+1.58 to +2.62, n = 4).",
-        "No gain over none is shown here for skd on roads, small: +2.00 (-2.68 to +6.68, n = 4), undecided; "
-        "acfd on roads, small: +1.00 (n = 1), undecided.",
+        "A clear gain over the student alone is seen here, at equal steps, for kd on roads, "
+        "small: +2.10 (+1.58 to +2.62, n = 4).",
+        "No clear gain over the student alone is seen here for skd on roads, small: +2.00 "
+        "(-2.68 to +6.68, n = 4), undecided; acfd on roads, small: +1.00 (n = 1), undecided.",
     ]
     monkeypatch.setattr(claims, "MOST", 2)  # cases that are listed one by one
     assert claims.sentences(found, claims.judge_all(found, every, params), every, params)[3:] == [
-        "Of the methods with a published gain, one over none is seen here in 1 of 3 cases (method, "
-        "benchmark, student), by the interval over seeds at equal steps; claims.md lists them."
+        "Of the methods with a published gain, a clear one over the student alone is seen here in 1 of 3 "
+        "cases (method, benchmark, student), at equal steps; claims.md lists them."
     ]
     assert claims.sentences(found, claims.judge_all(found, [], params), [], params) == [
-        "Of 5 published gains by the methods of this suite: 0 reproduced, 0 not reproduced, "
-        "2 not comparable, 3 not run. " + reason,
-        "acfd's +5.79 (unit not stated): not comparable (data set not stated; unit of the gain not stated).",
+        "Of 5 published results of the methods of this suite (5 of them state a gain): 0 reproduced, "
+        "0 not reproduced, 2 not comparable, 3 not run. " + reason,
+        "acfd's +5.79 (unit not stated) can be neither confirmed nor refuted here (data set not stated; unit "
+        "of the gain not stated).",
         "acfd's unchanged inference cost: not run (no finished cells of both acfd-full and none).",
         "None of these methods has been measured here yet.",
     ]

@@ -145,6 +145,7 @@ def make_record(
         "teacher": {"sha256": "f" * 64, "val_miou": 70.0, "test_miou": 60.0} if distils else None,
         "weights_sha256": ("f" if cell.is_teacher else "e") * 64,
         "fingerprint": fingerprint(params, cell, "d" * 64, "f" * 64),
+        "left_out": [],
         "started": "2025-01-02T03:04:05+00:00",
         "seconds": {
             "wall": 3000 * step,  # of a pack of ten
@@ -353,12 +354,14 @@ def test_comparison_holds_both_uncertainties(done: Path) -> None:
         assert float(row(done, name)["p_holm"]) == pytest.approx(wanted)
     assert {row(done, "none")[key] for key in ("p", "p_holm", "over_seeds_low", "over_images_low")} == {""}
     controls = [row(done, name) for name in ("none ×1.5", "none ×2")]  # no methods: shown, not tested
-    assert {line[key] for line in controls for key in ("p", "p_holm", "p_max_t", "near_best")} == {""}
+    assert {line[key] for line in controls for key in ("p", "p_holm", "p_max_t", "rank_low")} == {""}
     assert all(float(line["over_seeds_low"]) < float(line["diff_mean"]) for line in controls)
     for name in p:
         assert p[name] <= float(row(done, name)["p_max_t"]) <= float(row(done, name)["p_holm"])
-    marks = {name: row(done, name)["near_best"] for name in ("none", "cwd", "acfd")}
-    assert sorted(marks.values()) == ["", "best", "≈"] and marks["none"] == ""
+    for name in ("none", "kd", "cwd", "acfd"):
+        low, high = (int(row(done, name)[f"rank_{end}"]) for end in ("low", "high"))
+        above = [m for m in p if name == "none" and row(done, m)["verdict"] == "gain"]
+        assert 1 + len(above) <= low <= high <= 4
 
 
 def test_comparison_holds_the_training_compute(done: Path) -> None:
@@ -442,11 +445,10 @@ def test_official_weights_stand_beside_their_method_and_are_not_tested(done: Pat
     assert names == ["none", "none ×1.5", "none ×2", "kd", "kd (official weight)", "cwd", "acfd"]
     found = row(tmp_path, "kd (official weight)")
     assert found["status"] == "complete" and float(found["equal_over_seeds_low"]) > 0
-    assert {found[key] for key in ("p", "p_holm", "p_max_t", "near_best")} == {""}
-    for name, line in before.items():  # the family is the same, and so is the best
-        assert {key: row(tmp_path, name)[key] for key in ("p_holm", "p_max_t", "near_best")} == {
-            key: line[key] for key in ("p_holm", "p_max_t", "near_best")
-        }
+    assert {found[key] for key in ("p", "p_holm", "p_max_t", "rank_low")} == {""}
+    for name, line in before.items():  # the family is the same, and so are the ranks
+        kept = ("p_holm", "p_max_t", "rank_low", "rank_high")
+        assert {key: row(tmp_path, name)[key] for key in kept} == {key: line[key] for key in kept}
     assert "not tuned" not in (tmp_path / "reports/streets/comparison.md").read_text(encoding="utf-8")
 
 
@@ -513,8 +515,8 @@ def test_significance_is_said_after_holm_and_whether_it_could_be_reached(done: P
     methods = ["none", "none-x1.5", "cwd", "acfd-full"]
     text = tables.significance(results, STUDENT, methods) or ""
     assert text == (
-        "sign-flip tests of 2 methods, n = 3: nothing below 0.05 by Holm (it could reach 0.5: n = 7 is "
-        "needed), nothing below 0.05 by max-T (it could reach 0.25)"
+        "sign-flip tests of 2 methods, n = 3: nothing below 0.05 by Holm (smallest possible: 0.5; n = 7 "
+        "is needed), nothing below 0.05 by max-T (smallest possible: 0.25)"
     )
     assert tables.significance(results, STUDENT, ["none"]) is None
     cells = results.cells[results.cells["seed"] == 0]
@@ -522,8 +524,8 @@ def test_significance_is_said_after_holm_and_whether_it_could_be_reached(done: P
     more.loc[more["method"] == "cwd", SCORE] += 5 + more["seed"]
     text = tables.significance(replace(results, cells=more), STUDENT, ["none", "cwd"]) or ""
     assert text == (
-        "sign-flip tests of 1 method, n = 8: cwd below 0.05 by Holm (it could reach 0.0078), cwd below 0.05 "
-        "by max-T (it could reach 0.0078)"
+        "sign-flip tests of 1 method, n = 8: cwd below 0.05 by Holm (smallest possible: 0.0078), cwd below "
+        "0.05 by max-T (smallest possible: 0.0078)"
     )
     assert "sign-flip tests of 3 methods" in (done / "reports/streets/comparison.md").read_text()
 
@@ -941,17 +943,21 @@ def test_sentences_follow_the_scores(tmp_path: Path) -> None:
     results = read(root, params)
     text = " ".join(page.answer(results, STUDENT))
     assert text.startswith("Yes, at equal steps, for 1 of 3 methods: kd. Worse than the student alone: cwd.")
-    assert "No clear difference from the student alone: acfd." in text and "1 remain better: kd." in text
+    assert (
+        "No clear difference from the student alone: acfd." in text
+        and "student alone trained longer, better: kd; worse: acfd and cwd." in text
+    )
     assert "(max-T, 5 %), 1 of 3 is better: kd." in text
     assert "Exploratory" not in text
     tests = tables.significance(results, STUDENT, results.methods)
-    assert "n = 6: nothing below 0.05 by Holm (it could reach 0.094: n = 7 is needed)" in tests
-    assert "kd, cwd below 0.05 by max-T (it could reach 0.031)" in tests
+    assert "n = 6: nothing below 0.05 by Holm (smallest possible: 0.094; n = 7 is needed)" in tests
+    assert "kd, cwd below 0.05 by max-T (smallest possible: 0.031)" in tests
     assert tables.power(6) == "n = 6: the smallest p that a sign-flip test can reach is 0.031"
     kd, cwd, paper = (results.standings(STUDENT, results.methods)[m] for m in ("kd", "cwd", "acfd-full"))
     assert [s.gain.verdict for s in (kd, cwd, paper)] == ["gain", "loss", "undecided"]
     assert [s.equal.verdict for s in (kd, cwd, paper)] == ["gain", "loss", "loss"]
-    assert kd.place == "best" and not cwd.place and not paper.place  # all others are behind it
+    alone = results.standings(STUDENT, results.methods)["none"]
+    assert (kd.rank, cwd.rank) == ((1, 1), (4, 4)) and paper.rank == alone.rank == (2, 3)
 
 
 def test_classes_that_nobody_learns_are_a_warning(done: Path) -> None:

@@ -127,8 +127,8 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
         lines += [
             "",
             f"{'All GPU hours' if whole else f'The hours of {listed}'} are **estimates**, from "
-            f"counted operations at {rate / 1e12:.3g} TFLOP/s ({source}). On two CPU cores `streets` takes "
-            "minutes and `camvid-half` hours.",
+            f"counted operations at {rate / 1e12:.3g} TFLOP/s ({source}). `streets` is for two CPU cores "
+            "and takes minutes; so is `camvid-half`, which takes hours.",
         ]
     return "\n".join(lines)
 

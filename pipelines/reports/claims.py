@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pipelines import config, files
 from pipelines.config import PAPER, ROOT, ConfigError, Key, Model, Network, Params, Positive, Size
 from pipelines.reports import statistics
-from pipelines.reports.results import HEADLINE, SCORE, Results, label
+from pipelines.reports.results import HEADLINE, SCORE, Gain, Results, label
 from pipelines.reports.tables import Table, escape_markdown
 from pipelines.runs import exports
 
@@ -43,8 +43,9 @@ RULE = [
     "differences named are those of the benchmark that was measured, else of the closest one.",
     f"**{NOT_RUN}**: a benchmark of params.yaml is comparable, but there is no seed for which both the "
     "method and the student alone have finished.",
-    f"**{REPRODUCED}**: the 95 % t-interval of the gain over the student alone, paired by seed, lies "
-    "above 0 and its upper end reaches the claimed gain (for a claimed loss: below 0, and the lower end).",
+    f"**{REPRODUCED}**: the gain over the student alone, paired by seed, is clear (its 95 % intervals over "
+    "seeds and over images both lie above 0), and the upper end of the one over seeds reaches the claimed "
+    "gain (for a claimed loss: below 0, and the lower end).",
     f"**{NOT_REPRODUCED}**: every other outcome, fewer than two seeds included.",
     f"A claim of unchanged inference cost is **{REPRODUCED}** if the exported students of the method and the "
     "student alone have equal numbers of parameters and FLOPs in all finished cells.",
@@ -141,26 +142,25 @@ class Measured:
 
     benchmark: str
     student: str
-    by_seed: dict[int, float]
+    gain: Gain
 
     @property
     def n(self) -> int:
-        return len(self.by_seed)
+        return self.gain.paired.n
 
     @property
     def mean(self) -> float:
-        return sum(self.by_seed.values()) / self.n
+        return self.gain.paired.mean or 0.0
 
     @property
     def interval(self) -> statistics.Interval | None:
-        return statistics.t_interval(list(self.by_seed.values()))
+        """Over seeds."""
+        return self.gain.over_seeds
 
     @property
     def direction(self) -> str:
-        """``gain`` or ``loss`` where the interval leaves 0 out, else ``undecided``."""
-        if self.interval is None or not self.interval.excludes_zero:
-            return UNDECIDED
-        return GAIN if self.interval.low > 0 else LOSS
+        """``gain`` or ``loss`` where it is clear, else ``undecided``."""
+        return self.gain.verdict or UNDECIDED
 
 
 @dataclass(frozen=True)
@@ -387,7 +387,7 @@ def directions(claims: Claims, every: Sequence[Results]) -> Table:
         "here",
     ]
     notes = [
-        f"here: {GAIN} if the interval lies above 0, {LOSS} if below, {UNDECIDED} if it holds 0 or n < 2.",
+        f"here: {GAIN} or {LOSS} if the intervals over seeds and over images leave 0 out, else {UNDECIDED}.",
         "published gain: lowest to highest over all data sets, networks and schedules of the claims.",
     ]
     return Table("directions", "directions", pd.DataFrame(data, dtype=object), columns, text, notes)
@@ -397,39 +397,54 @@ def sentences(
     claims: Claims, verdicts: Mapping[str, Verdict], every: Sequence[Results], params: Params
 ) -> list[str]:
     """The outcome in a few plain sentences, without Markdown; the claims of the paper itself one by one."""
-    words = [verdicts[claim.id].word for claim in claims.claims if claim.kind == "gain"]
+    gains = [claim for claim in claims.claims if claim.kind == "gain"]
+    words, stated = [verdicts[c.id].word for c in gains], sum(c.claimed is not None for c in gains)
     counts = [f"{words.count(word)} {word}" for word in VERDICTS]
     found = [
-        f"Of {len(words)} published gains by the methods of this suite: {', '.join(counts)}. "
-        f'"{NOT_COMPARABLE}" says that the published setting differs from every benchmark here or is not '
-        "fully stated; the column why gives the reason."
+        f"Of {len(words)} published results of the methods of this suite ({stated} of them state a gain): "
+        f'{", ".join(counts)}. "{NOT_COMPARABLE}" says that the published setting differs from every '
+        "benchmark here or is not fully stated; the column why gives the reason."
     ]
-    for claim in claims.claims:
-        if claim.method == HEADLINE:
-            verdict = verdicts[claim.id]
-            reasons = "; ".join(verdict.reasons)
-            if (claim.kind, verdict.word) == ("cost", REPRODUCED):
-                reasons = f"it holds by construction, as adapters are dropped: {reasons}"
-            found.append(f"{PAPER}'s {_claimed_text(claim)}: {verdict.word} ({reasons}).")
+    found += [_of_the_paper(c, verdicts[c.id]) for c in claims.claims if c.method == HEADLINE]
     measured = [item for item in _directions(claims, every) if item.measured is not None]
     seen = [item for item in measured if item.word == GAIN]
     unseen = [item for item in measured if item.word != GAIN]
     if len(measured) > MOST:
         found.append(
-            f"Of the methods with a published gain, one over {params.suite.reference} is seen here in "
-            f"{len(seen)} of {len(measured)} cases (method, benchmark, student), by the interval over seeds "
-            "at equal steps; claims.md lists them."
+            f"Of the methods with a published gain, a clear one over the student alone is seen here in "
+            f"{len(seen)} of {len(measured)} cases (method, benchmark, student), at equal steps; claims.md "
+            "lists them."
         )
     elif seen:
         found.append(
-            f"A gain over {params.suite.reference}, as published, is seen here, by the interval over seeds "
-            f"alone and at equal steps, for {_listed(seen)}."
+            f"A clear gain over the student alone is seen here, at equal steps, for {_listed(seen)}."
         )
     if unseen and len(measured) <= MOST:
-        found.append(f"No gain over {params.suite.reference} is shown here for {_listed(unseen)}.")
+        found.append(f"No clear gain over the student alone is seen here for {_listed(unseen)}.")
     if not measured:
         found.append("None of these methods has been measured here yet.")
     return found
+
+
+def _of_the_paper(claim: Claim, verdict: Verdict) -> str:
+    """What became of a claim of the paper itself."""
+    what, reasons, measured = _claimed_text(claim), "; ".join(verdict.reasons), verdict.measured
+    if (claim.kind, verdict.word) == ("cost", REPRODUCED):
+        reasons = f"it holds by construction, as adapters are dropped: {reasons}"
+    if verdict.word != NOT_COMPARABLE:
+        return f"{PAPER}'s {what}: {verdict.word} ({reasons})."
+    here = (
+        f" The suite's reading of {PAPER}, on {_place(measured)}: {_measured_text(measured)}."
+        if measured
+        else ""
+    )
+    return f"{PAPER}'s {what} can be neither confirmed nor refuted here ({reasons}).{here}"
+
+
+def paper(claims: Claims, every: Sequence[Results], params: Params) -> str:
+    """What became of the gain that the paper claims, in a sentence."""
+    own = [c for c in claims.claims if c.method == HEADLINE and c.kind == "gain"]
+    return " ".join(_of_the_paper(claim, judge(claim, claims, every, params)) for claim in own)
 
 
 def write(claims: Claims, every: Sequence[Results], params: Params, folder: Path) -> None:
@@ -509,6 +524,8 @@ def _outcome(measured: Measured, claimed: float) -> tuple[str, str]:
     if interval is None:
         return NOT_REPRODUCED, "not decided: only one seed"
     text = f"{interval.low:+.2f} to {interval.high:+.2f}"
+    if interval.excludes_zero and measured.direction == UNDECIDED:
+        return NOT_REPRODUCED, f"not decided: {text} over seeds, but the interval over images holds 0"
     if not interval.excludes_zero:
         if interval.contains(claimed):
             return NOT_REPRODUCED, f"not decided with n = {measured.n}: {text} holds 0 and the claim"
@@ -600,8 +617,8 @@ def _measurements(method: str, every: Iterable[Results]) -> list[Measured]:
     found = []
     for results in every:
         for student in results.students:
-            if by_seed := results.paired(student, method).by_seed:
-                found.append(Measured(results.benchmark, student, by_seed))
+            if (gain := results.gain(student, method)).paired.n:
+                found.append(Measured(results.benchmark, student, gain))
     return found
 
 

@@ -107,7 +107,7 @@ def scores(results: Results) -> Figure:
         axis.set_ylim(len(methods) - 0.4, -0.6)
         axis.grid(visible=False, axis="y")
         above = "" if teacher is None else f" (teacher: {teacher:.1f})"
-        axis.set(xlabel="test mIoU (%)", title=f"{student}{above}")
+        axis.set(xlabel="test mIoU (%)", title=f"{student}: every seed{above}")
     return figure
 
 
@@ -153,7 +153,7 @@ def per_class(results: Results) -> Figure:
         axis.tick_params(length=0)
         axis.tick_params(axis="y", rotation=0)
         axis.set_xticks(axis.get_xticks(), names, rotation=40, ha="right", rotation_mode="anchor")
-        axis.set_title(student)
+        axis.set_title(f"{student}: gain by class")
     return figure
 
 
@@ -180,8 +180,12 @@ def compute(results: Results) -> Figure:
             axis.scatter(x, y, s=64, color=own.colour, marker=marker, edgecolor="white", zorder=3)
         axis.axhline(0, color="0.8", linewidth=1, zorder=1)
         axis.set_xlim(left=0.9 if points else 0)
-        axis.set(xlabel=f"training compute (× {results.reference})", title=student)
-        _margin_labels(axis, {_name(results, key): point for key, point in points.items()}, size[1])
+        axis.set(
+            xlabel=f"FLOPs of the training (× {results.reference})", title=f"{student}: gain and its cost"
+        )
+        names = {key: _name(results, key) for key in points}
+        lines = {names[key]: look[key].colour for key in points}
+        _margin_labels(axis, {names[key]: point for key, point in points.items()}, lines, size[1])
     axes[0].set_ylabel(f"gain over {results.reference} (points of test mIoU)")
     return figure
 
@@ -243,9 +247,9 @@ def _say_compute(results: Results, student: str) -> str:
     ]
     outside = ", ".join(results.label(m) for m in rivals if m not in inside)
     return (
-        f"{student}: {len(over)} of {len(inside)} methods {'lies' if len(over) == 1 else 'lie'} above the "
-        "dotted curve, which is the student alone trained longer; the others gain less than their compute "
-        "would buy without a teacher." + f" Beyond the ends of the curve: {outside}." * bool(outside)
+        f"{student}: by the mean, {len(over)} of {len(inside)} methods {'lies' if len(over) == 1 else 'lie'} "
+        "above the dotted curve, which is the student alone trained longer; below it, longer training gains "
+        "more than the method." + f" Beyond the ends of the curve: {outside}." * bool(outside)
     )
 
 
@@ -259,7 +263,7 @@ def _say_classes(results: Results, student: str) -> str:
     if not found:
         return f"{student}: nothing to compare yet."
     parts = []
-    for word, pick in (("largest gain", max), ("largest loss", min)):
+    for word, pick in (("largest gain of a method", max), ("largest loss", min)):
         name, method = pick(found, key=lambda key: found[key])
         value = found[name, method]
         if (value > 0) == (pick is max):
@@ -293,9 +297,11 @@ def _name(results: Results, method: str) -> str:
     return results.label(method).replace("official weight", "official")
 
 
-def _margin_labels(axis: Axes, points: Mapping[str, tuple[float, float]], height: float) -> None:
-    """The names beside the axis, in the order of their points and far enough from each other, with a line to
-    each point; ``height`` is that of the figure, in inches."""
+def _margin_labels(
+    axis: Axes, points: Mapping[str, tuple[float, float]], colours: Mapping[str, str], height: float
+) -> None:
+    """The names beside the axis, in the order of their points and far enough from each other, with a line of
+    its colour to each point; ``height`` is that of the figure, in inches."""
     if not points:
         return
     low, high = axis.get_ylim()
@@ -318,7 +324,15 @@ def _margin_labels(axis: Axes, points: Mapping[str, tuple[float, float]], height
             va="center",
             fontsize=9,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
+            zorder=1,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colours[name],
+                "alpha": 0.5,
+                "linewidth": 0.8,
+                "shrinkA": 0,
+                "shrinkB": 4,
+            },
         )
 
 

@@ -49,7 +49,7 @@ def write(params: Params, every: Sequence[Results], folder: Path, root: Path) ->
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": tables.number, "between": tables.between, "named": _named}
+    environment.filters |= {"number": _number, "between": _between, "named": _named}
     content = environment.get_template("page.html.j2").render(
         benchmarks=[_benchmark(results, params, root) for results in every],
         reference=params.suite.reference,
@@ -79,21 +79,25 @@ def answer(results: Results, student: str) -> list[str]:
         return sorted(found, key=lambda m: -(getattr(known[m], gain).paired.mean or 0))
 
     best = max(known, key=lambda m: known[m].gain.paired.mean or 0)
-    lead, sure = results.lead(student, SCORE), [m for m in known if _above(known[m])]
+    lead, val = results.lead(student, SCORE), results.lead(student)
+    sure = [m for m in known if _above(known[m])]
     highest = (
         f"The highest {'mean ' * (seeds > 1)}gain is {known[best].gain.paired.mean or 0:+.2f} points of test "
         f"mIoU ({results.label(best)})"
-        + ("." if lead is None else f"; the teacher's own lead over the student alone is {lead:+.2f}.")
+        + ("." if lead is None else f"; the teacher's own lead over the student alone is {lead:+.2f}")
+        + (f" ({val:+.2f} on validation)." * (lead is not None) if val is not None else "")
     )
     longer = _longer(results, student, [*known])
     if seeds == 1:
         first = "Not known yet: one seed cannot say how far another would move a score."
         return [first, highest, *longer]
-    better, worse, equal = those("gain"), those("loss"), those("gain", "equal")
+    better, worse, equal, behind = (
+        those(word, which) for which in ("gain", "equal") for word in ("gain", "loss")
+    )
     first = (
         f"Yes, at equal steps, for {len(better)} of {n} method{'s' * (n > 1)}: {listed(better)}."
         if better
-        else f"Not shown: none of {n} methods is clearly better than the student alone."
+        else f"Not shown: no method of {n} is clearly better than the student alone."
         if n > 1
         else f"Not shown: {listed([*known])} is not clearly better than the student alone."
     )
@@ -108,7 +112,8 @@ def answer(results: Results, student: str) -> list[str]:
         lost = [m for m in known if known[m].equal.paired.n < 2]
         found.append(
             "At equal training compute, against the student alone trained longer, "
-            + (f"{len(equal)} remain better: {listed(equal)}." if equal else "none is clearly better.")
+            + (f"better: {listed(equal)}" if equal else "no method is clearly better")
+            + (f"; worse: {listed(behind)}." if behind else ".")
             + (f" Not known for {listed(lost)}." if lost else "")
         )
     else:
@@ -119,26 +124,40 @@ def answer(results: Results, student: str) -> list[str]:
     found += [*longer, highest]
     found.append(
         f"How sure: better and worse mean that both 95 % intervals of the gain exclude 0, one over {seeds} "
-        f"seeds, one over {results.images} test images. They are not corrected for testing "
-        f"{n} method{'s' * (n > 1)}; with that correction (max-T, 5 %), {len(sure)} of {n} "
-        f"{'is' if len(sure) == 1 else 'are'} better{': ' * bool(sure)}{listed(sure)}."
+        f"seeds, one over {results.images} test images (too narrow where these are frames of one video)."
     )
+    if (least := statistics.smallest_p(seeds)) > tables.ALPHA:
+        found.append(
+            f"Exploratory: with {seeds} seeds the width of an interval is itself a matter of chance, and so "
+            f"are the verdicts; no method could pass a test at 5 % (smallest possible p: {least:.2g}; "
+            f"{statistics.SEEDS_FOR_SIGNIFICANCE} seeds are the fewest with which one could)."
+        )
+    else:
+        found.append(
+            f"The intervals are not corrected for testing {n} method{'s' * (n > 1)}; with that correction "
+            f"(max-T, 5 %), {len(sure)} of {n} {'is' if len(sure) == 1 else 'are'} "
+            f"better{': ' * bool(sure)}{listed(sure)}."
+        )
     if (results.images or 0) < FEWEST:
         found.append(f"With fewer than {FEWEST} test images no method is called better or worse.")
-    if seeds < statistics.SEEDS_FOR_SIGNIFICANCE:
-        found.append(f"Exploratory: {tables.power(seeds).removesuffix(', exploratory')}.")
     return found
 
 
 def _longer(results: Results, student: str, methods: Sequence[str]) -> list[str]:
     """What the student alone reaches when it trains longer, in one sentence."""
-    means, parts = [results.mean(student, m) or 0 for m in methods], []
+    means, parts, rising = [results.mean(student, m) or 0 for m in methods], [], False
     for control, factor in sorted(results.controls.items(), key=lambda pair: pair[1]):
         if (own := results.mean(student, control)) is not None:
             above = sum(own > mean for mean in means)
             parts.append(f"{factor:g} times the steps {own:.2f} (above {above} of {len(means)} methods)")
+            rising = results.gain(student, control).verdict == "gain"
+    if not parts:
+        return []
     plain = results.mean(student, results.reference) or 0
-    return [f"The student alone scores {plain:.2f}; trained for {_named(parts)}."] if parts else []
+    end = (
+        " It is not at the end of its training, so this says nothing of a student that is." if rising else ""
+    )
+    return [f"The student alone scores {plain:.2f}; trained for {_named(parts)}, by the means.{end}"]
 
 
 def about(method: str, params: Params) -> dict[str, Any]:
@@ -225,19 +244,21 @@ def _board(
     classes, look = tables.per_class(results).data.to_dict("records"), looks(results)
     for student in results.students:
         compared = methods if not name else [results.reference, *results.shown(student)]
-        stand, groups = results.standings(student, compared), results.groups(student, compared)
+        stand = results.standings(student, compared)
         for row in (r for r in rows if r["student"] == student):
             key = row["key"]
             row |= _row(results, row, stand[key], scores, gains, look[key].colour)
             row |= {
                 "taps": taps.get(key, ()),
                 "family": family(results, key, taps.get(key, ())),
-                "group": groups.get(key),
+                "rank": tables.rank_text(row),
                 "id": re.sub(r"\W+", "-", "-".join(filter(None, (results.benchmark, name, student, key)))),
                 "costs": costs.get((student, results.label(key))),
                 "about": about(key, params),
                 "weights": results.weights[key],
                 "trials": results.trials.get(key),
+                "tuning": tuning(results, key),
+                "left_out": results.left_out(student, key),
                 "classes": [
                     c | {"bar": _drawn(c["diff_mean"], Gain(), gains, look[key].colour)}
                     for c in classes
@@ -270,18 +291,14 @@ def _row(
     best = results.by_seed(student, key, "best_val/miou")
     return {
         "label": results.label(key),
-        "colour": colour,
         "dots": ""
         if mean is None
         else Markup(svg.dots([*stand.scores.values()], mean, alone, scores, colour)),
         "gain": _drawn(row["diff_mean"], stand.gain, gains, colour),
         "equal": _drawn(row["equal_diff_mean"], stand.equal, gains, colour),
-        "verdict": stand.gain.verdict,
-        "equal_verdict": stand.equal.verdict,
+        "verdict": "" if key in results.controls else stand.gain.verdict,  # a control is no method
         "over_seeds": stand.gain.over_seeds,
-        "over_images": stand.gain.over_images,
         "equal_seeds": stand.equal.over_seeds,
-        "equal_images": stand.equal.over_images,
         "seeds_list": [
             (seed, score, score - plain[seed] if seed in plain else None, best.get(seed))
             for seed, score in stand.scores.items()
@@ -293,6 +310,18 @@ def family(results: Results, method: str, taps: Collection[str]) -> str:
     """What of student and teacher a row compares."""
     alone = method == results.reference or method in results.controls
     return "student alone" if alone else method_table.compares(taps)
+
+
+def tuning(results: Results, method: str) -> str:
+    """Where the loss weights of a method come from; what stands behind them in a sentence."""
+    trials, choice = results.trials.get(method), results.choices.get(method)
+    if not trials or choice is None:
+        return "not tuned here"
+    if choice.middle:
+        return f"the middle of the range: no trial of {trials} led it by more than {results.margin:g} mIoU"
+    middle = "that of the middle failed" if choice.first is None else f"the middle {choice.first:.2f}"
+    end = ", at the end of a range" if choice.at_end else ""
+    return f"chosen of {trials} short trials: {choice.score:.2f} validation mIoU, {middle}{end}"
 
 
 def _drawn(mean: float | None, gain: Gain, over: svg.Scale, colour: str) -> Markup | str:
@@ -346,6 +375,7 @@ def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, A
             "why": texts["why"],
             "setting": texts["student from teacher"],
             "interval": interval,
+            "comparable": row["verdict"] in (claims.REPRODUCED, claims.NOT_REPRODUCED),
         }
         row |= {"drawn": Markup(drawn), "cite": _marked(source.cite), "where": _marked(source.where)}
     return {
@@ -362,6 +392,16 @@ def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, A
 def _above(stand: Standing) -> bool:
     """Better by the test that allows for all methods together."""
     return stand.p_max is not None and stand.p_max < tables.ALPHA and (stand.gain.paired.mean or 0) > 0
+
+
+def _number(value: float | None, form: str) -> str:
+    """With a minus sign, which a hyphen is not, and none before a zero."""
+    text = tables.number(value, form)
+    return (text.removeprefix("-") if not text.strip("-0.") else text).replace("-", "−")
+
+
+def _between(interval: statistics.Interval | None) -> str:
+    return tables.between(interval).replace("-", "−")
 
 
 def _named(names: Sequence[str]) -> str:
@@ -384,7 +424,7 @@ def _block(text: str) -> Markup:
     if not text:
         return Markup("")
     if text.startswith("    "):
-        return Markup("<pre tabindex=0>{}</pre>").format(textwrap.dedent(text))
+        return Markup("<pre tabindex=0>{}</pre>").format(textwrap.dedent(text).replace("``", ""))
     head, *items = _items(text)
     found = Markup("<p>{}</p>").format(_marked(head)) if head else Markup("")
     if items:

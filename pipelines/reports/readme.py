@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines import files
 from pipelines.config import OFFICIAL, PAPER, ROOT, ConfigError, Params
-from pipelines.reports import claims, tables
+from pipelines.reports import claims, statistics, tables
 from pipelines.reports.method_table import PAPERS, compares
 from pipelines.reports.results import HEADLINE, Gain, Results
 from pipelines.reports.tables import between, escape_markdown
@@ -71,14 +71,20 @@ def block(every: Sequence[Results], params: Params) -> str:
     order = {results.label(method): place for place, method in enumerate(shown)}
     for row in sorted((row for row in own if row[1] in order), key=lambda row: order[row[1]]):
         lines.append("| " + " | ".join(escape_markdown(row[i]) for i in kept) + " |")
+    longer = "; ×2 and so on: for so many times the steps" if results.controls else ""
     lines += [
         "",
-        f"{len(order)} of {len(own)} rows: {results.reference}, {PAPER} and the highest others, by mean test "
-        f"mIoU. All: [comparison]({folder}/comparison.md), "
-        "[what the columns mean](docs/tables.md#comparison).",
+        f"`{results.reference}`: the student alone{longer}. {len(order)} of {len(own)} rows: "
+        f"{results.reference}, {PAPER} and the highest others, by mean test mIoU. All: "
+        f"[comparison]({folder}/comparison.md), [what the columns mean](docs/tables.md#comparison).",
         "",
         f"![gain against training compute on {results.benchmark}]({folder}/{FIGURE}.png)",
+        "",
+        f"*Mean gain against the FLOPs of the training, both relative to {results.reference}; dotted: the "
+        "student alone, trained longer.*",
     ]
+    if (ROOT / claims.FILE).is_file() and (said := claims.paper(claims.load(), every, params)):
+        lines += ["", escape_markdown(said)]
     return "\n".join(lines)
 
 
@@ -110,20 +116,26 @@ def answer(results: Results, student: str) -> str:
             f"gain is that of {results.label(best)}, {tested[best].gain.paired.mean:+.2f}.{rest}"
         )
     seeds = " or ".join(str(n) for n in sorted({s.gain.paired.n for s in tested.values()}))
-    above, equal = (
-        sum(gain.verdict == "gain" for gain in gains)
-        for gains in ([s.gain for s in tested.values()], [s.equal for s in tested.values()])
-    )
+    verdicts = [s.gain.verdict for s in tested.values()]
+    equal = [s.equal.verdict for s in tested.values() if s.equal.verdict]
+    above, below = verdicts.count("gain"), verdicts.count("loss")
+    least = statistics.smallest_p(max(s.gain.paired.n for s in tested.values()))
     joint = sum(
         s.p_max is not None and s.p_max < tables.ALPHA and (s.gain.paired.mean or 0.0) > 0
         for s in tested.values()
     )
     return (
         f"On {place} ({seeds} seeds), {above} of {len(tested)} methods {_are(above)} above the student "
-        f"trained alone for the same steps, and {equal} {_are(equal)} above it at the same compute, by both "
-        f"95 % intervals (over seeds and over images); {joint} {_are(joint)} above it by the max-T test, "
-        f"which allows for all methods together. The best is {results.label(best)}, "
-        f"{_gain(tested[best].gain)}.{rest}"
+        f"trained alone for the same steps and {below} {_are(below)} below it; at the same compute "
+        f"{equal.count('gain')} of {len(equal)} {_are(equal.count('gain'))} above and {equal.count('loss')} "
+        "below it. That is by both 95 % intervals, over seeds and over images, of one method by itself. "
+        + (
+            f"{joint} {_are(joint)} above it by the max-T test, which allows for all methods together. "
+            if least <= tables.ALPHA
+            else f"Exploratory: with so few seeds no test could reach p < {tables.ALPHA:g} "
+            f"(smallest possible: {least:.2g}). "
+        )
+        + f"The best is {results.label(best)}, {_gain(tested[best].gain)}.{rest}"
     )
 
 
@@ -151,7 +163,7 @@ def methods(params: Params, root: Path = ROOT) -> str:
         )
         text = " | ".join(map(escape_markdown, cells))
         for pattern, address in PAPERS.items():
-            text = re.sub(pattern, rf"[\g<0>]({address})", text)
+            text = re.sub(pattern, rf"[\g<0>]({address})", text.replace(r"\_", "_"))
         lines.append(f"| [{name}](../{file}) | {text} |")
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Standing:
-    """How a method stands against the student alone and against the best, on one student."""
+    """How a method stands against the student alone and among all, on one student."""
 
     scores: dict[int, float]  # test mIoU by seed
     gain: Gain  # over the reference, at equal steps
@@ -64,7 +65,7 @@ class Standing:
     p_max: float | None  # adjusted for them by the max-T test
     equal: Gain  # over the student alone at the method's own training compute
     why: str  # seeds have no gain at equal compute; else nothing
-    place: str  # ``best`` on the seeds that all have, ``≈`` where not told apart from it, else nothing
+    rank: tuple[int, int] | None  # the places it may have among the methods and the reference, see `ranks`
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,11 @@ class Results:
         )
         return record if same else None
 
+    def left_out(self, student: str, method: str) -> list[str]:
+        """The terms of a method that its cells did without, as their networks lack what the terms compare."""
+        cells = [r for r in self.finished if (r.cell.student, r.cell.method) == (student, method)]
+        return list(dict.fromkeys(name for record in cells for name in record.run["left_out"]))
+
     def status(self, student: str, method: str) -> str:
         """``complete``, ``not run``, or how many cells there are and what became of the others."""
         done = set(self.by_seed(student, method))
@@ -274,21 +280,20 @@ class Results:
         """How many test images there are."""
         return next((len(record.test_names()) for record in self.finished), None)
 
-    def groups(self, student: str, methods: Sequence[str]) -> dict[str, int]:
-        """Rank groups of the reference and the tested methods, the best mean first: 1 are the best and all
-        that are not told apart from it, 2 the best of the others and all that are not told apart from that
-        one, and so on; a row with one seed is in none."""
-        means = {m: self.mean(student, m) or 0.0 for m in methods if len(self.by_seed(student, m)) > 1}
-        left = sorted({self.reference, *self.tested(methods)} & means.keys(), key=lambda m: (-means[m], m))
-        found: dict[str, int] = {}
-        group = 0
-        while left:
-            group += 1
-            gains = {m: self.gain(student, m, left[0]) for m in left[1:]}
-            apart = [m for m, g in gains.items() if statistics.told_apart(g.over_seeds, g.over_images)]
-            found |= {m: group for m in left if m not in apart}
-            left = apart
-        return found
+    def ranks(self, student: str, methods: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """The first and the last place that each of the reference and the tested methods may have: behind all
+        that are clearly better than it, before all that are clearly worse. A row of which little is known
+        has a wide range; one with a single seed has none."""
+        rows = [m for m in methods if len(self.by_seed(student, m)) > 1]
+        rows = [m for m in rows if m in (self.reference, *self.tested(methods))]
+        better, worse = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
+        for first, second in combinations(rows, 2):
+            verdict = self.gain(student, first, second).verdict
+            winner, loser = (first, second) if verdict == "gain" else (second, first)
+            if verdict in ("gain", "loss"):
+                better[loser] += 1
+                worse[winner] += 1
+        return {m: (1 + better[m], len(rows) - worse[m]) for m in rows}
 
     def standings(self, student: str, methods: Sequence[str]) -> dict[str, Standing]:
         """As :meth:`_stand`, which is called once for each table."""
@@ -302,25 +307,15 @@ class Results:
         return {}
 
     def _stand(self, student: str, methods: Sequence[str]) -> dict[str, Standing]:
-        """How every row of one table stands; the family of the tests is :meth:`tested` of ``methods``, and
-        the best is one of them or the reference."""
+        """How every row of one table stands; the family of the tests is :meth:`tested` of ``methods``."""
         family = self.tested(methods)
         scores = {m: self.by_seed(student, m) for m in methods}
-        ranked = {m: own for m, own in scores.items() if len(own) > 1 and m in (self.reference, *family)}
-        shared = set.intersection(*map(set, ranked.values())) if ranked else set()
-        means = {  # of the seeds that all rows have: one with more of them may have drawn better ones
-            m: statistics.mean([by_seed[seed] for seed in shared or by_seed]) or 0.0
-            for m, by_seed in ranked.items()
-        }
-        best = max(means, key=lambda m: means[m], default=None)
         gains = {m: self.gain(student, m) for m in methods if m != self.reference}
         differences = {m: gains[m].paired.by_seed for m in family if gains[m].paired.n > 1}
         p = {m: statistics.sign_flip_p(list(own.values())) or 0.0 for m, own in differences.items()}
         holm, joint = statistics.holm(p), statistics.max_t(differences)
-        found = {}
+        ranks, found = self.ranks(student, methods), {}
         for method in methods:
-            to_best = self.gain(student, method, best) if best and method in means else Gain()
-            apart = method != best and statistics.told_apart(to_best.over_seeds, to_best.over_images)
             alone = method == self.reference or method in self.controls
             equal, why = (Gain(), "") if alone else self.at_equal_compute(student, method)
             found[method] = Standing(
@@ -331,7 +326,7 @@ class Results:
                 p_max=joint.get(method),
                 equal=equal,
                 why=why,
-                place="best" if method == best else "≈" if method in means and not apart else "",
+                rank=ranks.get(method),
             )
         return found
 

@@ -59,11 +59,13 @@ def bar(
     colour: str,
     claimed: float | None = None,
 ) -> str:
-    """A mean with its interval over seeds (thick) and over images (thin below); a claim is a tick."""
+    """A mean with its interval over seeds (thick) and over images (thin below), an arrow where one goes on
+    beyond the axis; a claim is a tick."""
     parts = [_line(MARGIN, WIDTH - MARGIN, HEIGHT / 2, "rail"), _stroke(over.at(0), 1, HEIGHT - 1, "dashed")]
     for interval, y, kind in ((images, HEIGHT - 4, "thin"), (seeds, HEIGHT / 2, "thick")):
         if interval is not None:
             parts.append(_line(over.at(interval.low), over.at(interval.high), y, kind, colour))
+            parts += (_arrow(over, y, end, colour) for end in (-1, 1) if _beyond(interval, over, end))
     parts.append(f'<circle cx="{over.at(mean)}" cy="{HEIGHT / 2:g}" r="4" fill="{colour}" class="ring"/>')
     if claimed is not None:
         parts.append(_stroke(over.at(claimed), 1, HEIGHT - 1, "claim"))
@@ -113,6 +115,16 @@ def _svg(width: float, height: float, content: str, kind: str = "") -> str:
 def _line(left: float | str, right: float | str, y: float, kind: str, colour: str = "") -> str:
     stroke = f' stroke="{colour}"' if colour else ""
     return f'<line x1="{left}" x2="{right}" y1="{y:g}" y2="{y:g}" class="{kind}"{stroke}/>'
+
+
+def _beyond(interval: Interval, over: Scale, end: int) -> bool:
+    return interval.low < over.low if end < 0 else interval.high > over.high
+
+
+def _arrow(over: Scale, y: float, end: int, colour: str) -> str:
+    """A head at an end of the axis."""
+    x = MARGIN - 1 if end < 0 else over.width - MARGIN + 1
+    return f'<path d="M{x + 6 * end:g} {y:g}l{-6 * end} -5v10z" fill="{colour}"/>'
 
 
 def _stroke(x: str, top: float, bottom: float, kind: str, colour: str = "") -> str:

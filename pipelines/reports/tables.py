@@ -195,8 +195,8 @@ def _deployed_note(results: Results) -> str:
         "×".join(map(str, json.loads(value)))
         for value in results.distinct("tags.student.input", students_only=True)
     )
-    text = f"Parameters and GFLOPs: of the exported student, one image of {size or '?'} pixels"
-    return f"{text}; latency: {'; '.join(_exported(results)) or 'the stage `export` has not run'}."
+    text = f"Parameters and GFLOPs: of the deployed student, one image of {size or '?'} pixels"
+    return f"{text}; latency: {'; '.join(_exported(results)) or 'not measured'}."
 
 
 def _exported(results: Results) -> list[str]:
@@ -210,18 +210,28 @@ def _exported(results: Results) -> list[str]:
 
 
 def _trials_note(results: Results) -> str:
+    return f"A step: teacher and method included. Tuning: {_tuning(results)}"
+
+
+def _tuning(results: Results) -> str:
     if not results.trials:
-        return "A step: teacher and method included. No method was tuned."
-    text = f"Tuning: {max(results.trials.values())} trials for every method"
+        return "no method was tuned."
+    text = f"{max(results.trials.values())} trials for every method"
     text += "".join(f"; {results.label(m)}: {n} different ones" for m, n in results.different.items())
     middle = sum(choice.middle for choice in results.choices.values())
     text += (
         f". {middle} of {len(results.choices)} methods keep the middle of their ranges: no trial led it by "
-        f"more than {results.margin:g} mIoU."
+        f"more than {results.margin:g} mIoU"
     )
+    moved = (
+        f"{results.label(m)} {choice.score - choice.first:+.1f}"
+        for m, choice in results.choices.items()
+        if not choice.middle and choice.first is not None
+    )
+    text += f"; the others gained on it {', '.join(moved)}." if middle < len(results.choices) else "."
     if ends := [results.label(m) for m, choice in results.choices.items() if choice.at_end]:
         text += f" At an end of a range, beyond which there may be better: {', '.join(ends)}."
-    return f"A step: teacher and method included. {text}"
+    return text
 
 
 def warnings(results: Results) -> list[str]:
@@ -338,8 +348,9 @@ def facts(results: Results) -> list[tuple[str, str]]:
             f"{reference}; for the comparison at equal compute also {controls} times the steps",
         ),
         ("training", _training(results)),
+        ("tuning", _tuning(results)),
         ("machine of each seed", "; ".join(_machines(results)) or "unknown"),
-        ("latency", "; ".join(_exported(results)) or "the stage `export` has not run"),
+        ("latency", "; ".join(_exported(results)) or "not measured"),
     ]
     lacking = [
         f"{student}, {results.label(method)}: {status}"
@@ -430,7 +441,6 @@ TEX = str.maketrans(
         ">": r"\textgreater{}",
         "|": r"\textbar{}",
         "±": r"$\pm$",
-        "≈": r"$\approx$",
         "×": r"$\times$",
         "Δ": r"$\Delta$",
         "↑": r"$\uparrow$",
@@ -443,7 +453,7 @@ TEX = str.maketrans(
 
 def _score_columns(results: Results) -> list[str]:
     reference = results.reference
-    return ["test mIoU", "≈ best", f"Δ {reference}", "Δ at equal compute", f"compute (× {reference})"]
+    return ["test mIoU", "rank", f"Δ {reference}", "Δ at equal compute", f"compute (× {reference})"]
 
 
 def _scores(results: Results, student: str, method: str, standing: Standing) -> dict[str, Any]:
@@ -453,7 +463,8 @@ def _scores(results: Results, student: str, method: str, standing: Standing) -> 
         "miou_mean": statistics.mean(scores.values()),
         "miou_sd": statistics.sd(scores.values()),
         "seeds": " ".join(f"{seed}:{score:.2f}" for seed, score in scores.items()),
-        "near_best": standing.place,
+        "rank_low": standing.rank[0] if standing.rank else None,
+        "rank_high": standing.rank[1] if standing.rank else None,
         "diff_mean": gain.paired.mean if known else None,
         "diff_sd": gain.paired.sd if known else None,
         "diff_n": gain.paired.n if known else None,
@@ -546,7 +557,7 @@ def _ratio_text(row: Mapping[str, Any], runtime: str = "onnxruntime") -> str:
 def _score_text(row: dict[str, Any]) -> list[str]:
     return [
         score_text(row),
-        row["near_best"],
+        rank_text(row),
         gain_text(row),
         equal_text(row),
         number(row["compute_ratio"], ".2f"),
@@ -556,6 +567,12 @@ def _score_text(row: dict[str, Any]) -> list[str]:
 def score_text(row: Mapping[Any, Any]) -> str:
     """``41.20 ± 0.30 (n = 3)``"""
     return plus_minus(row["miou_mean"], row["miou_sd"]) + (f" (n = {row['n']})" if row["n"] else "")
+
+
+def rank_text(row: Mapping[Any, Any]) -> str:
+    """``2–9``: the places that a row may have; nothing where it has none."""
+    low, high = row["rank_low"], row["rank_high"]
+    return "" if low is None else f"{low}" if low == high else f"{low}–{high}"
 
 
 def gain_text(row: Mapping[Any, Any]) -> str:
@@ -617,12 +634,12 @@ def significance(results: Results, student: str, methods: Sequence[str]) -> str 
 
     n = max(s.gain.paired.n for s in tested.values())
     first, least = min(1.0, len(tested) * statistics.smallest_p(n)), statistics.smallest_p(n)
-    how = f"it could reach {first:.2g}"
+    how = f"smallest possible: {first:.2g}"
     if first >= ALPHA:
-        how += f": n = {statistics.seeds_needed(len(tested), ALPHA)} is needed"
+        how += f"; n = {statistics.seeds_needed(len(tested), ALPHA)} is needed"
     return (
         f"sign-flip tests of {len(tested)} method{'s' * (len(tested) > 1)}, n = {n}: {below('p_holm')} by "
-        f"Holm ({how}), {below('p_max')} by max-T (it could reach {least:.2g})"
+        f"Holm ({how}), {below('p_max')} by max-T (smallest possible: {least:.2g})"
     )
 
 
@@ -635,10 +652,8 @@ def _tests(results: Results, methods: Sequence[str], *students: str) -> list[str
         ranked = (results.reference, *results.tested(methods))
         seeds = {tuple(s) for m in ranked if (s := results.by_seed(student, m))}
         if len(seeds) > 1:
-            shared = sorted(set.intersection(*map(set, seeds)))
             found.append(
-                f"{student}, the rows have different seeds: compare Δ {results.reference}, not the means; "
-                f"best is by the seeds that all have ({', '.join(map(str, shared)) or 'none'})."
+                f"{student}, the rows have different seeds: compare Δ {results.reference}, not the means."
             )
     return found
 
@@ -648,12 +663,13 @@ def _training(results: Results) -> str:
     parts = []
     for name, key in (
         ("steps", "steps"),
-        ("images a batch", "batch_size"),
+        ("batch size", "batch_size"),
         ("crop", "crop"),
         ("precision", "precision"),
     ):
         if values := plain.distinct(f"params.training.{key}", students_only=True):
-            parts.append(f"{name} {' or '.join(values)}")
+            shown = ("×".join(re.findall(r"\d+", value)) if key == "crop" else value for value in values)
+            parts.append(f"{name} {' or '.join(shown)}")
     return "; ".join(parts) or "unknown"
 
 

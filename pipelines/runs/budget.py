@@ -98,17 +98,27 @@ def choose(scores: Sequence[float | None], margin: float) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search chose for a method: the middle of its ranges, and whether a weight lies at an end."""
+    """What the search chose for a method: the middle of its ranges, and whether a weight lies at an end; with
+    the validation mIoU of its trial and of the middle."""
 
     middle: bool
     at_end: bool
+    score: float
+    first: float | None
 
 
 def choices(params: Params, root: Path = ROOT) -> dict[str, Choice]:
     """By method; none while the search goes on."""
+    rows = read(path(params, root))
+    first = {row["method"]: row["val_miou"] for row in rows if int(row["trial"]) == 0}
     return {
-        row["method"]: Choice(int(row["trial"]) == 0, bool(row["note"]))
-        for row in read(path(params, root))
+        row["method"]: Choice(
+            middle=int(row["trial"]) == 0,
+            at_end=bool(row["note"]),
+            score=float(row["val_miou"]),
+            first=float(middle) if (middle := first.get(row["method"])) else None,
+        )
+        for row in rows
         if row["chosen"]
     }
 
