@@ -21,8 +21,9 @@ from conftest import ROOT
 
 from pipelines import config
 from pipelines.config import Benchmark, ConfigError, Network, Params
-from pipelines.reports import claims
-from pipelines.reports.claims import Claims, Verdict
+from pipelines.reports import claims, orders, published, statistics
+from pipelines.reports.claims import Verdict
+from pipelines.reports.published import Claims
 from pipelines.reports.results import Results
 from pipelines.reports.statistics import ImageBootstrap
 
@@ -120,7 +121,7 @@ def make_claims(tmp_path: Path, change: Change = lambda raw: None) -> Claims:
     change(raw)
     path = tmp_path / "claims.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
-    return claims.load(path)
+    return published.load(path)
 
 
 def results(
@@ -478,6 +479,40 @@ def test_a_gain_that_hangs_on_the_test_images_is_not_decided(tmp_path: Path) -> 
     assert verdict.word == "not reproduced" and "the interval over images holds 0" in verdict.reasons[0]
 
 
+def test_an_order_is_set_beside_that_of_a_published_table(tmp_path: Path) -> None:
+    """Of five methods, the best of several rows of one; against scipy, and Bonett and Wright by hand."""
+    methods = ["kd", "skd", "cwd", "at", "ifvd"]
+    scores = [70.0, 66.0, 68.0, 67.0, 65.0]
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["methods"] = [*dict.fromkeys([*raw["methods"], *methods])]
+        rows = zip([*methods, "kd"], [*scores, 60.0], strict=True)
+        raw["claims"] = [{**CLAIM, "id": f"{m}-{s:g}", "method": m, "score": s} for m, s in rows]
+
+    found = make_claims(tmp_path, change)
+    here = [2.0, 1.0, 3.0, -1.0, 0.0]
+    every = [results({m: [gain] * 4 for m, gain in zip(methods, here, strict=True)})]
+    (order,) = orders.orders(found, every)
+    assert order.scores["kd"] == pytest.approx((70.0, 2.0 + sum(NONE) / 4))
+    rho = 1 - 6 * sum(d * d for d in (1, -1, -1, 2, -1)) / (5 * 24)
+    half = 1.959964 * np.sqrt((1 + rho**2 / 2) / 2)
+    assert order.rho == pytest.approx(rho)
+    assert order.interval.low == pytest.approx(np.tanh(np.arctanh(rho) - half), abs=1e-6)
+    assert order.interval.high == pytest.approx(np.tanh(np.arctanh(rho) + half), abs=1e-6)
+    assert "Beside 1 published table of" in orders.sentence([order])
+    assert orders.orders(found, [results({m: [1.0] * 4 for m in methods[:4]})]) == []
+    assert orders.sentence([]) == ""
+
+
+def test_a_perfect_order_of_few_is_not_certain() -> None:
+    rho, interval = statistics.rank_correlation([1, 2, 3, 4, 5], [5, 6, 7, 8, 9])
+    assert rho == pytest.approx(1) and 0 < interval.low < 0.9 < interval.high < 1
+    low = statistics.rank_correlation([1, 2, 3, 4, 5], [9, 8, 7, 6, 5])[1]
+    assert (low.low, low.high) == pytest.approx((-interval.high, -interval.low))
+    with pytest.raises(ValueError, match="four pairs"):
+        statistics.rank_correlation([1, 2, 3], [1, 2, 3])
+
+
 def test_sentences_count_the_verdicts_and_name_what_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -574,14 +609,14 @@ def test_bad_claims_are_one_sentence(tmp_path: Path, change: Change, sentence: s
 
 def test_unreadable_claims(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"claims\.yaml cannot be read"):
-        claims.load(tmp_path / "claims.yaml")
+        published.load(tmp_path / "claims.yaml")
     (tmp_path / "claims.yaml").write_text("a: [", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"claims\.yaml is not valid YAML"):
-        claims.load(tmp_path / "claims.yaml")
+        published.load(tmp_path / "claims.yaml")
 
 
 def test_the_claims_of_the_repository() -> None:
-    found = claims.load()
+    found = published.load()
     text = (ROOT / "reports" / "claims.yaml").read_text(encoding="utf-8")
     params = parameters()
     assert not [word for word in (*claims.VERDICTS, "verdict:") if word in text.lower()]
@@ -619,8 +654,8 @@ def test_claims_need_no_heavy_library() -> None:
 
 
 def test_the_published_validation_split_is_our_test_split_where_test_labels_are_not_public() -> None:
-    params, published = config.load(), claims.load(ROOT / claims.FILE)
-    claim = next(claim for claim in published.claims if (claim.dataset, claim.split) == ("cityscapes", "val"))
+    params, known = config.load(), published.load(ROOT / published.FILE)
+    claim = next(claim for claim in known.claims if (claim.dataset, claim.split) == ("cityscapes", "val"))
     for benchmark, ours in (("cityscapes", "val"), ("voc", "val"), ("ade20k", "val"), ("camvid", "test")):
-        found = claims._differences(claim, published, params, benchmark, "pspnet-resnet18")
+        found = claims._differences(claim, known, params, benchmark, "pspnet-resnet18")
         assert found.get("split") == (None if ours == "val" else "test split instead of val")

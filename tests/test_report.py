@@ -24,7 +24,17 @@ from PIL import Image
 from pipelines import config
 from pipelines.config import Params
 from pipelines.files import json_bytes, write_bytes
-from pipelines.reports import benchmark_table, claims, figures, network_table, page, ranks, readme, tables
+from pipelines.reports import (
+    benchmark_table,
+    claims,
+    figures,
+    network_table,
+    page,
+    published,
+    ranks,
+    readme,
+    tables,
+)
 from pipelines.reports.results import COMPUTE, SCORE, Results, gather
 from pipelines.runs import tracking
 from pipelines.runs.confusion import summary
@@ -648,7 +658,7 @@ def all_tables(root: Path) -> Path:
     report.write_texts(params, every, root, target)
     whole = config.load()
     network_table.write(network_table.load(ROOT / network_table.PUBLISHED), whole, target / "reports")
-    claims.write(claims.load(ROOT / claims.FILE), every, whole, target / "reports")
+    claims.write(published.load(ROOT / published.FILE), every, whole, target / "reports")
     return target / "reports"
 
 

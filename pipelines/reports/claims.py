@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pandas as pd
-from pydantic import ConfigDict, Field, ValidationError
 
 from pipelines import config, files
-from pipelines.config import PAPER, ROOT, ConfigError, Key, Model, Network, Params, Positive, Size
-from pipelines.reports import statistics
+from pipelines.config import PAPER, Network, Params
+from pipelines.reports import orders, statistics
+from pipelines.reports.published import Architecture, Claim, Claims
 from pipelines.reports.results import HEADLINE, SCORE, Gain, Results, label
-from pipelines.reports.tables import Table, escape_markdown
+from pipelines.reports.tables import Table, escape_markdown, rounded
 from pipelines.runs import exports
-
-FILE = Path("reports") / "claims.yaml"
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
 NOT_COMPARABLE, NOT_RUN = "not comparable", "not run"
@@ -51,89 +48,6 @@ RULE = [
     "student alone have equal numbers of parameters and FLOPs in all finished cells.",
     "Cells trained with other settings, data or another teacher than today's do not count.",
 ]
-
-
-class Entry(Model):
-    """A part of claims.yaml: no value is converted to another type."""
-
-    model_config = ConfigDict(strict=True)
-
-
-class Source(Entry):
-    """A publication and the place where its numbers were read."""
-
-    cite: str
-    where: str
-
-
-class Protocol(Entry):
-    """The conditions of a published training; None where the source does not state one."""
-
-    text: str
-    images: Literal["original"] | None
-    crop: Annotated[Size, Field(strict=False)] | None  # YAML has lists, not tuples
-    batch_size: Positive | None
-    steps: Positive | None
-    lr: Annotated[float, Field(gt=0)] | None
-    weight_decay: Annotated[float, Field(ge=0)] | None
-    pretrained: bool | None
-
-
-class Architecture(Entry):
-    """A network by architecture and encoder, the latter without the prefix of its library."""
-
-    architecture: str
-    encoder: str
-
-
-Percent = Annotated[float, Field(ge=0, le=100)]
-
-
-class Claim(Entry):
-    """What a source says about a method: a gain in mIoU, or an unchanged inference cost."""
-
-    id: Key
-    kind: Literal["gain", "cost"] = "gain"
-    method: str
-    published_as: str | None = None
-    terms: Annotated[list[str], Field(min_length=1)] | None = None
-    other_loss: str | None = None
-    dataset: Key | None
-    split: Literal["train", "val", "test"] | None
-    student: str | None
-    teacher: str | None
-    gain: float | None = None
-    unit: Literal["points"] | None = "points"
-    score: Percent | None
-    baseline: Percent | None
-    teacher_score: Percent | None
-    source: str
-    protocol: str
-    evidence: str
-    note: str | None = None
-
-    @property
-    def claimed(self) -> float | None:
-        """The gain as stated, else score - baseline; None where the source gives neither."""
-        if self.gain is not None or self.score is None or self.baseline is None:
-            return self.gain
-        return round(self.score - self.baseline, 6)
-
-    @property
-    def in_points(self) -> bool:
-        """Whether there is a claimed gain that a measured one can be subtracted from."""
-        return self.unit is not None and self.claimed is not None
-
-
-class Claims(Entry):
-    """The whole of claims.yaml."""
-
-    methods: list[Key]  # that claims may be about, whether or not params.yaml has them
-    sources: dict[Key, Source]
-    protocols: dict[Key, Protocol]
-    evidence: dict[Key, str]
-    networks: dict[str, Architecture]
-    claims: list[Claim]
 
 
 @dataclass(frozen=True)
@@ -191,40 +105,6 @@ class Direction:
     @property
     def word(self) -> str:
         return NOT_RUN if self.measured is None else self.measured.direction
-
-
-def load(path: Path | None = None) -> Claims:
-    """Read and check claims.yaml. Raises ConfigError, one sentence that says what to correct."""
-    path = path or ROOT / FILE
-    return _load(path, path.read_bytes() if path.is_file() else b"")
-
-
-@lru_cache(maxsize=2)
-def _load(path: Path, content: bytes) -> Claims:
-    """``content`` says whether the file is still the one that was read."""
-    try:
-        claims = Claims.model_validate(config.read_yaml(path))
-    except ValidationError as error:
-        raise ConfigError(config.explain("", error, path.name)) from None
-    seen: set[str] = set()
-    for claim in claims.claims:
-        if claim.id in seen:
-            raise ConfigError(f"In {path.name}: two claims are called '{claim.id}': rename one.")
-        seen.add(claim.id)
-        for kind, key, have in (
-            ("method", claim.method, claims.methods),
-            ("source", claim.source, claims.sources),
-            ("protocol", claim.protocol, claims.protocols),
-            ("evidence level", claim.evidence, claims.evidence),
-            ("network", claim.student, claims.networks),
-            ("network", claim.teacher, claims.networks),
-        ):
-            if key is not None and key not in have:
-                raise ConfigError(
-                    f"In {path.name}: claim '{claim.id}' names the {kind} '{key}', which does not exist; "
-                    f"those that do: {', '.join(have)}."
-                )
-    return claims
 
 
 def judge(claim: Claim, claims: Claims, every: Sequence[Results], params: Params) -> Verdict:
@@ -297,13 +177,13 @@ def table(claims: Claims, verdicts: Mapping[str, Verdict]) -> Table:
             "measured_benchmark": measured.benchmark if measured else None,
             "measured_student": measured.student if measured else None,
             "measured_n": measured.n if measured else 0,
-            "measured_gain": _rounded(measured.mean if measured else None),
-            "measured_low": _rounded(interval.low if interval else None),
-            "measured_high": _rounded(interval.high if interval else None),
-            "gap": _rounded(verdict.gap),
+            "measured_gain": measured.mean if measured else None,
+            "measured_low": interval.low if interval else None,
+            "measured_high": interval.high if interval else None,
+            "gap": verdict.gap,
             "note": claim.note,
         }
-        data.append(row)
+        data.append(rounded(row))
         where = f"{claim.dataset or 'data set not stated'}{f' ({claim.split})' if claim.split else ''}"
         teacher = f" from {claim.teacher}" if claim.teacher else ", teacher not stated"
         name = f" as {claim.published_as}" if claim.published_as else ""
@@ -349,20 +229,22 @@ def directions(claims: Claims, every: Sequence[Results]) -> Table:
         interval = None if measured is None else measured.interval
         sources = {claim.source for claim in item.claims}
         data.append(
-            {
-                "method": item.method,
-                "claims": len(item.claims),
-                "sources": len(sources),
-                "published_low": min(gains, default=None),
-                "published_high": max(gains, default=None),
-                "benchmark": measured.benchmark if measured else None,
-                "student": measured.student if measured else None,
-                "n": measured.n if measured else 0,
-                "measured_gain": _rounded(measured.mean if measured else None),
-                "measured_low": _rounded(interval.low if interval else None),
-                "measured_high": _rounded(interval.high if interval else None),
-                "direction": item.word,
-            }
+            rounded(
+                {
+                    "method": item.method,
+                    "claims": len(item.claims),
+                    "sources": len(sources),
+                    "published_low": min(gains, default=None),
+                    "published_high": max(gains, default=None),
+                    "benchmark": measured.benchmark if measured else None,
+                    "student": measured.student if measured else None,
+                    "n": measured.n if measured else 0,
+                    "measured_gain": measured.mean if measured else None,
+                    "measured_low": interval.low if interval else None,
+                    "measured_high": interval.high if interval else None,
+                    "direction": item.word,
+                }
+            )
         )
         text.append(
             [
@@ -423,6 +305,8 @@ def sentences(
         found.append(f"No clear gain over the student alone is seen here for {_listed(unseen)}.")
     if not measured:
         found.append("None of these methods has been measured here yet.")
+    if text := orders.sentence(orders.orders(claims, every)):
+        found.append(text)
     return found
 
 
@@ -451,16 +335,18 @@ def write(claims: Claims, every: Sequence[Results], params: Params, folder: Path
     """Write ``folder/claims.md`` and ``folder/claims.csv``; the same input gives the same bytes."""
     verdicts = judge_all(claims, every, params)
     judged, outline = table(claims, verdicts), directions(claims, every)
+    ordered = orders.orders(claims, every)
     rules = "[How a claim is judged](../docs/tables.md#claims)"
     lines = [
         "# Published against measured",
         "",
-        _plain(" ".join(sentences(claims, verdicts, every, params))),
+        escape_markdown(" ".join(sentences(claims, verdicts, every, params))),
         "",
         "## Does the direction hold?",
         "",
         *_markdown(outline),
         "",
+        *(["## Does the order hold?", "", *_markdown(orders.table(ordered)), ""] if ordered else []),
         "## Claims",
         "",
         *_markdown(judged),
@@ -698,14 +584,5 @@ def _listed(items: Sequence[Direction]) -> str:
 def _markdown(shown: Table) -> list[str]:
     """A table in Markdown, its notes below it."""
     rows = [shown.columns, ["---"] * len(shown.columns), *shown.rows]
-    lines = ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows]
-    return [*(f"- {_plain(note)}" for note in shown.notes), "", *lines]
-
-
-def _plain(text: str) -> str:
-    return escape_markdown(text)
-
-
-def _rounded(value: float | None) -> float | None:
-    """To six decimals, as in the other tables."""
-    return None if value is None else round(value, 6)
+    lines = ["| " + " | ".join(escape_markdown(cell) for cell in row) + " |" for row in rows]
+    return [*(f"- {escape_markdown(note)}" for note in shown.notes), "", *lines]

@@ -23,7 +23,7 @@ from markupsafe import Markup
 
 from pipelines import config, files
 from pipelines.config import PAPER, Params
-from pipelines.reports import claims, figures, method_table, panels, ranks, statistics, svg, tables
+from pipelines.reports import claims, figures, method_table, panels, published, ranks, statistics, svg, tables
 from pipelines.reports.looks import looks
 from pipelines.reports.ranks import Ranks
 from pipelines.reports.results import FEWEST, RESAMPLES, SCORE, Gain, Results, Standing, label, variant
@@ -349,11 +349,11 @@ def _ranks(found: Ranks | None, root: Path) -> dict[str, str] | None:
 
 def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, Any] | None:
     """Every published gain beside what was measured, the claim a tick on the measured interval."""
-    if not (root / claims.FILE).is_file():
+    if not (root / published.FILE).is_file():
         return None
-    published = claims.load(root / claims.FILE)
-    verdicts = claims.judge_all(published, every, params)
-    judged = claims.table(published, verdicts)
+    found = published.load(root / published.FILE)
+    verdicts = claims.judge_all(found, every, params)
+    judged = claims.table(found, verdicts)
     rows = judged.data.to_dict("records")
     gains = [row["gain"] for row in rows if row["gain"] is not None]
     gains += [row[f"measured_{end}"] for row in rows for end in ("low", "high") if row["measured_n"] > 1]
@@ -369,7 +369,7 @@ def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, A
             drawn = svg.bar(row["measured_gain"], interval, None, over, colour, claimed)
         elif claimed is not None:
             drawn = svg.claim(claimed, over)
-        source = published.sources[row["source"]]
+        source = found.sources[row["source"]]
         row |= {
             "method": label(row["method"]),
             "why": texts["why"],
@@ -380,7 +380,7 @@ def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, A
         row |= {"drawn": Markup(drawn), "cite": _marked(source.cite), "where": _marked(source.where)}
     return {
         "rows": rows,
-        "sentences": claims.sentences(published, verdicts, every, params),
+        "sentences": claims.sentences(found, verdicts, every, params),
         "rules": [_marked(rule) for rule in claims.RULE],
         "methods": list(dict.fromkeys(row["method"] for row in rows)),
         "datasets": sorted({row["dataset"] for row in rows if row["dataset"]}),

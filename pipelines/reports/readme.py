@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines import files
 from pipelines.config import OFFICIAL, PAPER, ROOT, ConfigError, Params
-from pipelines.reports import claims, statistics, tables
+from pipelines.reports import claims, orders, published, statistics, tables
 from pipelines.reports.method_table import PAPERS, compares
 from pipelines.reports.results import HEADLINE, Gain, Results
 from pipelines.reports.tables import between, escape_markdown
@@ -83,8 +83,10 @@ def block(every: Sequence[Results], params: Params) -> str:
         f"*Mean gain against the FLOPs of the training, both relative to {results.reference}; dotted: the "
         "student alone, trained longer.*",
     ]
-    if (ROOT / claims.FILE).is_file() and (said := claims.paper(claims.load(), every, params)):
-        lines += ["", escape_markdown(said)]
+    if (ROOT / published.FILE).is_file():
+        known = published.load()
+        said = (claims.paper(known, every, params), orders.sentence(orders.orders(known, every)))
+        lines += [line for text in said if text for line in ("", escape_markdown(text))]
     return "\n".join(lines)
 
 

@@ -145,7 +145,7 @@ def per_class(results: Results) -> Table:
                 mean, sd = statistics.mean(values), statistics.sd(values)
                 row = {"student": student, "method": results.label(method), "class": name, "n": len(values)}
                 difference = None if method == reference else paired.mean
-                data.append(row | _rounded({"iou_mean": mean, "iou_sd": sd, "diff_mean": difference}))
+                data.append(row | rounded({"iou_mean": mean, "iou_sd": sd, "diff_mean": difference}))
                 if mean is not None:
                     known[method] = mean, plus_minus(mean, sd), number(difference, "+.2f")
             line.append(known[reference][1] if reference in known else "–")
@@ -158,7 +158,7 @@ def per_class(results: Results) -> Table:
     for metric, name in names.items():
         score = results.teacher(metric)
         row = {"student": TEACHER, "method": "", "class": name, "n": int(score is not None)}
-        data.append(row | _rounded({"iou_mean": score, "iou_sd": None, "diff_mean": None}))
+        data.append(row | rounded({"iou_mean": score, "iou_sd": None, "diff_mean": None}))
     columns = ["student", "class", TEACHER, reference, "highest", f"its Δ {reference}"]
     columns += ["lowest", f"Δ {reference} of that"]
     notes = [
@@ -475,7 +475,7 @@ def _scores(results: Results, student: str, method: str, standing: Standing) -> 
                 f"{prefix}over_{name}_low": interval.low if interval else None,
                 f"{prefix}over_{name}_high": interval.high if interval else None,
             }
-    return _rounded(
+    return rounded(
         row
         | {
             "p": standing.p,
@@ -494,7 +494,7 @@ def _scores(results: Results, student: str, method: str, standing: Standing) -> 
 
 def _compute(results: Results, student: str, method: str) -> dict[str, Any]:
     own, reference = (results.mean(student, key, COMPUTE) for key in (method, results.reference))
-    return _rounded(
+    return rounded(
         {
             "training_tflop": None if own is None else own / 1e12,
             "compute_ratio": None if own is None or reference is None else own / reference,
@@ -509,7 +509,7 @@ def _costs(results: Results, student: str, method: str) -> dict[str, Any]:
         return list(results.by_seed(student, method, metric).values())
 
     step = statistics.median(values("seconds/step_median"))
-    return _rounded(
+    return rounded(
         {
             "steps": _whole(values("steps")),
             "step_flops": _whole(values("compute/step_flops")),
@@ -540,7 +540,7 @@ def _deployed(results: Results, student: str, method: str) -> dict[str, Any]:
             f"{runtime}_ratio_high": spread.high if spread else None,
         }
     apart = exports.difference(record, method) if record else None
-    return _rounded(row) | {"largest_difference": None if apart is None else float(f"{apart:.6g}")}
+    return rounded(row) | {"largest_difference": None if apart is None else float(f"{apart:.6g}")}
 
 
 def _whole(values: Iterable[float]) -> int | None:
@@ -686,7 +686,7 @@ def number(value: float | None, form: str) -> str:
     return "–" if value is None else f"{value:{form}}"
 
 
-def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+def rounded(values: dict[str, Any]) -> dict[str, Any]:
     """Floats to six decimals: what is written to the CSV should not hang on the last bit of a mean."""
     return {key: round(value, 6) if isinstance(value, float) else value for key, value in values.items()}
 

@@ -24,6 +24,7 @@ from pipelines.reports import (
     network_table,
     page,
     panels,
+    published,
     ranks,
     speed_table,
     spread_table,
@@ -96,16 +97,16 @@ def write_texts(params: Params, every: Sequence[Results], root: Path, target: Pa
         tables.write(results, folder / results.benchmark)
     if ranked := ranks.rank(every):
         ranks.write(ranked, folder)
-    if (root / claims.FILE).is_file():
-        published = claims.load(root / claims.FILE)
-        claims.write(published, every, params, folder)
+    if (root / published.FILE).is_file():
+        found = published.load(root / published.FILE)
+        claims.write(found, every, params, folder)
     if (root / network_table.PUBLISHED).is_file():
         network_table.write(network_table.load(root / network_table.PUBLISHED), params, folder, root)
         method_table.write(params, folder, root)
         speed_table.write(params, folder, root)
         benchmark_table.write(params, folder, root)
     spread_table.write(params, every, folder, root)
-    if every or (root / claims.FILE).is_file():
+    if every or (root / published.FILE).is_file():
         page.write(params, every, folder, root)
 
 

@@ -1,0 +1,120 @@
+"""Whether methods stand in the order of a published table: its scores beside the mean test mIoU here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from pipelines.reports import statistics
+from pipelines.reports.published import Claim, Claims
+from pipelines.reports.results import Results, label
+from pipelines.reports.tables import Table, between, rounded
+
+FEWEST = 5  # methods of a table, below which an order says little
+
+
+@dataclass(frozen=True)
+class Order:
+    """A published table whose methods were measured here, all on one student of a benchmark."""
+
+    source: str
+    setting: str  # data set, split, networks
+    protocol: str
+    benchmark: str
+    student: str
+    scores: dict[str, tuple[float, float]]  # by method: published, here
+    rho: float  # Spearman's
+    interval: statistics.Interval  # 95 %, over methods
+
+
+def orders(claims: Claims, every: Sequence[Results]) -> list[Order]:
+    """Every published table with ``FEWEST`` methods that have a score here, by source and setting. A method
+    that has several rows in one table stands there with its best."""
+    published: dict[tuple[str, str, str], dict[str, float]] = {}
+    for claim in claims.claims:
+        if claim.kind == "gain" and claim.score is not None:
+            rows = published.setdefault((claim.source, _setting(claim), claim.protocol), {})
+            rows[claim.method] = max(rows.get(claim.method, 0.0), claim.score)
+    found = []
+    for (source, setting, protocol), rows in published.items():
+        for results in every:
+            for student in results.students:
+                scores = {
+                    method: (score, here)
+                    for method, score in rows.items()
+                    if (here := results.mean(student, method)) is not None
+                }
+                if len(scores) < FEWEST:
+                    continue
+                rho, interval = statistics.rank_correlation(*zip(*scores.values(), strict=True))
+                place = (results.benchmark, student)
+                found.append(Order(source, setting, protocol, *place, scores, rho, interval))
+    return found
+
+
+def table(found: Sequence[Order]) -> Table:
+    """One line a published table and student."""
+    lines = [
+        rounded(
+            {
+                "source": order.source,
+                "setting": order.setting,
+                "protocol": order.protocol,
+                "benchmark": order.benchmark,
+                "student": order.student,
+                "methods": " ".join(order.scores),
+                "n": len(order.scores),
+                "rho": order.rho,
+                "rho_low": order.interval.low,
+                "rho_high": order.interval.high,
+            }
+        )
+        for order in found
+    ]
+    rows = [
+        [
+            order.source,
+            order.setting,
+            order.protocol,
+            f"{order.benchmark}, {order.student}",
+            ", ".join(map(label, order.scores)),
+            f"{order.rho:+.2f}",
+            between(order.interval),
+        ]
+        for order in found
+    ]
+    columns = [
+        "source",
+        "published on",
+        "protocol",
+        "measured on",
+        "methods",
+        "Spearman's ρ",
+        "95 % interval",
+    ]
+    notes = [
+        f"Tables with {FEWEST} methods or more that were measured here; the interval takes the methods for a "
+        "sample (Bonett and Wright 2000).",
+    ]
+    return Table("orders", "orders", pd.DataFrame(lines, dtype=object), columns, rows, notes)
+
+
+def sentence(found: Sequence[Order]) -> str:
+    """The outcome in plain words; nothing without a table."""
+    if not found:
+        return ""
+    low, high = min(order.rho for order in found), max(order.rho for order in found)
+    agree = sum(order.interval.low > 0 for order in found)
+    against = sum(order.interval.high < 0 for order in found)
+    return (
+        f"Does the order of the methods hold? Beside {len(found)} published table{'s' * (len(found) > 1)} of "
+        f"{FEWEST} methods or more, Spearman's rank correlation with the means here lies between {low:+.2f} "
+        f"and {high:+.2f}; its 95 % interval lies above 0 in {agree} and below 0 in {against} of them."
+    )
+
+
+def _setting(claim: Claim) -> str:
+    split = f" ({claim.split})" if claim.split else ""
+    return f"{claim.dataset or 'not stated'}{split}, {claim.student or '?'} from {claim.teacher or '?'}"
