@@ -484,6 +484,43 @@ def test_networks_are_counted_at_last_whatever_failed(
     assert suite.failed == [f"data of {name}: it is gone" for name in fetch]
 
 
+@pytest.mark.parametrize("fetch", [[], ["streets"]])
+@pytest.mark.parametrize("failure", [None, "the network is gone"])
+def test_nothing_is_trained_before_the_encoder_weights_are_there(
+    fetch: list[str], failure: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it left out when they could not be had: not every cell needs them."""
+    ran = tmp_path / "ran"  # tasks are pickled
+
+    def note(name: str) -> None:
+        with ran.open("a") as file:
+            file.write(f"{name} ")
+
+    def loading(_: object, key: str) -> work.Outcome:
+        time.sleep(0.2 if key == "a" else 1.0)  # a worker is free meanwhile
+        note(key)
+        return work.Outcome(failure=failure)
+
+    def training(_: object, __: object) -> work.Outcome:
+        note("teacher")
+        return work.Outcome(failure="it is enough")
+
+    monkeypatch.setattr(work, "fetch", lambda *_: work.Outcome())
+    monkeypatch.setattr(work, "fetch_weights", loading)
+    monkeypatch.setattr(work, "train", training)
+    params = config.Params.model_validate(tiny(read_params()))
+    needed = Needs(weights=["a", "b"], fetch=fetch, due={"streets": plan.due(params, "streets", tmp_path)})
+    with distributed.Client(processes=False, n_workers=3, dashboard_address=None) as client:
+        shown = display.Display(3)
+        suite = Suite(client, params, needed, 3, shown, tmp_path)
+        suite.run()
+        shown.close()
+    assert ran.read_text().split() == ["a", "b", "teacher"]
+    assert suite.failed[0] == (
+        "encoder weights a: the network is gone" if failure else "teacher of streets: it is enough"
+    )
+
+
 @slow
 @pytest.mark.parametrize("what", ["the data", "the teacher"])
 def test_nothing_is_tried_or_lost_without(what: str, copy: Path) -> None:

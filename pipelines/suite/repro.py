@@ -107,6 +107,8 @@ class Suite:
         self.expected = work.identity(str(root))
         self.waiting: dict[Any, tuple[str, Callable[[work.Outcome], None] | None]] = {}
         self.failed: list[str] = []
+        self.fetching = set(needed.weights)  # before they are there, nothing is trained
+        self.held: list[str] = []  # benchmarks whose data is there before the weights
         self.ran: set[str] = set()  # stages of dvc.yaml
 
     def run(self) -> None:
@@ -115,7 +117,7 @@ class Suite:
 
         self.sequence: Any = as_completed(loop=self.client.loop)
         for key in self.needed.weights:
-            self._submit(f"encoder weights {key}", work.fetch_weights, key)
+            self._submit(f"encoder weights {key}", work.fetch_weights, key, then=self._loaded(key))
         for benchmark in self.params.suite.benchmarks:
             if benchmark in self.needed.fetch:
                 self.ran.add(f"fetch@{benchmark}")
@@ -159,6 +161,15 @@ class Suite:
         self.failed.append(f"{name}: {why}")
         self.display.say(logging.ERROR, f"{name} failed: {why}")
 
+    def _loaded(self, key: str) -> Callable[[work.Outcome], None]:
+        def then(_: work.Outcome) -> None:  # without them, each cell that needs them says so
+            self.fetching.remove(key)
+            if not self.fetching:
+                for benchmark in self.held:
+                    self._teach(benchmark)
+
+        return then
+
     def _fetched(self, benchmark: str) -> Callable[[work.Outcome], None]:
         def then(outcome: work.Outcome) -> None:
             if outcome.failure is None:
@@ -170,7 +181,10 @@ class Suite:
         return then
 
     def _teach(self, benchmark: str) -> None:
-        """The data is there: train the teacher if it is due."""
+        """The data is there: train the teacher if it is due, as soon as the encoder weights are there too."""
+        if self.fetching:
+            self.held.append(benchmark)
+            return
         if benchmark not in self.needed.due:
             self._exports(benchmark)
             return
