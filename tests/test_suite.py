@@ -11,6 +11,7 @@ import contextlib
 import csv
 import http.client
 import json
+import math
 import os
 import random
 import re
@@ -28,6 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dask.system
 import distributed
 import psutil
 import pytest
@@ -59,6 +61,7 @@ from suites import (
 
 from pipelines import config, files
 from pipelines.config import ConfigError
+from pipelines.engine.machine import cores
 from pipelines.runs import records
 from pipelines.runs.records import Cell, teacher_cell
 from pipelines.suite import cluster, display, plan, work
@@ -930,6 +933,26 @@ def test_every_gpu_that_may_be_used_has_a_worker(
     if chosen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     assert cluster.visible_gpus() == slots
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs cgroups")
+@pytest.mark.parametrize("quota", ["-1", "50000", "100000", "99000000"])
+def test_no_more_cores_are_used_than_a_container_may(
+    quota: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "dask.system", None)  # as where a cell is trained alone
+    own = cores()
+    assert own == len(os.sched_getaffinity(0))
+    monkeypatch.undo()
+    (tmp_path / "cpu.cfs_quota_us").write_text(quota)
+    (tmp_path / "cpu.cfs_period_us").write_text("100000")
+
+    def opened(path: str) -> Any:  # of the files of a container, those that a test may write
+        return (tmp_path / Path(path).name).open()
+
+    monkeypatch.setattr(dask.system, "open", opened, raising=False)
+    allowed = own if int(quota) < 0 else max(1, math.ceil(int(quota) / 100_000))
+    assert cores() == min(own, allowed)
 
 
 @slow

@@ -176,11 +176,6 @@ def await_worker(client: Any, forever: bool) -> None:
         ) from None
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def visible_gpus() -> list[str]:
     """The GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them, without importing torch; of one
     that is split (MIG) its parts."""

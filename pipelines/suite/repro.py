@@ -309,12 +309,13 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
     failed: list[str] = []
     if needed.any:
         check_networks(params, root)
+        from pipelines.engine import machine
         from pipelines.methods import checked
         from pipelines.suite import cluster, display
 
         checked(params)
         gpus = cluster.visible_gpus()
-        jobs = options.jobs or len(gpus) or max(1, cluster.cores() // params.suite.threads)
+        jobs = options.jobs or len(gpus) or max(1, machine.cores() // params.suite.threads)
         with contextlib.ExitStack() as stack:
             if options.scheduler:
                 client = stack.enter_context(cluster.running(options.scheduler))

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines import cli, config, files
 from pipelines.config import PAPER, ROOT, ConfigError, Params
 from pipelines.datasets.folder import describe
+from pipelines.engine import machine
 from pipelines.methods import checked, configured
 from pipelines.runs import budget, records
 from pipelines.runs.fingerprint import settings
@@ -307,7 +308,7 @@ def main() -> None:
     gpus = cluster.visible_gpus()
     with (
         files.hold(ROOT / ".scratch" / "locks" / "tune.lock", "`make tune`"),
-        cluster.local(jobs or len(gpus) or cluster.cores(), gpus, False) as client,
+        cluster.local(jobs or len(gpus) or machine.cores(), gpus, False) as client,
     ):
         expected = work.identity(str(ROOT))
 
