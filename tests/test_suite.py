@@ -6,6 +6,7 @@ A short version runs with the other tests; ``make torture`` sets ACFD_TORTURE an
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import csv
@@ -66,7 +67,7 @@ from pipelines.runs import records
 from pipelines.runs.records import Cell, teacher_cell
 from pipelines.suite import cluster, display, plan, work
 from pipelines.suite import dvc as pipeline
-from pipelines.suite.repro import Needs, Suite, _lost, needs, stage_of
+from pipelines.suite.repro import Needs, Suite, _lost, main, needs, run, stage_of
 from pipelines.tools import keep
 
 pytestmark = varied
@@ -857,6 +858,22 @@ def test_a_cluster_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyP
         cluster.queue("slurm", 2).__enter__()
 
 
+@pytest.mark.parametrize(("jobs", "shared"), [(None, 2), (1, 2), (3, 3)])
+def test_packs_are_cut_for_the_workers_of_a_cluster(jobs: int | None, shared: int, place: Path) -> None:
+    """Of which there may be more, or fewer, than this machine would start; JOBS says how many will come."""
+    params = config.load(place / "params.yaml")
+    options = argparse.Namespace(scheduler=None, cluster=None, jobs=jobs, dashboard=False)
+    with distributed.LocalCluster(n_workers=2, processes=False, dashboard_address=None) as there:
+        options.scheduler = there.scheduler_address
+        assert run(options, params, Needs(), place).jobs == shared
+
+
+def test_a_queue_is_told_how_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["repro", "--cluster", "slurm"])
+    with pytest.raises(ConfigError, match=r"^CLUSTER needs JOBS, .*JOBS=8`\.$"):
+        main()
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -962,7 +979,8 @@ def test_commands_that_cannot_be_are_one_sentence(parallel: Path, tmp_path: Path
     shutil.rmtree(NONE.folder(root))
     for option, said in (
         (("--scheduler", "tcp://127.0.0.1:9"), "No scheduler of Dask answers"),
-        (("--cluster", "slum"), "CLUSTER = slum is not known"),
+        (("--cluster", "slum", "--jobs", "2"), "CLUSTER = slum is not known"),
+        (("--cluster", "slurm"), "CLUSTER needs JOBS"),
         (("--jobs", "0"), "JOBS = 0: it must be 1 or more."),
     ):
         text = repro(root, *option, status=1)

@@ -308,32 +308,8 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
     needed = needs(params, changed, pipeline.stages, root)
     failed: list[str] = []
     if needed.any:
-        check_networks(params, root)
-        from pipelines.engine import machine
-        from pipelines.methods import checked
-        from pipelines.suite import cluster, display
-
-        checked(params)
-        gpus = cluster.visible_gpus()
-        jobs = options.jobs or len(gpus) or max(1, machine.cores() // params.suite.threads)
-        with contextlib.ExitStack() as stack:
-            if options.scheduler:
-                client = stack.enter_context(cluster.running(options.scheduler))
-            elif options.cluster:
-                client = stack.enter_context(cluster.queue(options.cluster, jobs))
-            else:
-                client = stack.enter_context(cluster.local(jobs, gpus, options.dashboard, root))
-            if options.dashboard:
-                log.info("the dashboard is at %s", client.dashboard_link)
-            cluster.await_worker(client, forever=bool(options.cluster))
-            shown = display.Display(jobs)
-            stack.callback(shown.close)
-            client.subscribe_topic(work.TOPIC, shown.event)
-            remote = options.scheduler or options.cluster
-            workers = max(jobs, len(client.scheduler_info()["workers"])) if remote else jobs
-            suite = Suite(client, params, needed, workers, shown, root)
-            suite.run()
-            failed, changed = suite.failed, changed | suite.ran
+        suite = run(options, params, needed, root)
+        failed, changed = suite.failed, changed | suite.ran
     late = {
         stage_of(params, cell)
         for benchmark in params.suite.benchmarks
@@ -349,6 +325,36 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
             report.report(params, root)
         pipeline.commit(["report"])
     return failed
+
+
+def run(options: argparse.Namespace, params: Params, needed: Needs, root: Path = ROOT) -> Suite:
+    """Do what is needed on this machine, or on the cluster that the options name."""
+    check_networks(params, root)
+    from pipelines.engine import machine
+    from pipelines.methods import checked
+    from pipelines.suite import cluster, display
+
+    checked(params)
+    jobs = options.jobs or 1
+    with contextlib.ExitStack() as stack:
+        if options.scheduler:
+            client = stack.enter_context(cluster.running(options.scheduler))
+        elif options.cluster:
+            client = stack.enter_context(cluster.queue(options.cluster, jobs))
+        else:
+            gpus = cluster.visible_gpus()
+            jobs = options.jobs or len(gpus) or max(1, machine.cores() // params.suite.threads)
+            client = stack.enter_context(cluster.local(jobs, gpus, options.dashboard, root))
+        if options.dashboard:
+            log.info("the dashboard is at %s", client.dashboard_link)
+        cluster.await_worker(client, forever=bool(options.cluster))
+        workers = max(jobs, len(client.nthreads()))  # those of a cluster, or as many as will come
+        shown = display.Display(workers)
+        stack.callback(shown.close)
+        client.subscribe_topic(work.TOPIC, shown.event)
+        suite = Suite(client, params, needed, workers, shown, root)
+        suite.run()
+    return suite
 
 
 @contextlib.contextmanager
@@ -383,6 +389,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.jobs is not None and options.jobs < 1:
         raise ConfigError(f"JOBS = {options.jobs}: it must be 1 or more.")
+    if options.cluster and options.jobs is None:
+        raise ConfigError(
+            "CLUSTER needs JOBS, the number of jobs to submit: `make repro CLUSTER=slurm JOBS=8`."
+        )
     with files.hold(ROOT / ".scratch" / "locks" / "repro.lock", "`make repro`"):
         failed = repro(options)
     if failed:
