@@ -70,6 +70,9 @@ def loaded(tmp_path: Path, change: Change) -> config.Params:
         (lambda r: r["methods"]["kd"].update(temperature=0), r"methods\.kd\.temperature = 0 is not allowed"),
         (lambda r: r["methods"]["kd"].update(weight=float("inf")), r"methods\.kd\.weight = inf is"),
         (lambda r: r["methods"]["cwd"].update(tau="warm"), r"methods\.cwd\.tau = 'warm' is not allowed"),
+        (lambda r: r["official"]["dist"].update(weight=-1), r"official\.dist\.weight = -1 is not allowed"),
+        (lambda r: r["official"]["dist"].update(wieght=1), r"official\.dist\.wieght is not a known setting"),
+        (lambda r: r["methods"]["dist"].update(beta=-1), r"methods\.dist\.beta = -1 is not allowed"),
         (lambda r: r["acfd"]["csd"].update(stages=[7]), r"acfd\.csd\.stages\.0 = 7 is not allowed"),
         (
             lambda r: r["benchmarks"]["camvid"]["training"].update(lr=-1),
