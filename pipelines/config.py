@@ -453,6 +453,10 @@ def load(path: Path | None = None) -> Params:
             f"In params.yaml: suite.methods must hold suite.reference, {suite.reference}: every method is "
             "compared to it."
         )
+    if fixed := [key for key in params.tuning.methods if key.endswith(OFFICIAL) or key in params.controls]:
+        raise ConfigError(
+            f"In params.yaml: tuning.methods must not hold {fixed[0]}, whose weights are given: take it out."
+        )
     if params.tuning.seed in suite.seeds:
         raise ConfigError(
             "In params.yaml: tuning.seed must not be one of suite.seeds, whose scores are reported."
