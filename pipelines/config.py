@@ -14,6 +14,8 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -118,6 +120,12 @@ def _distinct(keys: list[Any]) -> list[Any]:
     return keys
 
 
+def _as_written(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """A number that is checked as a float, and stays 2 or 2.0: DVC names a cell by what stands there."""
+    number = check(value)
+    return value if isinstance(value, int) else number
+
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -126,7 +134,7 @@ Size = tuple[Side, Side]  # height, width in pixels
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
 Keys = Annotated[list[Key], AfterValidator(_distinct)]
-Control = Annotated[float, Field(gt=1, le=100)]
+Control = Annotated[float, Field(gt=1, le=100, strict=True), WrapValidator(_as_written)]
 
 
 class Model(BaseModel):
@@ -334,7 +342,7 @@ class Params(Model):
     @property
     def controls(self) -> dict[str, float]:
         """The keys of the reference trained longer (``none-x1.5``), with the factor on its steps."""
-        return {f"{self.suite.reference}-x{factor:g}": factor for factor in self.suite.controls}
+        return {f"{self.suite.reference}-x{factor}": factor for factor in self.suite.controls}
 
     def schedule(self, benchmark: str, method: str) -> Training:
         """How a student is trained by a method: the protocol of the benchmark, longer for a control."""

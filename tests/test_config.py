@@ -88,11 +88,14 @@ def loaded(tmp_path: Path, change: Change) -> config.Params:
         ),
         (lambda r: r.update(extra=1), "extra is not a known setting"),
         (lambda r: r["tuning"]["methods"].append("kdd"), "no method 'kdd'"),
+        (lambda r: r["suite"]["controls"].append("2"), r"suite\.controls\.3 = '2' is not allowed"),
+        (lambda r: r["suite"]["controls"].append(2.0), r"an entry stands there twice"),
+        (lambda r: r["suite"]["controls"].append(1), r"suite\.controls\.3 = 1 is not allowed"),
         (
             lambda r: r["tuning"]["methods"].append("kd-official"),
             r"tuning\.methods must not hold kd-official, whose weights are given: take it out\.",
         ),
-        (lambda r: r["tuning"]["methods"].append("none-x1.5"), "must not hold none-x1.5"),
+        (lambda r: r["tuning"]["methods"].append("none-x2"), "must not hold none-x2,"),
         (
             lambda r: r["methods"].pop("skd"),
             r"no method 'skd' .* named in suite.methods and tuning.methods: take it out there, or add it to "

@@ -34,7 +34,7 @@ import dask.system
 import distributed
 import psutil
 import pytest
-from conftest import ROOT, TALLY, read_params, tiny
+from conftest import ROOT, TALLY, copy_repository, read_params, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from suites import (
@@ -63,6 +63,7 @@ from suites import (
 from pipelines import config, files
 from pipelines.config import ConfigError
 from pipelines.engine.machine import cores
+from pipelines.reports.results import label
 from pipelines.runs import records
 from pipelines.runs.records import Cell, teacher_cell
 from pipelines.suite import cluster, display, plan, work
@@ -657,6 +658,27 @@ def test_every_cell_has_its_stage() -> None:
     named += [stage_of(params, teacher_cell(params, name)) for name in params.suite.benchmarks]
     trained = ("train_teacher", "distill", "control", "official", "acfd")
     assert sorted(named) == sorted(name for name in stages if name.partition("@")[0] in trained)
+
+
+def test_controls_are_named_as_dvc_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However their factors are written: `dvc repro` and `make repro` train the same cells."""
+    root = copy_repository(tmp_path)
+    monkeypatch.chdir(root)  # from where DVC names stages
+    text = (root / "params.yaml").read_text()
+    written = re.sub(r"(?m)^  controls: \[.*?\]", "  controls: [1.5, 2.0, 3, 1.23456789, 4.50, 1e1]", text)
+    (root / "params.yaml").write_text(written)
+    params = config.load(root / "params.yaml")
+    assert len(params.controls) == 6
+    cells = [cell for cell in plan.suite_cells(params, "streets") if cell.method in params.controls]
+    made = {
+        name: stage for name, stage in pipeline.Pipeline(root).stages.items() if name.startswith("control@")
+    }
+    assert sorted(made) == sorted(stage_of(params, cell) for cell in cells)
+    for cell in cells:
+        stage = made[stage_of(params, cell)]
+        assert f"runs/{cell.path}/run.json" in {str(out) for out in stage.outs}
+        assert f"--method {cell.method} " in stage.cmd
+    assert label("none-x2.0", params.controls) == "none ×2"
 
 
 def test_what_dvc_refuses_is_one_sentence(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def stage_of(params: Params, cell: Cell) -> str:
         return f"train_teacher@{cell.benchmark}"
     place, method = f"{cell.benchmark}-{cell.student}", cell.method
     if method in params.controls:
-        return f"control@{place}-{params.controls[method]:g}-{cell.seed}"
+        return f"control@{place}-{params.controls[method]}-{cell.seed}"
     if method.endswith(config.OFFICIAL):
         return f"official@{place}-{params.module_key(method)}-{cell.seed}"
     if method.startswith(f"{PAPER}-"):
