@@ -23,6 +23,7 @@ from typing import IO, Literal, Protocol
 
 from tqdm import tqdm
 
+from pipelines import files
 from pipelines.config import ROOT, ConfigError
 
 DOWNLOADS = ROOT / "downloads"
@@ -200,14 +201,23 @@ def read(source: Source, name: str) -> bytes:
 def download(url: str, target: Path, kind: Literal["md5", "sha256"], digest: str) -> Path:
     """Fetch ``url`` to ``target`` unless it is there; ``digest`` is the sum of the file or how it begins.
 
-    A transfer that was cut goes on where it stopped, also in another process (``<target>.part``). The file
-    takes its name when its sum is right. ConfigError when it cannot be had.
+    A transfer that was cut goes on where it stopped, also in another process (``<target>.part``). While
+    another process fetches the file, this one waits. The file takes its name when its sum is right.
+    ConfigError when it cannot be had.
     """
     if target.is_file():
         return target
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"{url} is no address of a download: it must begin with http:// or https://.")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.with_name(f".{target.name}.lock")
+    with files.hold(lock, f"The download of {target.name}"):
+        if not target.is_file():
+            _download(url, target, kind, digest)
+        lock.unlink(missing_ok=True)  # whoever waits for it finds the file
+    return target
+
+
+def _download(url: str, target: Path, kind: Literal["md5", "sha256"], digest: str) -> None:
     part = target.with_name(f"{target.name}.part")
     problem = ""
     for _ in range(TRIES):
@@ -232,7 +242,6 @@ def download(url: str, target: Path, kind: Literal["md5", "sha256"], digest: str
     with part.open("rb") as file:
         os.fsync(file.fileno())  # before it takes its name
     part.replace(target)
-    return target
 
 
 def _digest(path: Path, kind: Literal["md5", "sha256"]) -> str:
