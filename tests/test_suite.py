@@ -794,31 +794,48 @@ def test_a_teacher_of_the_repository(place: Path, monkeypatch: pytest.MonkeyPatc
 # ---- workers and clusters
 
 
-def test_a_worker_that_sees_something_else_is_one_sentence(tmp_path: Path) -> None:
+def test_a_worker_that_sees_something_else_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     git(tmp_path, "init", "-q")
     (tmp_path / "params.yaml").write_text("a: 1\n")
-    git(tmp_path, "add", "-A")
-    git(tmp_path, "commit", "-qm", "start")
+    for folder in work.CODE:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").touch()
+
+    def commit() -> None:
+        git(tmp_path, "add", "-A")
+        git(tmp_path, "commit", "-qm", "a commit")
+
+    commit()
     head = work.identity(str(tmp_path))
-    assert head.commit == git(tmp_path, "rev-parse", "HEAD").strip()
+    assert head.code is not None
     work.check(head, work.identity(str(tmp_path)))
-    git(tmp_path, "commit", "-qm", "later", "--allow-empty")
+    (tmp_path / "README.md").touch()
+    commit()
+    work._code.cache_clear()
+    work.check(head, work.identity(str(tmp_path)))  # the same code
+    (tmp_path / "acfd" / "a.py").write_text("a = 1\n")
+    commit()
     work.check(head, work.identity(str(tmp_path)))  # the code of this process is still that of the start
-    work._commit.cache_clear()
+    work._code.cache_clear()
 
     def said(here: work.Identity, root: str = "") -> str:
-        expected = work.Identity(root or head.root, head.commit, head.params, head.libraries)
+        expected = work.Identity(root or head.root, head.code, head.params, head.libraries)
         with pytest.raises(ConfigError) as error:
             work.check(expected, here)
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "sees another commit in" in said(work.identity(str(tmp_path)))
+    assert "sees another version of the code in" in said(work.identity(str(tmp_path)))
+    monkeypatch.setenv("PATH", "/nowhere")
+    work._code.cache_clear()
+    assert said(work.identity(str(tmp_path))).endswith("cannot tell what code it has: git is not installed.")
     (tmp_path / "params.yaml").write_text("a: 2\n")
-    same = work.Identity(head.root, head.commit, work.identity(str(tmp_path)).params, head.libraries)
+    same = work.Identity(head.root, head.code, work.identity(str(tmp_path)).params, head.libraries)
     assert "sees another params.yaml in" in said(same)
     other = ("torch 0.1", *head.libraries[1:])
-    text = said(work.Identity(head.root, head.commit, head.params, other))
+    text = said(work.Identity(head.root, head.code, head.params, other))
     assert f"{head.libraries[0]}" in text and "torch 0.1" in text and "requirements.lock" in text
     assert f"has no folder {tmp_path}/absent" in said(head, f"{tmp_path}/absent")
     outcome = work.count(work.Identity(f"{tmp_path}/absent", None, "", ()))

@@ -20,9 +20,11 @@ from typing import Any
 from pipelines import config
 from pipelines.config import ConfigError
 from pipelines.runs.records import Cell
+from pipelines.suite import place
 
 TOPIC = "acfd"
 LIBRARIES = ("torch", "timm", "segmentation-models-pytorch", "numpy", "distributed")
+CODE = ("pipelines", "baselines", "acfd")
 TELL_EVERY = 1.0  # seconds between two reports of a cell's progress
 
 
@@ -31,7 +33,7 @@ class Identity:
     """What head and workers have to have in common."""
 
     root: str
-    commit: str | None
+    code: str | None  # the trees of its folders in git
     params: str
     libraries: tuple[str, ...]
 
@@ -41,16 +43,17 @@ def identity(root: str) -> Identity:
     file = Path(root) / "params.yaml"
     text = file.read_bytes() if file.is_file() else b""
     have = tuple(f"{name} {version(name)}" for name in LIBRARIES)
-    return Identity(root, _commit(root), hashlib.sha256(text).hexdigest(), have)
+    return Identity(root, _code(root), hashlib.sha256(text).hexdigest(), have)
 
 
 @functools.cache
-def _commit(root: str) -> str | None:
-    """The commit whose code this process has: a later one in the checkout does not change it."""
+def _code(root: str) -> str | None:
+    """The code that this process has: a later commit in the checkout does not change it, and one of results
+    or documents alone is the same code."""
     with contextlib.suppress(OSError):
-        command = ["git", "rev-parse", "HEAD"]
+        command = ["git", "rev-parse", *(f"HEAD:./{folder}" for folder in CODE)]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip() or None
+        return " ".join(done.stdout.split()) if done.returncode == 0 else None
     return None
 
 
@@ -183,20 +186,22 @@ def _do(expected: Identity, act: Callable[[Path, Outcome], None]) -> Outcome:
 
 def check(head: Identity, here: Identity) -> None:
     """:class:`ConfigError`, one sentence, when a worker does not see what the head sees."""
-    place = f"The worker on {platform.node()}"
-    if not Path(head.root).is_dir():
+    worker, root = f"The worker on {platform.node()}", Path(head.root)
+    if not root.is_dir():
         raise ConfigError(
-            f"{place} has no folder {head.root}: put the checkout on a file system that all machines share."
+            f"{worker} has no folder {root}: put the checkout on a file system that all machines share."
         )
-    if here.commit != head.commit or here.params != head.params:
-        what = "commit" if here.commit != head.commit else "params.yaml"
+    if here.code is None and head.code is not None and (why := place.no_commit(root)):
+        raise ConfigError(f"{worker} cannot tell what code it has: {why}")
+    if here.code != head.code or here.params != head.params:
+        what = "version of the code" if here.code != head.code else "params.yaml"
         raise ConfigError(
-            f"{place} sees another {what} in {head.root} than the machine that started the suite: wait until "
+            f"{worker} sees another {what} in {root} than the machine that started the suite: wait until "
             "the file system is in step, or run the same command again."
         )
     if differ := [f"{b} (here {a})" for a, b in zip(head.libraries, here.libraries, strict=True) if a != b]:
         raise ConfigError(
-            f"{place} has other libraries: {', '.join(differ)}. Install requirements.lock there."
+            f"{worker} has other libraries: {', '.join(differ)}. Install requirements.lock there."
         )
 
 
