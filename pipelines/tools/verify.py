@@ -50,10 +50,15 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
         exported = list(_exports(params, found, root))
     except ConfigError as error:
         return [str(error)]
-    try:
-        listed = [f"{r.cell.path}: {text}" for r in everything for text in _record(r)]
-    except (KeyError, TypeError, IndexError) as error:
-        return [f"A run record has no {error}: it is of another version or damaged; rerun its cell."]
+    listed: list[str] = []
+    for record in everything:
+        path = record.cell.path
+        try:
+            listed += [f"{path}: {text}" for text in _record(record)]
+        except (KeyError, TypeError, IndexError) as error:
+            return [
+                f"{path}: the record has no {error}: it is of another version or damaged; rerun its cell."
+            ]
     if any(text.endswith(UNREADABLE) for text in listed):
         return listed  # no table can be made from these
     listed += [
