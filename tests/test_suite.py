@@ -68,7 +68,7 @@ from pipelines.runs import records
 from pipelines.runs.records import Cell, teacher_cell
 from pipelines.suite import cluster, display, plan, work
 from pipelines.suite import dvc as pipeline
-from pipelines.suite.repro import Needs, Suite, _lost, main, needs, run, stage_of
+from pipelines.suite.repro import Needs, Suite, main, needs, run, stage_of
 from pipelines.tools import keep
 
 pytestmark = varied
@@ -924,7 +924,7 @@ def test_a_queue_is_told_how_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_lost_task_says_why(error: Exception, said: str, place: Path) -> None:
     params = config.load(place / "params.yaml")
     suite = Suite(None, params, needs(params, set(), set(), place), 1, display.Display(1), place)
-    suite._took(work.Outcome(failure=_lost(error)), [NONE])
+    suite._took(work.Outcome(failure=cluster.lost(error)), [NONE])
     assert said in (records.failure(NONE, place) or "")
 
 

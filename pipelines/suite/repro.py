@@ -36,7 +36,7 @@ from pipelines import cli, config, files  # noqa: E402
 from pipelines.config import PAPER, ROOT, ConfigError, Params  # noqa: E402
 from pipelines.runs import records  # noqa: E402
 from pipelines.runs.records import Cell, teacher_cell  # noqa: E402
-from pipelines.suite import dvc, place, plan, work  # noqa: E402
+from pipelines.suite import cluster, dvc, place, plan, work  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class Suite:
                     "The scheduler of Dask is gone. What is trained is kept: run the same command again."
                 ) from None
             except Exception as error:  # a worker that died again and again, a function that is not there
-                outcome = work.Outcome(failure=_lost(error))
+                outcome = work.Outcome(failure=cluster.lost(error))
             if outcome.failure is not None and not outcome.cells:
                 self._fail(name, outcome.failure)
             elif not outcome.cells:
@@ -253,18 +253,6 @@ class Suite:
                 self._submit(f"export of {name}, {student}", work.export, name, student)
 
 
-def _lost(error: Exception) -> str:
-    if type(error).__name__ == "KilledWorker":
-        return (
-            "its worker was killed again and again, perhaps by the system for want of memory: try fewer JOBS"
-        )
-    if isinstance(error, ModuleNotFoundError):
-        return (
-            f"a worker cannot import this checkout ({error}): start it in the checkout, with PYTHONPATH=$PWD"
-        )
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
-
-
 def check_networks(params: Params, root: Path = ROOT) -> None:
     """Before anything is fetched or trained: the encoder weights that the suite needs are there, or will be
     fetched. :class:`ConfigError` for the first that is not; a warning for a student that starts from random
@@ -332,7 +320,7 @@ def run(options: argparse.Namespace, params: Params, needed: Needs, root: Path =
     check_networks(params, root)
     from pipelines.engine import machine
     from pipelines.methods import checked
-    from pipelines.suite import cluster, display
+    from pipelines.suite import display
 
     checked(params)
     jobs = options.jobs or 1
