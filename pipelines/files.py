@@ -13,7 +13,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,12 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def digest(path: Path, kind: Literal["md5", "sha256"]) -> str:
+    """The sum of a file that need not fit into memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import logging
 import shutil
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
-from pipelines import config
+from pipelines import config, files
 from pipelines.config import EXPORTS, ROOT, TEACHER, ConfigError, Params
 from pipelines.datasets.folder import DESCRIPTION
 from pipelines.reports import figures, network_table, panels, ranks
@@ -141,7 +140,7 @@ def _same_inputs(own: Sequence[Record], root: Path) -> Iterator[str]:
     if len({record.run["data_sha256"] for record in own}) > 1:
         yield f"{benchmark}: the cells were trained on different versions of the data."
     description = root / "data" / benchmark / DESCRIPTION
-    if description.is_file() and {r.run["data_sha256"] for r in own} != {_sum(description, "sha256")}:
+    if description.is_file() and {r.run["data_sha256"] for r in own} != {files.digest(description, "sha256")}:
         yield f"{benchmark}: data/{benchmark} is not the data of the records."
     teacher = next((record for record in own if record.cell.is_teacher), None)
     yield from _alike(own)
@@ -153,7 +152,7 @@ def _same_inputs(own: Sequence[Record], root: Path) -> Iterator[str]:
             if used != wanted:
                 yield f"{cell.path}: its teacher is not the one of runs/{benchmark}/{TEACHER}."
         weights = record.folder / "weights.safetensors"
-        if weights.is_file() and _sum(weights, "sha256") != run["weights_sha256"]:
+        if weights.is_file() and files.digest(weights, "sha256") != run["weights_sha256"]:
             yield f"{cell.path}: weights.safetensors is not the file of the record."
 
 
@@ -426,12 +425,7 @@ def _look_up(raw: Mapping[str, Any], key: str) -> Any:
 
 
 def _md5(path: Path) -> str | None:
-    return _sum(path, "md5") if path.is_file() else None
-
-
-def _sum(path: Path, kind: str) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
+    return files.digest(path, "md5") if path.is_file() else None
 
 
 def main() -> None:
