@@ -69,8 +69,7 @@ class Outcome:
 def fetch(expected: Identity, benchmark: str) -> Outcome:
     from pipelines.stages.fetch import fetch as run
 
-    def act(root: Path, outcome: Outcome) -> None:
-        params = _params(root)
+    def act(params: config.Params, root: Path, _: Outcome) -> None:
         students = [params.student(key) for key in params.suite.students]
         run(root / "data", benchmark, params.benchmark(benchmark), students)
 
@@ -80,32 +79,26 @@ def fetch(expected: Identity, benchmark: str) -> Outcome:
 def fetch_weights(expected: Identity, key: str) -> Outcome:
     from pipelines.stages.fetch_weights import fetch as run
 
-    def act(root: Path, outcome: Outcome) -> None:
-        run(key, _params(root).encoder_weights(key), root)
-
-    return _do(expected, act)
+    return _do(expected, lambda params, root, _: run(key, params.encoder_weights(key), root))
 
 
 def count(expected: Identity) -> Outcome:
     from pipelines.stages.count import count as run
 
-    return _do(expected, lambda root, _: run(_params(root), root))
+    return _do(expected, lambda params, root, _: run(params, root))
 
 
 def export(expected: Identity, benchmark: str, student: str) -> Outcome:
     from pipelines.stages.export import check as run
 
-    def act(root: Path, outcome: Outcome) -> None:
-        run(benchmark, student, _params(root), root)
-
-    return _do(expected, act)
+    return _do(expected, lambda params, root, _: run(benchmark, student, params, root))
 
 
 def train(expected: Identity, cells: Sequence[Cell]) -> Outcome:
     """Train a pack. The outcome has the cells that failed, with the reason."""
     from pipelines.engine.pack import run_pack
 
-    def act(root: Path, outcome: Outcome) -> None:
+    def act(params: config.Params, root: Path, outcome: Outcome) -> None:
         told: dict[str, float] = {}
 
         def tell(cell: str, step: int, steps: int, loss: float) -> None:
@@ -114,7 +107,7 @@ def train(expected: Identity, cells: Sequence[Cell]) -> Outcome:
                 told[cell] = now
                 _event({"cell": cell, "step": step, "steps": steps, "loss": loss})
 
-        found = run_pack(cells, _params(root), root, tell)
+        found = run_pack(cells, params, root, tell)
         outcome.cells = {cell: None if error is None else _sentence(error) for cell, error in found.items()}
 
     return _do(expected, act)
@@ -171,13 +164,14 @@ def _params(root: Path) -> config.Params:
     return checked(config.load(root / "params.yaml"))
 
 
-def _do(expected: Identity, act: Callable[[Path, Outcome], None]) -> Outcome:
+def _do(expected: Identity, act: Callable[[config.Params, Path, Outcome], object]) -> Outcome:
     """Do a task in the checkout that the head has; an error becomes its sentence."""
     outcome, start = Outcome(), time.monotonic()
     try:
         check(expected, identity(expected.root))
         with _messages():
-            act(Path(expected.root), outcome)
+            root = Path(expected.root)
+            act(_params(root), root, outcome)
     except Exception as error:
         outcome.failure = _sentence(error)
     outcome.seconds = time.monotonic() - start
