@@ -33,10 +33,10 @@ class ConfigError(ValueError):
     """A sentence for the user: what is wrong and what to change."""
 
 
-def few_words(value: Any, most: int = 100) -> str:
+def few_words(value: Any) -> str:
     """A value for a sentence, shortened."""
     text = reprlib.repr(value)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 # What each kind of pydantic's errors is called here; its own words are for programmers.
@@ -65,10 +65,13 @@ PROBLEMS = {
 }
 
 
-def explain(section: str, error: ValidationError, file: str = "params.yaml", shown: int = 3) -> str:
+SHOWN = 3  # problems of one file, of which there may be hundreds
+
+
+def explain(section: str, error: ValidationError, file: str = "params.yaml") -> str:
     """A pydantic error as sentences that name the place in the file: the first few problems."""
     lines, found = [], error.errors()
-    for item in found[:shown]:
+    for item in found[:SHOWN]:
         kind, value, where = item["type"], few_words(item["input"]), [str(part) for part in item["loc"]]
         parts = [section, *(part for part in where if "[" not in part)]  # what is left out names a type
         place = ".".join(part if part.isprintable() else ascii(part) for part in parts).strip(".")[:200]
@@ -83,7 +86,7 @@ def explain(section: str, error: ValidationError, file: str = "params.yaml", sho
             problem = PROBLEMS.get(known, "it is of another kind than this setting")
             problem = " ".join(problem.format_map(item.get("ctx", {})).split())[:200]
             lines.append(f"{place} = {value} is not allowed: {problem}.")
-    more = f" … ({len(found)} problems in all)" if len(found) > shown else ""
+    more = f" … ({len(found)} problems in all)" if len(found) > SHOWN else ""
     return f"In {file}: {' '.join(lines)}{more}"
 
 

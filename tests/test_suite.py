@@ -481,7 +481,7 @@ def test_networks_are_counted_at_last_whatever_failed(
     monkeypatch.setattr(work, "count", counting)
     params = config.Params.model_validate(tiny(read_params()))
     with distributed.Client(processes=False, n_workers=1, dashboard_address=None) as client:
-        shown = display.Display(1)
+        shown = display.Display()
         suite = Suite(client, params, Needs(count=True, fetch=fetch), 1, shown, tmp_path)
         suite.run()
         shown.close()
@@ -516,7 +516,7 @@ def test_nothing_is_trained_before_the_encoder_weights_are_there(
     params = config.Params.model_validate(tiny(read_params()))
     needed = Needs(weights=["a", "b"], fetch=fetch, due={"streets": plan.due(params, "streets", tmp_path)})
     with distributed.Client(processes=False, n_workers=3, dashboard_address=None) as client:
-        shown = display.Display(3)
+        shown = display.Display()
         suite = Suite(client, params, needed, 3, shown, tmp_path)
         suite.run()
         shown.close()
@@ -923,7 +923,7 @@ def test_a_queue_is_told_how_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_lost_task_says_why(error: Exception, said: str, place: Path) -> None:
     params = config.load(place / "params.yaml")
-    suite = Suite(None, params, needs(params, set(), set(), place), 1, display.Display(1), place)
+    suite = Suite(None, params, needs(params, set(), set(), place), 1, display.Display(), place)
     suite._took(work.Outcome(failure=cluster.lost(error)), [NONE])
     assert said in (records.failure(NONE, place) or "")
 
@@ -934,7 +934,7 @@ def test_what_is_shown_without_a_terminal(
     caplog.set_level("INFO")
     now = [100.0]
     monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
-    shown = display.Display(2)
+    shown = display.Display()
     for cell in ("a", "b"):
         shown.expect(cell, 100)
 

@@ -337,7 +337,7 @@ def run(options: argparse.Namespace, params: Params, needed: Needs, root: Path =
             log.info("the dashboard is at %s", client.dashboard_link)
         cluster.await_worker(client, forever=bool(options.cluster))
         workers = max(jobs, len(client.nthreads()))  # those of a cluster, or as many as will come
-        shown = display.Display(workers)
+        shown = display.Display()
         stack.callback(shown.close)
         client.subscribe_topic(work.TOPIC, shown.event)
         suite = Suite(client, params, needed, workers, shown, root)

@@ -14,6 +14,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,7 @@ def code_changes(root: Path = ROOT) -> list[str]:
 def _record(record: Record) -> Iterator[str]:
     """Whether the numbers of a record follow from its counts, its history and each other."""
     run, metrics, history = record.run, record.metrics, record.history
-    cell = record.cell
-    named = {"benchmark": cell.benchmark, "student": cell.student, "method": cell.method, "seed": cell.seed}
-    if run["cell"] != named:
+    if run["cell"] != asdict(record.cell):
         yield f"run.json belongs to another cell: {run['cell']}."
     for split in ("val", "test"):
         try:
@@ -247,22 +246,15 @@ def _lock(everything: Sequence[Record], params: Params, root: Path) -> Iterator[
                 f"{path} is missing, while dvc.lock says that {name} has run: restore it with git, or take "
                 "the stage out of dvc.lock too."
             )
-    for record in everything:
-        for name in RECORD_FILES:
-            path = f"runs/{record.cell.path}/{name}"
+    groups = [[f"runs/{record.cell.path}/{name}" for name in RECORD_FILES] for record in everything]
+    groups += [[file.relative_to(root).as_posix()] for file in _export_files(root)]
+    for paths in groups:
+        for path in paths:
             if path not in made:
                 yield f"{path} is not in dvc.lock: run `dvc repro`, or `dvc commit` what was run elsewhere."
                 break
             used.add(made[path][0])
             if _md5(root / path) != made[path][1].md5:
-                yield f"{path} is not the file that dvc.lock has."
-    for file in _export_files(root):
-        path = file.relative_to(root).as_posix()
-        if path not in made:
-            yield f"{path} is not in dvc.lock: run `dvc repro`, or `dvc commit` what was run elsewhere."
-        else:
-            used.add(made[path][0])
-            if _md5(file) != made[path][1].md5:
                 yield f"{path} is not the file that dvc.lock has."
     for name in (queue := sorted(used)):  # grows by the stages that made what these were run with
         queue += sorted({made[dep.path][0] for dep in stages[name].deps if dep.path in made} - set(queue))
