@@ -32,7 +32,7 @@ verify: $(READY)  ## whether the run records support every number of the reports
 	python -m pipelines.tools.verify
 
 tune: $(READY)  ## the same trials of loss weights for every method, on the validation split
-	python -m pipelines.tools.tune
+	python -m pipelines.tools.tune $(if $(JOBS),--jobs $(JOBS))
 
 bench: $(READY)  ## time and memory of the default benchmark from nothing, in a temporary clone; PACKS=1: of packs, for PAIR=teacher,student
 	python tests/bench.py $(if $(PACKS),--packs) $(if $(PAIR),--pair $(PAIR))

@@ -14,6 +14,8 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -31,10 +33,10 @@ class ConfigError(ValueError):
     """A sentence for the user: what is wrong and what to change."""
 
 
-def few_words(value: Any, most: int = 100) -> str:
+def few_words(value: Any) -> str:
     """A value for a sentence, shortened."""
     text = reprlib.repr(value)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 # What each kind of pydantic's errors is called here; its own words are for programmers.
@@ -63,10 +65,13 @@ PROBLEMS = {
 }
 
 
-def explain(section: str, error: ValidationError, file: str = "params.yaml", shown: int = 3) -> str:
+SHOWN = 3  # problems of one file, of which there may be hundreds
+
+
+def explain(section: str, error: ValidationError, file: str = "params.yaml") -> str:
     """A pydantic error as sentences that name the place in the file: the first few problems."""
     lines, found = [], error.errors()
-    for item in found[:shown]:
+    for item in found[:SHOWN]:
         kind, value, where = item["type"], few_words(item["input"]), [str(part) for part in item["loc"]]
         parts = [section, *(part for part in where if "[" not in part)]  # what is left out names a type
         place = ".".join(part if part.isprintable() else ascii(part) for part in parts).strip(".")[:200]
@@ -81,7 +86,7 @@ def explain(section: str, error: ValidationError, file: str = "params.yaml", sho
             problem = PROBLEMS.get(known, "it is of another kind than this setting")
             problem = " ".join(problem.format_map(item.get("ctx", {})).split())[:200]
             lines.append(f"{place} = {value} is not allowed: {problem}.")
-    more = f" … ({len(found)} problems in all)" if len(found) > shown else ""
+    more = f" … ({len(found)} problems in all)" if len(found) > SHOWN else ""
     return f"In {file}: {' '.join(lines)}{more}"
 
 
@@ -118,6 +123,12 @@ def _distinct(keys: list[Any]) -> list[Any]:
     return keys
 
 
+def _as_written(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """A number that is checked as a float, and stays 2 or 2.0: DVC names a cell by what stands there."""
+    number = check(value)
+    return value if isinstance(value, int) else number
+
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -126,7 +137,7 @@ Size = tuple[Side, Side]  # height, width in pixels
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
 Keys = Annotated[list[Key], AfterValidator(_distinct)]
-Control = Annotated[float, Field(gt=1, le=100)]
+Control = Annotated[float, Field(gt=1, le=100, strict=True), WrapValidator(_as_written)]
 
 
 class Model(BaseModel):
@@ -334,7 +345,7 @@ class Params(Model):
     @property
     def controls(self) -> dict[str, float]:
         """The keys of the reference trained longer (``none-x1.5``), with the factor on its steps."""
-        return {f"{self.suite.reference}-x{factor:g}": factor for factor in self.suite.controls}
+        return {f"{self.suite.reference}-x{factor}": factor for factor in self.suite.controls}
 
     def schedule(self, benchmark: str, method: str) -> Training:
         """How a student is trained by a method: the protocol of the benchmark, longer for a control."""
@@ -452,6 +463,10 @@ def load(path: Path | None = None) -> Params:
         raise ConfigError(
             f"In params.yaml: suite.methods must hold suite.reference, {suite.reference}: every method is "
             "compared to it."
+        )
+    if fixed := [key for key in params.tuning.methods if key.endswith(OFFICIAL) or key in params.controls]:
+        raise ConfigError(
+            f"In params.yaml: tuning.methods must not hold {fixed[0]}, whose weights are given: take it out."
         )
     if params.tuning.seed in suite.seeds:
         raise ConfigError(

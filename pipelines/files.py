@@ -8,11 +8,12 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def clear_parts(folder: Path, below: bool = True) -> None:
-    """Remove what killed writers have left in a folder, and ``below`` it, that nobody else writes to now."""
+    """Remove what killed writers have left in a folder, and ``below`` it."""
     for part in folder.rglob(".*.part") if below else folder.glob(".*.part"):
-        part.unlink(missing_ok=True)
+        if not another(part.stem.rpartition(".")[2]):
+            part.unlink(missing_ok=True)
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
@@ -46,6 +48,12 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def digest(path: Path, kind: Literal["md5", "sha256"]) -> str:
+    """The sum of a file that need not fit into memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,6 +107,11 @@ def alive(pid: int) -> bool:
     return True
 
 
+def another(pid: str) -> bool:
+    """Whether a file's name ends with the number of another process that runs."""
+    return pid.isdigit() and int(pid) != os.getpid() and alive(int(pid))
+
+
 @contextmanager
 def hold(path: Path, cell: str) -> Iterator[None]:
     """Hold the lock file ``path`` for ``cell``; wait, and say for which process, while another one has it.
@@ -111,24 +124,27 @@ def hold(path: Path, cell: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            pid = file.read().strip() or "unknown"
-            if pid.isdigit() and not alive(int(pid)):
-                log.warning(
-                    "%s was being run by process %s, which has ended: waiting for the processes that it "
-                    "started to see that.",
-                    cell,
-                    pid,
-                )
-            else:
-                log.warning(
-                    "%s is being run by process %s: waiting until it ends. After `kill %s` this process "
-                    "goes on from where that one was.",
-                    cell,
-                    pid,
-                    pid,
-                )
+            log.warning("%s %s", cell, _held(file.read()))
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
+        file.write(f"{platform.node()} {os.getpid()}\n")
         file.flush()
         yield
+
+
+def _held(content: str) -> str:
+    """What is said of a lock that another process holds, by what that has written into it."""
+    host, _, pid = content.strip().rpartition(" ")
+    if not pid.isdigit():
+        return "is being run by process unknown: waiting until it ends."
+    if host not in ("", platform.node()):  # which has numbers of its own
+        return f"is being run by process {pid} on {host}: waiting until it ends."
+    if not alive(int(pid)):
+        return (
+            f"was being run by process {pid}, which has ended: waiting for the processes that it started to "
+            "see that."
+        )
+    return (
+        f"is being run by process {pid}: waiting until it ends. After `kill {pid}` this process goes on from "
+        "where that one was."
+    )

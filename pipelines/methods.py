@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipelines.config import PAPER, ROOT, ConfigError, Params, explain, known
+from pipelines.config import OFFICIAL, PAPER, ROOT, ConfigError, Params, explain, known
 from pipelines.method import Distiller, MethodConfig
 
 
@@ -22,7 +22,8 @@ def checked(params: Params) -> Params:
 def configured(params: Params, key: str) -> MethodConfig:
     """The checked hyper-parameters of a method of params.yaml."""
     known("method", key, params.method_keys)
-    return method_config(params.module_key(key), params.method_values(key))
+    own = f"official.{key.removesuffix(OFFICIAL)}" if key.endswith(OFFICIAL) else None
+    return method_config(params.module_key(key), params.method_values(key), own)
 
 
 def method_class(key: str) -> type[Distiller]:
@@ -46,10 +47,11 @@ def method_class(key: str) -> type[Distiller]:
     return cls
 
 
-def method_config(key: str, values: Mapping[str, Any]) -> MethodConfig:
-    """The values that params.yaml gives a method, checked against the method's own ``Config``."""
-    section = f"{PAPER}.{key.removeprefix(PAPER + '-')}" if key.startswith(f"{PAPER}-") else f"methods.{key}"
+def method_config(key: str, values: Mapping[str, Any], section: str | None = None) -> MethodConfig:
+    """The values that ``section`` of params.yaml gives a method, checked against the method's own
+    ``Config``."""
+    own = f"{PAPER}.{key.removeprefix(PAPER + '-')}" if key.startswith(f"{PAPER}-") else f"methods.{key}"
     try:
         return method_class(key).Config.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(explain(section, error)) from None
+        raise ConfigError(explain(section or own, error)) from None

@@ -70,6 +70,9 @@ def loaded(tmp_path: Path, change: Change) -> config.Params:
         (lambda r: r["methods"]["kd"].update(temperature=0), r"methods\.kd\.temperature = 0 is not allowed"),
         (lambda r: r["methods"]["kd"].update(weight=float("inf")), r"methods\.kd\.weight = inf is"),
         (lambda r: r["methods"]["cwd"].update(tau="warm"), r"methods\.cwd\.tau = 'warm' is not allowed"),
+        (lambda r: r["official"]["dist"].update(weight=-1), r"official\.dist\.weight = -1 is not allowed"),
+        (lambda r: r["official"]["dist"].update(wieght=1), r"official\.dist\.wieght is not a known setting"),
+        (lambda r: r["methods"]["dist"].update(beta=-1), r"methods\.dist\.beta = -1 is not allowed"),
         (lambda r: r["acfd"]["csd"].update(stages=[7]), r"acfd\.csd\.stages\.0 = 7 is not allowed"),
         (
             lambda r: r["benchmarks"]["camvid"]["training"].update(lr=-1),
@@ -85,6 +88,14 @@ def loaded(tmp_path: Path, change: Change) -> config.Params:
         ),
         (lambda r: r.update(extra=1), "extra is not a known setting"),
         (lambda r: r["tuning"]["methods"].append("kdd"), "no method 'kdd'"),
+        (lambda r: r["suite"]["controls"].append("2"), r"suite\.controls\.3 = '2' is not allowed"),
+        (lambda r: r["suite"]["controls"].append(2.0), r"an entry stands there twice"),
+        (lambda r: r["suite"]["controls"].append(1), r"suite\.controls\.3 = 1 is not allowed"),
+        (
+            lambda r: r["tuning"]["methods"].append("kd-official"),
+            r"tuning\.methods must not hold kd-official, whose weights are given: take it out\.",
+        ),
+        (lambda r: r["tuning"]["methods"].append("none-x2"), "must not hold none-x2,"),
         (
             lambda r: r["methods"].pop("skd"),
             r"no method 'skd' .* named in suite.methods and tuning.methods: take it out there, or add it to "

@@ -13,6 +13,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 from unicodedata import normalize
@@ -626,6 +627,10 @@ def test_what_is_wrong_with_ones_own(
     [
         ({"ignore_index": 2}, "ignore_index = 2 is not allowed: it must be beyond the classes 0 to 2; where"),
         ({"classes": {"a": [0] * 3, "b": [0] * 3, "c": [9] * 3}}, "a and b have one colour"),
+        (
+            {"classes": {"car (1)": [0] * 3, "car [1]": [9] * 3}},
+            r"car \(1\) and car \[1\] are both car _1_ in",
+        ),
         ({"ignored_colours": [[90, 90, 90]]}, "they hold the colour of the class stone"),
         ({"images": "fotos"}, "fotos does not exist: correct `images`"),
         ({"classes": {"a": [0, 0, 256], "b": [0, 0, 0]}}, "classes.a.2 = 256"),
@@ -1212,6 +1217,14 @@ def test_a_download_goes_on_where_it_was_cut(server: str, tmp_path: Path) -> Non
     assert sorted(path.name for path in target.parent.iterdir()) == ["file"]
 
 
+def test_two_who_want_one_file_fetch_it_once(server: str, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        wanted = [pool.submit(archives.download, server, tmp_path / "file", "md5", MD5) for _ in range(4)]
+        assert {future.result() for future in wanted} == {tmp_path / "file"}
+    assert (tmp_path / "file").read_bytes() == Server.body and Server.asked == [None]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_server_without_ranges_begins_again(server: str, tmp_path: Path) -> None:
     Server.cuts, Server.ranges = [1_000_000], False
     sha = hashlib.sha256(Server.body).hexdigest()
@@ -1222,7 +1235,7 @@ def test_a_server_without_ranges_begins_again(server: str, tmp_path: Path) -> No
 def test_a_wrong_sum_is_never_kept(server: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"md5 {MD5} instead of 0123"):
         archives.download(server, tmp_path / "file", "md5", "0123")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".file.lock"]
 
 
 def test_a_whole_part_file_is_not_fetched_again(server: str, tmp_path: Path) -> None:

@@ -545,9 +545,9 @@ def camvid_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lists: str) -> Pa
         line = f"/SegNet/CamVid/{split}/0.png /SegNet/CamVid/{split}annot/0.png\n"
         (source / f"{split}.txt").write_text(lists if split == "train" else line)
     manifest = tmp_path / "camvid.sha256"
-    files = sorted(path for path in source.rglob("*") if path.is_file())
+    shipped = sorted(path for path in source.rglob("*") if path.is_file())
     manifest.write_text(
-        "".join(f"{folder.sha256(p.read_bytes())}  {p.relative_to(source).as_posix()}\n" for p in files)
+        "".join(f"{files.sha256(p.read_bytes())}  {p.relative_to(source).as_posix()}\n" for p in shipped)
     )
     monkeypatch.setattr(camvid, "MANIFEST", manifest)
     monkeypatch.setenv("ACFD_MIRROR", str(source))

@@ -199,6 +199,13 @@ def test_bad_files_are_named_and_the_others_done(
     )
 
 
+@pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="needs /proc")
+def test_memory_that_holds_cached_files_counts_as_free() -> None:
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    available = next(int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:")
+    assert predict._most() * predict.BYTES == pytest.approx(available, rel=0.1)
+
+
 @pytest.mark.parametrize("block", [12 * 64 * 64, 12 * 17 * 17])
 def test_a_large_image_is_seen_through_windows(
     block: int,

@@ -70,7 +70,7 @@ PROCESSOR = "A Processor (R) 2.0 GHz"
 def make_params(**suite: Any) -> Params:
     """The project's parameters, cut down to one student and few methods."""
     base = config.load()
-    wanted = {"students": [STUDENT], "seeds": SEEDS, "controls": [1.5, 2.0], "methods": ["kd", "cwd"]}
+    wanted = {"students": [STUDENT], "seeds": SEEDS, "controls": [1.5, 2], "methods": ["kd", "cwd"]}
     wanted |= {"official": [], "variants": ["full"]} | suite
     streets = base.benchmarks["streets"]
     schedule = streets.training.model_copy(update={"steps": 300})  # of the records below

@@ -6,11 +6,13 @@ A short version runs with the other tests; ``make torture`` sets ACFD_TORTURE an
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import csv
 import http.client
 import json
+import math
 import os
 import random
 import re
@@ -28,10 +30,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dask.system
 import distributed
 import psutil
 import pytest
-from conftest import ROOT, TALLY, read_params, tiny
+from conftest import ROOT, TALLY, copy_repository, read_params, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from suites import (
@@ -59,11 +62,13 @@ from suites import (
 
 from pipelines import config, files
 from pipelines.config import ConfigError
+from pipelines.engine.machine import cores
+from pipelines.reports.results import label
 from pipelines.runs import records
 from pipelines.runs.records import Cell, teacher_cell
 from pipelines.suite import cluster, display, plan, work
 from pipelines.suite import dvc as pipeline
-from pipelines.suite.repro import Needs, Suite, _lost, needs, stage_of
+from pipelines.suite.repro import Needs, Suite, main, needs, run, stage_of
 from pipelines.tools import keep
 
 pytestmark = varied
@@ -476,12 +481,49 @@ def test_networks_are_counted_at_last_whatever_failed(
     monkeypatch.setattr(work, "count", counting)
     params = config.Params.model_validate(tiny(read_params()))
     with distributed.Client(processes=False, n_workers=1, dashboard_address=None) as client:
-        shown = display.Display(1)
+        shown = display.Display()
         suite = Suite(client, params, Needs(count=True, fetch=fetch), 1, shown, tmp_path)
         suite.run()
         shown.close()
     assert ran.read_text().split() == [*fetch, "count"]
     assert suite.failed == [f"data of {name}: it is gone" for name in fetch]
+
+
+@pytest.mark.parametrize("fetch", [[], ["streets"]])
+@pytest.mark.parametrize("failure", [None, "the network is gone"])
+def test_nothing_is_trained_before_the_encoder_weights_are_there(
+    fetch: list[str], failure: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it left out when they could not be had: not every cell needs them."""
+    ran = tmp_path / "ran"  # tasks are pickled
+
+    def note(name: str) -> None:
+        with ran.open("a") as file:
+            file.write(f"{name} ")
+
+    def loading(_: object, key: str) -> work.Outcome:
+        time.sleep(0.2 if key == "a" else 1.0)  # a worker is free meanwhile
+        note(key)
+        return work.Outcome(failure=failure)
+
+    def training(_: object, __: object) -> work.Outcome:
+        note("teacher")
+        return work.Outcome(failure="it is enough")
+
+    monkeypatch.setattr(work, "fetch", lambda *_: work.Outcome())
+    monkeypatch.setattr(work, "fetch_weights", loading)
+    monkeypatch.setattr(work, "train", training)
+    params = config.Params.model_validate(tiny(read_params()))
+    needed = Needs(weights=["a", "b"], fetch=fetch, due={"streets": plan.due(params, "streets", tmp_path)})
+    with distributed.Client(processes=False, n_workers=3, dashboard_address=None) as client:
+        shown = display.Display()
+        suite = Suite(client, params, needed, 3, shown, tmp_path)
+        suite.run()
+        shown.close()
+    assert ran.read_text().split() == ["a", "b", "teacher"]
+    assert suite.failed[0] == (
+        "encoder weights a: the network is gone" if failure else "teacher of streets: it is enough"
+    )
 
 
 @slow
@@ -618,6 +660,27 @@ def test_every_cell_has_its_stage() -> None:
     assert sorted(named) == sorted(name for name in stages if name.partition("@")[0] in trained)
 
 
+def test_controls_are_named_as_dvc_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However their factors are written: `dvc repro` and `make repro` train the same cells."""
+    root = copy_repository(tmp_path)
+    monkeypatch.chdir(root)  # from where DVC names stages
+    text = (root / "params.yaml").read_text()
+    written = re.sub(r"(?m)^  controls: \[.*?\]", "  controls: [1.5, 2.0, 3, 1.23456789, 4.50, 1e1]", text)
+    (root / "params.yaml").write_text(written)
+    params = config.load(root / "params.yaml")
+    assert len(params.controls) == 6
+    cells = [cell for cell in plan.suite_cells(params, "streets") if cell.method in params.controls]
+    made = {
+        name: stage for name, stage in pipeline.Pipeline(root).stages.items() if name.startswith("control@")
+    }
+    assert sorted(made) == sorted(stage_of(params, cell) for cell in cells)
+    for cell in cells:
+        stage = made[stage_of(params, cell)]
+        assert f"runs/{cell.path}/run.json" in {str(out) for out in stage.outs}
+        assert f"--method {cell.method} " in stage.cmd
+    assert label("none-x2.0", params.controls) == "none ×2"
+
+
 def test_what_dvc_refuses_is_one_sentence(tmp_path: Path) -> None:
     git(tmp_path, "init", "-q")
     subprocess.run(dvc("init", "-q"), cwd=tmp_path, env=environment(), check=True)
@@ -731,31 +794,48 @@ def test_a_teacher_of_the_repository(place: Path, monkeypatch: pytest.MonkeyPatc
 # ---- workers and clusters
 
 
-def test_a_worker_that_sees_something_else_is_one_sentence(tmp_path: Path) -> None:
+def test_a_worker_that_sees_something_else_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     git(tmp_path, "init", "-q")
     (tmp_path / "params.yaml").write_text("a: 1\n")
-    git(tmp_path, "add", "-A")
-    git(tmp_path, "commit", "-qm", "start")
+    for folder in work.CODE:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").touch()
+
+    def commit() -> None:
+        git(tmp_path, "add", "-A")
+        git(tmp_path, "commit", "-qm", "a commit")
+
+    commit()
     head = work.identity(str(tmp_path))
-    assert head.commit == git(tmp_path, "rev-parse", "HEAD").strip()
+    assert head.code is not None
     work.check(head, work.identity(str(tmp_path)))
-    git(tmp_path, "commit", "-qm", "later", "--allow-empty")
+    (tmp_path / "README.md").touch()
+    commit()
+    work._code.cache_clear()
+    work.check(head, work.identity(str(tmp_path)))  # the same code
+    (tmp_path / "acfd" / "a.py").write_text("a = 1\n")
+    commit()
     work.check(head, work.identity(str(tmp_path)))  # the code of this process is still that of the start
-    work._commit.cache_clear()
+    work._code.cache_clear()
 
     def said(here: work.Identity, root: str = "") -> str:
-        expected = work.Identity(root or head.root, head.commit, head.params, head.libraries)
+        expected = work.Identity(root or head.root, head.code, head.params, head.libraries)
         with pytest.raises(ConfigError) as error:
             work.check(expected, here)
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "sees another commit in" in said(work.identity(str(tmp_path)))
+    assert "sees another version of the code in" in said(work.identity(str(tmp_path)))
+    monkeypatch.setenv("PATH", "/nowhere")
+    work._code.cache_clear()
+    assert said(work.identity(str(tmp_path))).endswith("cannot tell what code it has: git is not installed.")
     (tmp_path / "params.yaml").write_text("a: 2\n")
-    same = work.Identity(head.root, head.commit, work.identity(str(tmp_path)).params, head.libraries)
+    same = work.Identity(head.root, head.code, work.identity(str(tmp_path)).params, head.libraries)
     assert "sees another params.yaml in" in said(same)
     other = ("torch 0.1", *head.libraries[1:])
-    text = said(work.Identity(head.root, head.commit, head.params, other))
+    text = said(work.Identity(head.root, head.code, head.params, other))
     assert f"{head.libraries[0]}" in text and "torch 0.1" in text and "requirements.lock" in text
     assert f"has no folder {tmp_path}/absent" in said(head, f"{tmp_path}/absent")
     outcome = work.count(work.Identity(f"{tmp_path}/absent", None, "", ()))
@@ -817,6 +897,22 @@ def test_a_cluster_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyP
         cluster.queue("slurm", 2).__enter__()
 
 
+@pytest.mark.parametrize(("jobs", "shared"), [(None, 2), (1, 2), (3, 3)])
+def test_packs_are_cut_for_the_workers_of_a_cluster(jobs: int | None, shared: int, place: Path) -> None:
+    """Of which there may be more, or fewer, than this machine would start; JOBS says how many will come."""
+    params = config.load(place / "params.yaml")
+    options = argparse.Namespace(scheduler=None, cluster=None, jobs=jobs, dashboard=False)
+    with distributed.LocalCluster(n_workers=2, processes=False, dashboard_address=None) as there:
+        options.scheduler = there.scheduler_address
+        assert run(options, params, Needs(), place).jobs == shared
+
+
+def test_a_queue_is_told_how_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["repro", "--cluster", "slurm"])
+    with pytest.raises(ConfigError, match=r"^CLUSTER needs JOBS, .*JOBS=8`\.$"):
+        main()
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -827,8 +923,8 @@ def test_a_cluster_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyP
 )
 def test_a_lost_task_says_why(error: Exception, said: str, place: Path) -> None:
     params = config.load(place / "params.yaml")
-    suite = Suite(None, params, needs(params, set(), set(), place), 1, display.Display(1), place)
-    suite._took(work.Outcome(failure=_lost(error)), [NONE])
+    suite = Suite(None, params, needs(params, set(), set(), place), 1, display.Display(), place)
+    suite._took(work.Outcome(failure=cluster.lost(error)), [NONE])
     assert said in (records.failure(NONE, place) or "")
 
 
@@ -838,7 +934,7 @@ def test_what_is_shown_without_a_terminal(
     caplog.set_level("INFO")
     now = [100.0]
     monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
-    shown = display.Display(2)
+    shown = display.Display()
     for cell in ("a", "b"):
         shown.expect(cell, 100)
 
@@ -895,6 +991,26 @@ def test_every_gpu_that_may_be_used_has_a_worker(
     assert cluster.visible_gpus() == slots
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs cgroups")
+@pytest.mark.parametrize("quota", ["-1", "50000", "100000", "99000000"])
+def test_no_more_cores_are_used_than_a_container_may(
+    quota: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "dask.system", None)  # as where a cell is trained alone
+    own = cores()
+    assert own == len(os.sched_getaffinity(0))
+    monkeypatch.undo()
+    (tmp_path / "cpu.cfs_quota_us").write_text(quota)
+    (tmp_path / "cpu.cfs_period_us").write_text("100000")
+
+    def opened(path: str) -> Any:  # of the files of a container, those that a test may write
+        return (tmp_path / Path(path).name).open()
+
+    monkeypatch.setattr(dask.system, "open", opened, raising=False)
+    allowed = own if int(quota) < 0 else max(1, math.ceil(int(quota) / 100_000))
+    assert cores() == min(own, allowed)
+
+
 @slow
 def test_commands_that_cannot_be_are_one_sentence(parallel: Path, tmp_path: Path) -> None:
     root = tmp_path / "suite"
@@ -902,7 +1018,8 @@ def test_commands_that_cannot_be_are_one_sentence(parallel: Path, tmp_path: Path
     shutil.rmtree(NONE.folder(root))
     for option, said in (
         (("--scheduler", "tcp://127.0.0.1:9"), "No scheduler of Dask answers"),
-        (("--cluster", "slum"), "CLUSTER = slum is not known"),
+        (("--cluster", "slum", "--jobs", "2"), "CLUSTER = slum is not known"),
+        (("--cluster", "slurm"), "CLUSTER needs JOBS"),
         (("--jobs", "0"), "JOBS = 0: it must be 1 or more."),
     ):
         text = repro(root, *option, status=1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from pipelines.config import ConfigError, Params
 from pipelines.engine import pack as pack_module
 from pipelines.methods import checked, configured
 from pipelines.runs import budget
-from pipelines.suite import work
+from pipelines.suite import cluster, work
 from pipelines.tools import tune
 
 METHODS = ["kd", "skd"]
@@ -276,6 +278,21 @@ def test_a_diverged_trial_counts_and_is_never_chosen(place: Path, params: Params
     (place / "reports" / "streets" / "tuning.csv").unlink()
     with pytest.raises(ConfigError, match="No trial of kd gave a score; the last one: the term kd"):
         tune.tune(params, place, Scored(fails=lambda method, _: method == "kd"))
+
+
+def test_trials_that_no_worker_survives_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(work, "trial", killed)
+    monkeypatch.setitem(cluster.SETTINGS, "distributed.scheduler.allowed-failures", 0)
+    with (
+        cluster.local(1, [], False, tmp_path) as client,
+        pytest.raises(ConfigError, match=r"^A round of trials was lost: its worker was killed .* JOBS\.$"),
+    ):
+        tune.side_by_side(client, work.identity(str(tmp_path)), {"kd": {"weight": 1.0}})
 
 
 def test_unequal_budgets_are_refused(place: Path, params: Params, edit: Any) -> None:

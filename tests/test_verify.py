@@ -260,6 +260,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: (r / "runs" / CELL / "metrics.json").write_text('{"test": '),
         f"runs/{CELL}/metrics.json is damaged or was changed by hand",
     ),
+    "a record of another version": (
+        lambda r: edit(r, lambda run: run.update(compute={})),
+        f"{CELL}: the record has no 'flops': it is of another version or damaged; rerun its cell.",
+    ),
     "broken counts": (
         lambda r: rewrite(r / "runs" / CELL, confusion=b"PK"),
         f"{CELL}: confusion.npz, val (",
@@ -277,6 +281,7 @@ QUICK = (  # one of each kind; the others in `make torture`
     "the tuning log",
     "a deleted seed with its tables",
     "a painted figure",
+    "a record of another version",
     "broken counts",
 )
 

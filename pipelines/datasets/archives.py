@@ -6,7 +6,6 @@ archive can write outside of the benchmark's folder and none is in memory whole.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import logging
 import lzma
@@ -23,6 +22,7 @@ from typing import IO, Literal, Protocol
 
 from tqdm import tqdm
 
+from pipelines import files
 from pipelines.config import ROOT, ConfigError
 
 DOWNLOADS = ROOT / "downloads"
@@ -48,11 +48,14 @@ class Source(Protocol):
 
 
 class Folder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    """An extracted folder; ``name`` is the one that it has in the archive, before those of its files."""
+
+    def __init__(self, path: Path, name: str = "") -> None:
+        self.path, self.prefix = path, f"{name}/" if name else ""
 
     def names(self) -> list[str]:
-        return sorted(path.relative_to(self.path).as_posix() for path in self._walk(self.path, ()))
+        found = self._walk(self.path, ())
+        return sorted(self.prefix + path.relative_to(self.path).as_posix() for path in found)
 
     def _walk(self, folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
         """Also through links, unless they lead back to a folder that they lie in."""
@@ -69,7 +72,7 @@ class Folder:
 
     def files(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
         for name in sorted(wanted):
-            file = self.path / name
+            file = self.path / name.removeprefix(self.prefix)
             if file.stat().st_size > LARGEST:
                 raise _too_large(self.path, name)
             yield name, file.read_bytes()
@@ -145,7 +148,7 @@ def locate(places: Collection[Path], archive: str, folder: str) -> Source | None
         if (place / archive).is_file():
             return Zip(place / archive) if archive.endswith(".zip") else Tar(place / archive)
         if (place / folder).is_dir():
-            return _Below(Folder(place / folder), folder)
+            return Folder(place / folder, folder)
     return None
 
 
@@ -155,7 +158,7 @@ def obtain(
     """A published archive (its file, its top folder), from where it lies or else from ``url``; the folder
     that it extracts to will do. ConfigError when the archive has another sum."""
     if (source := locate(places(mirror, configured, dataset), *archive)) is not None:
-        if source.path.is_file() and (found := _digest(source.path, "md5")) != md5:
+        if source.path.is_file() and (found := files.digest(source.path, "md5")) != md5:
             raise ConfigError(
                 f"{source.path} has the md5 {found} instead of {md5}: it is truncated, damaged or another "
                 f"version. Fetch {url} again, or put the folder {archive[1]} that it extracts to in its "
@@ -167,20 +170,6 @@ def obtain(
     if (source := locate([place], *archive)) is None:
         raise ConfigError(f"{place / archive[0]} vanished: run the same command again.")
     return source
-
-
-class _Below:
-    """An extracted folder under the name that it has in the archive."""
-
-    def __init__(self, folder: Folder, name: str) -> None:
-        self.inner, self.prefix, self.path = folder, f"{name}/", folder.path
-
-    def names(self) -> list[str]:
-        return [self.prefix + name for name in self.inner.names()]
-
-    def files(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
-        for name, content in self.inner.files([name.removeprefix(self.prefix) for name in wanted]):
-            yield self.prefix + name, content
 
 
 def places(mirror: Path | None, configured: Path | None, dataset: str) -> list[Path]:
@@ -200,14 +189,23 @@ def read(source: Source, name: str) -> bytes:
 def download(url: str, target: Path, kind: Literal["md5", "sha256"], digest: str) -> Path:
     """Fetch ``url`` to ``target`` unless it is there; ``digest`` is the sum of the file or how it begins.
 
-    A transfer that was cut goes on where it stopped, also in another process (``<target>.part``). The file
-    takes its name when its sum is right. ConfigError when it cannot be had.
+    A transfer that was cut goes on where it stopped, also in another process (``<target>.part``). While
+    another process fetches the file, this one waits. The file takes its name when its sum is right.
+    ConfigError when it cannot be had.
     """
     if target.is_file():
         return target
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"{url} is no address of a download: it must begin with http:// or https://.")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.with_name(f".{target.name}.lock")
+    with files.hold(lock, f"The download of {target.name}"):
+        if not target.is_file():
+            _download(url, target, kind, digest)
+        lock.unlink(missing_ok=True)  # whoever waits for it finds the file
+    return target
+
+
+def _download(url: str, target: Path, kind: Literal["md5", "sha256"], digest: str) -> None:
     part = target.with_name(f"{target.name}.part")
     problem = ""
     for _ in range(TRIES):
@@ -222,7 +220,7 @@ def download(url: str, target: Path, kind: Literal["md5", "sha256"], digest: str
             problem = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
     else:
         raise ConfigError(_failed(url, target, problem))
-    found = _digest(part, kind)
+    found = files.digest(part, kind)
     if not found.startswith(digest):
         part.unlink()
         raise ConfigError(
@@ -232,12 +230,6 @@ def download(url: str, target: Path, kind: Literal["md5", "sha256"], digest: str
     with part.open("rb") as file:
         os.fsync(file.fileno())  # before it takes its name
     part.replace(target)
-    return target
-
-
-def _digest(path: Path, kind: Literal["md5", "sha256"]) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def _transfer(url: str, part: Path) -> None:

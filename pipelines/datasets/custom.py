@@ -25,6 +25,7 @@ from pipelines.config import ROOT, ConfigError, Model, Size
 from pipelines.datasets import pixels
 from pipelines.datasets.folder import SPLITS, Meta, few
 from pipelines.datasets.writer import Writer, mapped, painted
+from pipelines.runs.tracking import metric_name
 
 PHOTOS = pixels.endings(("JPEG",))
 ABOUT = "images of one's own"
@@ -72,6 +73,10 @@ class Config(Model):
         for name, colour in classes.items():
             if (other := owner.setdefault(colour, name)) != name:
                 raise ValueError(f"{other} and {name} have one colour; figures tell classes apart by it")
+        written: dict[str, str] = {}
+        for name in classes:
+            if (other := written.setdefault(known := metric_name(name), name)) != name:
+                raise ValueError(f"{other} and {name} are both {known} in MLflow; rename one of them")
         return classes
 
     @field_validator("ignore_index")

@@ -10,7 +10,6 @@ torch before tensors are asked for.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -30,6 +29,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import Field, TypeAdapter
 
 from pipelines.config import ConfigError
+from pipelines.files import sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -192,10 +192,6 @@ def _together(samples: list[tuple[Tensor, Tensor] | str]) -> tuple[Tensor, Tenso
         images.append(sample[0])
         labels.append(sample[1])
     return torch.stack(images), torch.stack(labels)
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def few(names: Iterable[str], shown: int = 5) -> str:

@@ -57,6 +57,8 @@ META = Meta(
     ignore_index=IGNORE,
 )
 
+BANDS = 0.6  # share of the objects with a band of ignored pixels
+SPREAD = 0.12  # of a material around its base colour
 FINE = 3  # drawn pixels per pixel and axis; odd, so that a block has a centre
 CAMERA = 1.8  # metres above the ground
 DUSK = {"train": 0.12, "val": 0.12, "test": 0.36}  # share of the images
@@ -342,10 +344,10 @@ class _Canvas:
         half = (above + (below - above) * (rows - top) / max(bottom - top, 1.0)) / 2
         self.paint(box, np.abs(columns - x) <= half, label, colour, item)
 
-    def new_item(self, rng: np.random.Generator, share: float = 0.6) -> int:
+    def new_item(self, rng: np.random.Generator) -> int:
         """A number for the next object if it is to get a band of ignored pixels, else 0."""
         self.items += 1
-        return self.items if rng.random() < share else 0
+        return self.items if rng.random() < BANDS else 0
 
     def finish(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Texture, sensor and reduction to the final size: image (H, W, 3) uint8 and labels (H, W) uint8."""
@@ -385,10 +387,10 @@ def _smooth(rng: np.random.Generator, height: int, width: int, cell: int) -> np.
     return values
 
 
-def _pick(rng: np.random.Generator, label: int, spread: float = 0.12) -> np.ndarray:
+def _pick(rng: np.random.Generator, label: int) -> np.ndarray:
     """A material of a class, a little off its base colour."""
     options = MATERIALS[label]
-    return options[int(rng.integers(len(options)))] * rng.uniform(1 - spread, 1 + spread, 3).astype(
+    return options[int(rng.integers(len(options)))] * rng.uniform(1 - SPREAD, 1 + SPREAD, 3).astype(
         np.float32
     )
 

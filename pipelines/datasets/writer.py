@@ -125,10 +125,10 @@ class Writer:
         return self._given[name]
 
 
-def indices(content: bytes, origin: str, upright: bool = False) -> np.ndarray:
+def indices(content: bytes, origin: str) -> np.ndarray:
     """The values of a label with one channel, gray or with a palette: (H, W) of whole numbers."""
     with pixels.opened(content, origin, pixels.LOSSLESS) as opened:
-        found = pixels.samples(opened, origin, upright)
+        found = pixels.samples(opened, origin, upright=False)
         if found.ndim == 3:
             raise ConfigError(
                 f"{origin} has the mode {opened.mode}; a label must have one channel (L or P) here."

@@ -3,8 +3,6 @@ so every metric follows."""
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -66,21 +64,3 @@ def slide(network: SegmentationNetwork, images: Tensor, sliding: Sliding) -> Ten
             seen[place] += 1
     assert total is not None  # there is a window
     return (total / seen).argmax(1)
-
-
-@torch.no_grad()
-def latency(network: SegmentationNetwork, size: tuple[int, int], precision: str, runs: int = 20) -> float:
-    """Milliseconds of one inference, batch 1 at ``size`` (H, W), on this machine: median of ``runs`` after a
-    warm-up."""
-    network.eval()
-    device = next(network.parameters()).device
-    image = torch.zeros(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
-    taken = []
-    for _ in range(runs + 3):
-        start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            network.predict(image)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(1000 * (time.perf_counter() - start))
-    return float(np.median(taken[3:]))

@@ -31,8 +31,12 @@ def device() -> torch.device:
 
 
 def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many this process may use: of its affinity, and of the CPU quota of its container."""
+    try:
+        from dask.system import cpu_count
+    except ImportError:  # a machine that only trains
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(cpu_count())
 
 
 def hardware() -> dict[str, Any]:

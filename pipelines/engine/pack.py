@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -460,12 +460,7 @@ def _write(
     size = description.size or training.crop  # of images that differ in size, the crop stands for all
     teacher = prepared.teacher
     run = {
-        "cell": {
-            "benchmark": cell.benchmark,
-            "student": cell.student,
-            "method": cell.method,
-            "seed": cell.seed,
-        },
+        "cell": asdict(cell),
         "engine": prepared.engine,
         "config": prepared.config,
         "classes": shared.classes,

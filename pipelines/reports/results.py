@@ -449,8 +449,8 @@ def mixed_seeds(benchmark: str, cells: pd.DataFrame) -> list[str]:
 def label(method: str, controls: Mapping[str, float] | None = None) -> str:
     """The name of a row: ``acfd``, ``none ×1.5`` for a control, ``kd (official weight)``."""
     if controls and method in controls:
-        factor = f"{controls[method]:g}"
-        return f"{method.removesuffix(f'-x{factor}')} ×{factor}"
+        factor = controls[method]
+        return f"{method.removesuffix(f'-x{factor}')} ×{factor:g}"
     if method.endswith(OFFICIAL):
         return f"{method.removesuffix(OFFICIAL)} (official weight)"
     return PAPER if method == HEADLINE else method

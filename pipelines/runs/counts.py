@@ -33,12 +33,7 @@ def networks(params: Params) -> dict[str, tuple[Network, list[str]]]:
     found: dict[str, tuple[Network, list[str]]] = {}
     teachers = {f"teacher of {name}": own.teacher.network for name, own in params.benchmarks.items()}
     for use, network in {**teachers, **params.students}.items():
-        plain = Network(
-            architecture=network.architecture,
-            encoder=network.encoder,
-            output_stride=network.output_stride,
-            weights=None,
-        )
+        plain = network.model_copy(update={"weights": None, "recipe": None})
         key = f"{network.architecture}-{encoder_name(network)}, stride {network.output_stride}"
         found.setdefault(key, (plain, []))[1].append(use)
     return found

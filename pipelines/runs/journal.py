@@ -34,9 +34,10 @@ def add(
     file: Path, command: str, entry: Entry, key: Callable[[Entry], tuple[Any, ...]], root: Path = ROOT
 ) -> None:
     """Add an entry in place of an older one of the same key."""
-    entries = [old for old in read(file, command, root) if key(old) != key(entry)] + [dict(entry)]
-    content = {"entries": sorted(entries, key=key)}
-    files.write_bytes(root / file, files.json_bytes(files.sealed(content)))
+    with files.hold(root / ".scratch" / "locks" / f"{file.name}.lock", file.as_posix()):
+        entries = [old for old in read(file, command, root) if key(old) != key(entry)] + [dict(entry)]
+        content = {"entries": sorted(entries, key=key)}
+        files.write_bytes(root / file, files.json_bytes(files.sealed(content)))
 
 
 def on_gpu(entry: Entry) -> bool:

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 LAYOUT = 1  # of the entries below: raise it when their names change, and every run is mirrored anew
 HISTORY = "history/"  # the metrics that have one value per logged step; all others have one value
+MOST = 50_000  # runs of an answer, of which MLflow gives no more
 BATCH = {"metrics": 1000, "params": 100, "tags": 100}  # the most that one call of log_batch takes
 
 
@@ -259,18 +260,10 @@ def _experiment(client: MlflowClient, root: Path, benchmark: str) -> str:
     return str(client.create_experiment(benchmark, artifact_location=location))
 
 
-def _runs(client: MlflowClient, experiment: str) -> Iterator[Run]:
-    """Every run of this suite in an experiment, over all pages of the answer."""
-    token: str | None = None
-    found: list[Run] = []
-    while True:
-        page = client.search_runs(
-            [experiment], max_results=1000, order_by=["attributes.start_time"], page_token=token
-        )
-        found += [run for run in page if "cell" in run.data.tags]
-        token = page.token
-        if not token:
-            return iter(found)
+def _runs(client: MlflowClient, experiment: str) -> list[Run]:
+    """Every run of this suite in an experiment."""
+    found = client.search_runs([experiment], max_results=MOST, order_by=["attributes.start_time"])
+    return [run for run in found if "cell" in run.data.tags]
 
 
 def _leaves(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

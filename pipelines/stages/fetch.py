@@ -65,7 +65,7 @@ def clear_leftovers(data: Path, benchmark: str) -> None:
     """Remove the unfinished folders of runs that are no longer alive."""
     for rest in data.glob(f"{benchmark}.part-*"):
         pid = rest.name.removeprefix(f"{benchmark}.part-").removesuffix("-old")
-        if not (pid.isdigit() and int(pid) != os.getpid() and files.alive(int(pid))):
+        if not files.another(pid):
             shutil.rmtree(rest, ignore_errors=True)
 
 

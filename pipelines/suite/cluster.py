@@ -176,9 +176,17 @@ def await_worker(client: Any, forever: bool) -> None:
         ) from None
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def lost(error: Exception) -> str:
+    """Why a task came to nothing, of which the cluster itself says no more than its kind of error."""
+    if type(error).__name__ == "KilledWorker":
+        return (
+            "its worker was killed again and again, perhaps by the system for want of memory: try fewer JOBS"
+        )
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"a worker cannot import this checkout ({error}): start it in the checkout, with PYTHONPATH=$PWD"
+        )
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def visible_gpus() -> list[str]:

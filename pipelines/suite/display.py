@@ -40,8 +40,7 @@ def bar() -> Iterator[Any]:
 class Display:
     """Counts steps. ``expect`` adds those of a task, ``event`` is called with what workers tell."""
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    def __init__(self) -> None:
         self.interactive = sys.stderr.isatty()
         self.guard = threading.Lock()
         self.expected: dict[str, int] = {}  # steps by cell

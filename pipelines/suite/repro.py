@@ -36,7 +36,7 @@ from pipelines import cli, config, files  # noqa: E402
 from pipelines.config import PAPER, ROOT, ConfigError, Params  # noqa: E402
 from pipelines.runs import records  # noqa: E402
 from pipelines.runs.records import Cell, teacher_cell  # noqa: E402
-from pipelines.suite import dvc, place, plan, work  # noqa: E402
+from pipelines.suite import cluster, dvc, place, plan, work  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def stage_of(params: Params, cell: Cell) -> str:
         return f"train_teacher@{cell.benchmark}"
     place, method = f"{cell.benchmark}-{cell.student}", cell.method
     if method in params.controls:
-        return f"control@{place}-{params.controls[method]:g}-{cell.seed}"
+        return f"control@{place}-{params.controls[method]}-{cell.seed}"
     if method.endswith(config.OFFICIAL):
         return f"official@{place}-{params.module_key(method)}-{cell.seed}"
     if method.startswith(f"{PAPER}-"):
@@ -107,6 +107,8 @@ class Suite:
         self.expected = work.identity(str(root))
         self.waiting: dict[Any, tuple[str, Callable[[work.Outcome], None] | None]] = {}
         self.failed: list[str] = []
+        self.fetching = set(needed.weights)  # before they are there, nothing is trained
+        self.held: list[str] = []  # benchmarks whose data is there before the weights
         self.ran: set[str] = set()  # stages of dvc.yaml
 
     def run(self) -> None:
@@ -115,7 +117,7 @@ class Suite:
 
         self.sequence: Any = as_completed(loop=self.client.loop)
         for key in self.needed.weights:
-            self._submit(f"encoder weights {key}", work.fetch_weights, key)
+            self._submit(f"encoder weights {key}", work.fetch_weights, key, then=self._loaded(key))
         for benchmark in self.params.suite.benchmarks:
             if benchmark in self.needed.fetch:
                 self.ran.add(f"fetch@{benchmark}")
@@ -133,7 +135,7 @@ class Suite:
                     "The scheduler of Dask is gone. What is trained is kept: run the same command again."
                 ) from None
             except Exception as error:  # a worker that died again and again, a function that is not there
-                outcome = work.Outcome(failure=_lost(error))
+                outcome = work.Outcome(failure=cluster.lost(error))
             if outcome.failure is not None and not outcome.cells:
                 self._fail(name, outcome.failure)
             elif not outcome.cells:
@@ -159,6 +161,15 @@ class Suite:
         self.failed.append(f"{name}: {why}")
         self.display.say(logging.ERROR, f"{name} failed: {why}")
 
+    def _loaded(self, key: str) -> Callable[[work.Outcome], None]:
+        def then(_: work.Outcome) -> None:  # without them, each cell that needs them says so
+            self.fetching.remove(key)
+            if not self.fetching:
+                for benchmark in self.held:
+                    self._teach(benchmark)
+
+        return then
+
     def _fetched(self, benchmark: str) -> Callable[[work.Outcome], None]:
         def then(outcome: work.Outcome) -> None:
             if outcome.failure is None:
@@ -170,7 +181,10 @@ class Suite:
         return then
 
     def _teach(self, benchmark: str) -> None:
-        """The data is there: train the teacher if it is due."""
+        """The data is there: train the teacher if it is due, as soon as the encoder weights are there too."""
+        if self.fetching:
+            self.held.append(benchmark)
+            return
         if benchmark not in self.needed.due:
             self._exports(benchmark)
             return
@@ -239,18 +253,6 @@ class Suite:
                 self._submit(f"export of {name}, {student}", work.export, name, student)
 
 
-def _lost(error: Exception) -> str:
-    if type(error).__name__ == "KilledWorker":
-        return (
-            "its worker was killed again and again, perhaps by the system for want of memory: try fewer JOBS"
-        )
-    if isinstance(error, ModuleNotFoundError):
-        return (
-            f"a worker cannot import this checkout ({error}): start it in the checkout, with PYTHONPATH=$PWD"
-        )
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
-
-
 def check_networks(params: Params, root: Path = ROOT) -> None:
     """Before anything is fetched or trained: the encoder weights that the suite needs are there, or will be
     fetched. :class:`ConfigError` for the first that is not; a warning for a student that starts from random
@@ -294,31 +296,8 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
     needed = needs(params, changed, pipeline.stages, root)
     failed: list[str] = []
     if needed.any:
-        check_networks(params, root)
-        from pipelines.methods import checked
-        from pipelines.suite import cluster, display
-
-        checked(params)
-        gpus = cluster.visible_gpus()
-        jobs = options.jobs or len(gpus) or max(1, cluster.cores() // params.suite.threads)
-        with contextlib.ExitStack() as stack:
-            if options.scheduler:
-                client = stack.enter_context(cluster.running(options.scheduler))
-            elif options.cluster:
-                client = stack.enter_context(cluster.queue(options.cluster, jobs))
-            else:
-                client = stack.enter_context(cluster.local(jobs, gpus, options.dashboard, root))
-            if options.dashboard:
-                log.info("the dashboard is at %s", client.dashboard_link)
-            cluster.await_worker(client, forever=bool(options.cluster))
-            shown = display.Display(jobs)
-            stack.callback(shown.close)
-            client.subscribe_topic(work.TOPIC, shown.event)
-            remote = options.scheduler or options.cluster
-            workers = max(jobs, len(client.scheduler_info()["workers"])) if remote else jobs
-            suite = Suite(client, params, needed, workers, shown, root)
-            suite.run()
-            failed, changed = suite.failed, changed | suite.ran
+        suite = run(options, params, needed, root)
+        failed, changed = suite.failed, changed | suite.ran
     late = {
         stage_of(params, cell)
         for benchmark in params.suite.benchmarks
@@ -334,6 +313,36 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
             report.report(params, root)
         pipeline.commit(["report"])
     return failed
+
+
+def run(options: argparse.Namespace, params: Params, needed: Needs, root: Path = ROOT) -> Suite:
+    """Do what is needed on this machine, or on the cluster that the options name."""
+    check_networks(params, root)
+    from pipelines.engine import machine
+    from pipelines.methods import checked
+    from pipelines.suite import display
+
+    checked(params)
+    jobs = options.jobs or 1
+    with contextlib.ExitStack() as stack:
+        if options.scheduler:
+            client = stack.enter_context(cluster.running(options.scheduler))
+        elif options.cluster:
+            client = stack.enter_context(cluster.queue(options.cluster, jobs))
+        else:
+            gpus = cluster.visible_gpus()
+            jobs = options.jobs or len(gpus) or max(1, machine.cores() // params.suite.threads)
+            client = stack.enter_context(cluster.local(jobs, gpus, options.dashboard, root))
+        if options.dashboard:
+            log.info("the dashboard is at %s", client.dashboard_link)
+        cluster.await_worker(client, forever=bool(options.cluster))
+        workers = max(jobs, len(client.nthreads()))  # those of a cluster, or as many as will come
+        shown = display.Display()
+        stack.callback(shown.close)
+        client.subscribe_topic(work.TOPIC, shown.event)
+        suite = Suite(client, params, needed, workers, shown, root)
+        suite.run()
+    return suite
 
 
 @contextlib.contextmanager
@@ -368,6 +377,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.jobs is not None and options.jobs < 1:
         raise ConfigError(f"JOBS = {options.jobs}: it must be 1 or more.")
+    if options.cluster and options.jobs is None:
+        raise ConfigError(
+            "CLUSTER needs JOBS, the number of jobs to submit: `make repro CLUSTER=slurm JOBS=8`."
+        )
     with files.hold(ROOT / ".scratch" / "locks" / "repro.lock", "`make repro`"):
         failed = repro(options)
     if failed:

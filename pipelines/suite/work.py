@@ -20,9 +20,11 @@ from typing import Any
 from pipelines import config
 from pipelines.config import ConfigError
 from pipelines.runs.records import Cell
+from pipelines.suite import place
 
 TOPIC = "acfd"
 LIBRARIES = ("torch", "timm", "segmentation-models-pytorch", "numpy", "distributed")
+CODE = ("pipelines", "baselines", "acfd")
 TELL_EVERY = 1.0  # seconds between two reports of a cell's progress
 
 
@@ -31,7 +33,7 @@ class Identity:
     """What head and workers have to have in common."""
 
     root: str
-    commit: str | None
+    code: str | None  # the trees of its folders in git
     params: str
     libraries: tuple[str, ...]
 
@@ -41,16 +43,17 @@ def identity(root: str) -> Identity:
     file = Path(root) / "params.yaml"
     text = file.read_bytes() if file.is_file() else b""
     have = tuple(f"{name} {version(name)}" for name in LIBRARIES)
-    return Identity(root, _commit(root), hashlib.sha256(text).hexdigest(), have)
+    return Identity(root, _code(root), hashlib.sha256(text).hexdigest(), have)
 
 
 @functools.cache
-def _commit(root: str) -> str | None:
-    """The commit whose code this process has: a later one in the checkout does not change it."""
+def _code(root: str) -> str | None:
+    """The code that this process has: a later commit in the checkout does not change it, and one of results
+    or documents alone is the same code."""
     with contextlib.suppress(OSError):
-        command = ["git", "rev-parse", "HEAD"]
+        command = ["git", "rev-parse", *(f"HEAD:./{folder}" for folder in CODE)]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip() or None
+        return " ".join(done.stdout.split()) if done.returncode == 0 else None
     return None
 
 
@@ -66,8 +69,7 @@ class Outcome:
 def fetch(expected: Identity, benchmark: str) -> Outcome:
     from pipelines.stages.fetch import fetch as run
 
-    def act(root: Path, outcome: Outcome) -> None:
-        params = _params(root)
+    def act(params: config.Params, root: Path, _: Outcome) -> None:
         students = [params.student(key) for key in params.suite.students]
         run(root / "data", benchmark, params.benchmark(benchmark), students)
 
@@ -77,32 +79,26 @@ def fetch(expected: Identity, benchmark: str) -> Outcome:
 def fetch_weights(expected: Identity, key: str) -> Outcome:
     from pipelines.stages.fetch_weights import fetch as run
 
-    def act(root: Path, outcome: Outcome) -> None:
-        run(key, _params(root).encoder_weights(key), root)
-
-    return _do(expected, act)
+    return _do(expected, lambda params, root, _: run(key, params.encoder_weights(key), root))
 
 
 def count(expected: Identity) -> Outcome:
     from pipelines.stages.count import count as run
 
-    return _do(expected, lambda root, _: run(_params(root), root))
+    return _do(expected, lambda params, root, _: run(params, root))
 
 
 def export(expected: Identity, benchmark: str, student: str) -> Outcome:
     from pipelines.stages.export import check as run
 
-    def act(root: Path, outcome: Outcome) -> None:
-        run(benchmark, student, _params(root), root)
-
-    return _do(expected, act)
+    return _do(expected, lambda params, root, _: run(benchmark, student, params, root))
 
 
 def train(expected: Identity, cells: Sequence[Cell]) -> Outcome:
     """Train a pack. The outcome has the cells that failed, with the reason."""
     from pipelines.engine.pack import run_pack
 
-    def act(root: Path, outcome: Outcome) -> None:
+    def act(params: config.Params, root: Path, outcome: Outcome) -> None:
         told: dict[str, float] = {}
 
         def tell(cell: str, step: int, steps: int, loss: float) -> None:
@@ -111,7 +107,7 @@ def train(expected: Identity, cells: Sequence[Cell]) -> Outcome:
                 told[cell] = now
                 _event({"cell": cell, "step": step, "steps": steps, "loss": loss})
 
-        found = run_pack(cells, _params(root), root, tell)
+        found = run_pack(cells, params, root, tell)
         outcome.cells = {cell: None if error is None else _sentence(error) for cell, error in found.items()}
 
     return _do(expected, act)
@@ -168,13 +164,14 @@ def _params(root: Path) -> config.Params:
     return checked(config.load(root / "params.yaml"))
 
 
-def _do(expected: Identity, act: Callable[[Path, Outcome], None]) -> Outcome:
+def _do(expected: Identity, act: Callable[[config.Params, Path, Outcome], object]) -> Outcome:
     """Do a task in the checkout that the head has; an error becomes its sentence."""
     outcome, start = Outcome(), time.monotonic()
     try:
         check(expected, identity(expected.root))
         with _messages():
-            act(Path(expected.root), outcome)
+            root = Path(expected.root)
+            act(_params(root), root, outcome)
     except Exception as error:
         outcome.failure = _sentence(error)
     outcome.seconds = time.monotonic() - start
@@ -183,20 +180,22 @@ def _do(expected: Identity, act: Callable[[Path, Outcome], None]) -> Outcome:
 
 def check(head: Identity, here: Identity) -> None:
     """:class:`ConfigError`, one sentence, when a worker does not see what the head sees."""
-    place = f"The worker on {platform.node()}"
-    if not Path(head.root).is_dir():
+    worker, root = f"The worker on {platform.node()}", Path(head.root)
+    if not root.is_dir():
         raise ConfigError(
-            f"{place} has no folder {head.root}: put the checkout on a file system that all machines share."
+            f"{worker} has no folder {root}: put the checkout on a file system that all machines share."
         )
-    if here.commit != head.commit or here.params != head.params:
-        what = "commit" if here.commit != head.commit else "params.yaml"
+    if here.code is None and head.code is not None and (why := place.no_commit(root)):
+        raise ConfigError(f"{worker} cannot tell what code it has: {why}")
+    if here.code != head.code or here.params != head.params:
+        what = "version of the code" if here.code != head.code else "params.yaml"
         raise ConfigError(
-            f"{place} sees another {what} in {head.root} than the machine that started the suite: wait until "
+            f"{worker} sees another {what} in {root} than the machine that started the suite: wait until "
             "the file system is in step, or run the same command again."
         )
     if differ := [f"{b} (here {a})" for a, b in zip(head.libraries, here.libraries, strict=True) if a != b]:
         raise ConfigError(
-            f"{place} has other libraries: {', '.join(differ)}. Install requirements.lock there."
+            f"{worker} has other libraries: {', '.join(differ)}. Install requirements.lock there."
         )
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines import cli, config, files, fonts
@@ -145,11 +146,8 @@ def _video(file: Path) -> Iterator[Image.Image]:
 
 
 def _most() -> int:
-    """Pixels of an image that this machine can hold, in some copies."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // BYTES
-    except (ValueError, OSError, AttributeError):  # a system that does not say
-        return 2**28
+    """Pixels of an image that this machine can hold, in some copies, with what its file cache would give."""
+    return int(psutil.virtual_memory().available) // BYTES
 
 
 def segment(

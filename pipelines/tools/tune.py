@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines import cli, config, files
 from pipelines.config import PAPER, ROOT, ConfigError, Params
 from pipelines.datasets.folder import describe
+from pipelines.engine import machine
 from pipelines.methods import checked, configured
 from pipelines.runs import budget, records
 from pipelines.runs.fingerprint import settings
@@ -296,6 +297,19 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def side_by_side(client: Any, expected: work.Identity, trials: Round) -> Scores:
+    """Train a round of trials on all workers. :class:`ConfigError` when they do not survive it."""
+    from distributed import KilledWorker
+
+    names, workers = list(trials), len(client.nthreads())
+    packs = [{name: trials[name] for name in names[first::workers]} for first in range(workers)]
+    futures = [client.submit(work.trial, expected, pack, pure=False) for pack in packs if pack]
+    try:
+        return {name: score for future in futures for name, score in future.result().items()}
+    except KilledWorker as error:
+        raise ConfigError(f"A round of trials was lost: {cluster.lost(error)}.") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="make tune",
@@ -307,17 +321,10 @@ def main() -> None:
     gpus = cluster.visible_gpus()
     with (
         files.hold(ROOT / ".scratch" / "locks" / "tune.lock", "`make tune`"),
-        cluster.local(jobs or len(gpus) or cluster.cores(), gpus, False) as client,
+        cluster.local(jobs or len(gpus) or machine.cores(), gpus, False) as client,
     ):
         expected = work.identity(str(ROOT))
-
-        def train(trials: Round) -> Scores:
-            names, workers = list(trials), len(client.scheduler_info()["workers"])
-            packs = [{name: trials[name] for name in names[first::workers]} for first in range(workers)]
-            futures = [client.submit(work.trial, expected, pack, pure=False) for pack in packs if pack]
-            return {name: score for future in futures for name, score in future.result().items()}
-
-        written = tune(params, ROOT, train)
+        written = tune(params, ROOT, lambda trials: side_by_side(client, expected, trials))
     log.info("all trials are in %s.", written.relative_to(ROOT))
 
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
-from pipelines import config
+from pipelines import config, files
 from pipelines.config import EXPORTS, ROOT, TEACHER, ConfigError, Params
 from pipelines.datasets.folder import DESCRIPTION
 from pipelines.reports import figures, network_table, panels, ranks
@@ -50,10 +50,15 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
         exported = list(_exports(params, found, root))
     except ConfigError as error:
         return [str(error)]
-    try:
-        listed = [f"{r.cell.path}: {text}" for r in everything for text in _record(r)]
-    except (KeyError, TypeError, IndexError) as error:
-        return [f"A run record has no {error}: it is of another version or damaged; rerun its cell."]
+    listed: list[str] = []
+    for record in everything:
+        path = record.cell.path
+        try:
+            listed += [f"{path}: {text}" for text in _record(record)]
+        except (KeyError, TypeError, IndexError) as error:
+            return [
+                f"{path}: the record has no {error}: it is of another version or damaged; rerun its cell."
+            ]
     if any(text.endswith(UNREADABLE) for text in listed):
         return listed  # no table can be made from these
     listed += [
@@ -98,9 +103,7 @@ def code_changes(root: Path = ROOT) -> list[str]:
 def _record(record: Record) -> Iterator[str]:
     """Whether the numbers of a record follow from its counts, its history and each other."""
     run, metrics, history = record.run, record.metrics, record.history
-    cell = record.cell
-    named = {"benchmark": cell.benchmark, "student": cell.student, "method": cell.method, "seed": cell.seed}
-    if run["cell"] != named:
+    if run["cell"] != asdict(record.cell):
         yield f"run.json belongs to another cell: {run['cell']}."
     for split in ("val", "test"):
         try:
@@ -136,7 +139,7 @@ def _same_inputs(own: Sequence[Record], root: Path) -> Iterator[str]:
     if len({record.run["data_sha256"] for record in own}) > 1:
         yield f"{benchmark}: the cells were trained on different versions of the data."
     description = root / "data" / benchmark / DESCRIPTION
-    if description.is_file() and {r.run["data_sha256"] for r in own} != {_sum(description, "sha256")}:
+    if description.is_file() and {r.run["data_sha256"] for r in own} != {files.digest(description, "sha256")}:
         yield f"{benchmark}: data/{benchmark} is not the data of the records."
     teacher = next((record for record in own if record.cell.is_teacher), None)
     yield from _alike(own)
@@ -148,7 +151,7 @@ def _same_inputs(own: Sequence[Record], root: Path) -> Iterator[str]:
             if used != wanted:
                 yield f"{cell.path}: its teacher is not the one of runs/{benchmark}/{TEACHER}."
         weights = record.folder / "weights.safetensors"
-        if weights.is_file() and _sum(weights, "sha256") != run["weights_sha256"]:
+        if weights.is_file() and files.digest(weights, "sha256") != run["weights_sha256"]:
             yield f"{cell.path}: weights.safetensors is not the file of the record."
 
 
@@ -243,22 +246,15 @@ def _lock(everything: Sequence[Record], params: Params, root: Path) -> Iterator[
                 f"{path} is missing, while dvc.lock says that {name} has run: restore it with git, or take "
                 "the stage out of dvc.lock too."
             )
-    for record in everything:
-        for name in RECORD_FILES:
-            path = f"runs/{record.cell.path}/{name}"
+    groups = [[f"runs/{record.cell.path}/{name}" for name in RECORD_FILES] for record in everything]
+    groups += [[file.relative_to(root).as_posix()] for file in _export_files(root)]
+    for paths in groups:
+        for path in paths:
             if path not in made:
                 yield f"{path} is not in dvc.lock: run `dvc repro`, or `dvc commit` what was run elsewhere."
                 break
             used.add(made[path][0])
             if _md5(root / path) != made[path][1].md5:
-                yield f"{path} is not the file that dvc.lock has."
-    for file in _export_files(root):
-        path = file.relative_to(root).as_posix()
-        if path not in made:
-            yield f"{path} is not in dvc.lock: run `dvc repro`, or `dvc commit` what was run elsewhere."
-        else:
-            used.add(made[path][0])
-            if _md5(file) != made[path][1].md5:
                 yield f"{path} is not the file that dvc.lock has."
     for name in (queue := sorted(used)):  # grows by the stages that made what these were run with
         queue += sorted({made[dep.path][0] for dep in stages[name].deps if dep.path in made} - set(queue))
@@ -421,12 +417,7 @@ def _look_up(raw: Mapping[str, Any], key: str) -> Any:
 
 
 def _md5(path: Path) -> str | None:
-    return _sum(path, "md5") if path.is_file() else None
-
-
-def _sum(path: Path, kind: str) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
+    return files.digest(path, "md5") if path.is_file() else None
 
 
 def main() -> None:
