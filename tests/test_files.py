@@ -50,6 +50,7 @@ def test_what_a_living_process_writes_is_not_cleared(tmp_path: Path) -> None:
             "it started to see that.",
         ),
     ],
+    ids=["nobody", "elsewhere", "here", "ended"],  # the same in every process of pytest-xdist
 )
 def test_who_holds_a_lock_is_said(
     content: str, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
