@@ -141,8 +141,8 @@ def results(
         reference="none",
         methods=["none", "kd", "skd", "acfd-full"],
         variants=["acfd-full"],
-        planned=["acfd-full"],
-        seeds=[0, 1, 2, 3],
+        planned={student: ["acfd-full"]},
+        seeds={student: [0, 1, 2, 3]},
         weights={},
         cells=pd.DataFrame(rows),
     )

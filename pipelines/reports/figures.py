@@ -128,7 +128,7 @@ def per_class(results: Results) -> Figure:
         most = np.max([np.nan_to_num(np.abs(grid)).max(axis=0, initial=0.0) for grid in grids], axis=0)
         kept = sorted(np.argsort(-most, kind="stable")[:CLASSES])
         names, grids = [names[i] for i in kept], [grid[:, kept] for grid in grids]
-    size = (0.52 * len(names) + 2.6, 0.27 * len(rows[0]) + 1.9)
+    size = (0.52 * len(names) + 2.6, 0.27 * max(map(len, rows)) + 1.9)
     figure, axes = _panels(len(grids), size)
     for axis, grid, student, methods in zip(axes, grids, results.students, rows, strict=True):
         if not grid.size:
@@ -289,7 +289,7 @@ def _gains(results: Results, student: str) -> dict[str, tuple[float, float]]:
 
 def _ordered(results: Results, student: str) -> list[str]:
     """The methods by their mean, the best first; those without a score last."""
-    means = {m: results.mean(student, m) for m in results.methods}
+    means = {m: results.mean(student, m) for m in results.rows(student)}
     return sorted(means, key=lambda m: (means[m] is None, -(means[m] or 0.0)))
 
 

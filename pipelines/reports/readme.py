@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def block(every: Sequence[Results], params: Params) -> str:
     tuned = params.tuning.methods if results.benchmark == wanted else []
     if left := [results.label(m) for m in tuned if not results.by_seed(student, m)]:
         lines += [f"Not trained yet: {escape_markdown(', '.join(left))}.", ""]
-    lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in tables.warnings(results)]
+    single = replace(results, students=[student])
+    lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in tables.warnings(single)]
     found = tables.comparison(results)
     own = [row for row in found.rows if row[0] == student]
     shown = _chosen(results, student)
@@ -83,6 +85,8 @@ def block(every: Sequence[Results], params: Params) -> str:
         f"*Mean gain against the FLOPs of the training, both relative to {results.reference}; dotted: the "
         "student alone, trained longer.*",
     ]
+    for other in (name for name in students if name != student):
+        lines += ["", escape_markdown(answer(results, other))]
     if (ROOT / published.FILE).is_file():
         known = published.load()
         said = (claims.paper(known, every, params), orders.sentence(orders.orders(known, every)))
@@ -93,8 +97,8 @@ def block(every: Sequence[Results], params: Params) -> str:
 def _chosen(results: Results, student: str) -> list[str]:
     """The rows of the README, best first: the reference, the paper's method, the best of the others; and what
     has no score, where there is room."""
-    means = {m: -1.0 if (mean := results.mean(student, m)) is None else mean for m in results.methods}
-    order = sorted(results.methods, key=lambda m: -means[m])
+    means = {m: -1.0 if (mean := results.mean(student, m)) is None else mean for m in results.rows(student)}
+    order = sorted(means, key=lambda m: -means[m])
     always = [m for m in (results.reference, HEADLINE) if m in order]
     others = [m for m in order if m not in always and not m.endswith(OFFICIAL)]
     chosen = {*always, *others[: ROWS - len(always)]}
@@ -106,8 +110,9 @@ def answer(results: Results, student: str) -> str:
     standings, reference = results.standings(student, results.methods), results.reference
     tested = {m: standings[m] for m in results.tested(results.methods) if standings[m].gain.paired.n}
     place = f"{results.benchmark} with {student}"
-    lacking = sum(results.status(student, m) != "complete" for m in results.methods)
-    rest = f" Not finished: {lacking} of {len(results.methods)} rows lack trainings." if lacking else ""
+    rows = results.rows(student)
+    lacking = sum(results.status(student, m) != "complete" for m in rows)
+    rest = f" Not finished: {lacking} of {len(rows)} rows lack trainings." if lacking else ""
     if not tested:
         return f"On {place}, no method has finished beside {reference} yet.{rest}"
     best = max(tested, key=lambda m: results.mean(student, m) or 0.0)

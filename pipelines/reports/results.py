@@ -77,8 +77,8 @@ class Results:
     reference: str  # the student alone, to which every method is compared
     methods: list[str]  # of the comparison: the reference, its controls, the baselines, then HEADLINE
     variants: list[str]  # of the paper's method, HEADLINE among them
-    planned: list[str]  # what the suite runs; other methods are shown where they have a cell
-    seeds: list[int]  # planned: a row without one of them is not complete; there may be more
+    planned: dict[str, list[str]]  # by student: what the suite runs; others are shown where they have a cell
+    seeds: dict[str, list[int]]  # by student: a row without one of them is not complete; there may be more
     weights: dict[str, dict[str, Any]]  # per method: its loss weights in params.yaml
     cells: pd.DataFrame  # today's finished cells, in the form of tracking.frame
     controls: dict[str, float] = field(default_factory=dict)  # the reference for so many times the steps
@@ -117,11 +117,18 @@ class Results:
         """A metric of a row, by seed; a seed that has no such value is left out."""
         return dict(self._values.get((student, method, metric), {}))
 
+    def rows(self, student: str) -> list[str]:
+        """The methods with a row for a student: those of the suite, and those with a cell."""
+        return self._shown(student, self.methods)
+
     def shown(self, student: str) -> list[str]:
-        """The variants with a row for a student: those of the suite, and those with a cell."""
+        """The variants with a row for a student."""
+        return self._shown(student, self.variants)
+
+    def _shown(self, student: str, methods: Sequence[str]) -> list[str]:
         rows = {method for of, method in self._rows if of == student}
         rows |= {cell.method for cell in (*self.failures, *self.stale) if cell.student == student}
-        return [key for key in self.variants if key in rows or key in self.planned]
+        return [key for key in methods if key in rows or key in self.planned.get(student, ())]
 
     def mean(self, student: str, method: str, metric: str = SCORE) -> float | None:
         return statistics.mean(self.by_seed(student, method, metric).values())
@@ -245,8 +252,8 @@ class Results:
 
     def status(self, student: str, method: str) -> str:
         """``complete``, ``not run``, or how many cells there are and what became of the others."""
-        done = set(self.by_seed(student, method))
-        cells = {seed: Cell(self.benchmark, student, method, seed) for seed in sorted(done.union(self.seeds))}
+        done, planned = set(self.by_seed(student, method)), set(self.seeds.get(student, ()))
+        cells = {seed: Cell(self.benchmark, student, method, seed) for seed in sorted(done.union(planned))}
         why = {seed: f"failed: {note}" for seed, cell in cells.items() if (note := self.failures.get(cell))}
         why |= {seed: f"an earlier record, a new training {why[seed]}" for seed in why if seed in done}
         why |= {
@@ -254,14 +261,14 @@ class Results:
             for seed, cell in cells.items()
             if seed not in why and (parts := self.stale.get(cell))
         }
-        missing = set(self.seeds) - done
+        missing = planned - done
         if not why:
             if not missing:
                 return "complete"
             if not done:
                 return "not run"
         why |= {seed: "not run" for seed in missing if seed not in why}
-        parts = [f"{len(done.intersection(self.seeds))} of {len(self.seeds)}"]
+        parts = [f"{len(done & planned)} of {len(planned)}"]
         return "; ".join([*parts, *(f"seed {seed}: {why[seed]}" for seed in sorted(why))])
 
     @cached_property
@@ -393,8 +400,8 @@ def gather(
         reference=params.suite.reference,
         methods=[key for key in order if key in rows and (key == HEADLINE or not records.is_variant(key))],
         variants=[key for key in order if records.is_variant(key)],
-        planned=params.suite_methods,
-        seeds=records.planned_seeds(params, benchmark, root),
+        planned={s: params.suite_methods for s in students if records.planned(params, benchmark, s)},
+        seeds={s: records.planned_seeds(params, benchmark, s, root) for s in students},
         weights=weights,
         cells=today,
         controls=params.controls,

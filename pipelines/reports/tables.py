@@ -74,7 +74,7 @@ def comparison(results: Results) -> Table:
     data, text = [], []
     for student in results.students:
         standings = results.standings(student, results.methods)
-        for method in results.methods:
+        for method in results.rows(student):
             row = {"student": student, "method": results.label(method)}
             row |= _scores(results, student, method, standings[method])
             row |= _compute(results, student, method) | _deployed(results, student, method)
@@ -91,7 +91,7 @@ def cost(results: Results) -> Table:
     """Student × method: what the deployed student costs, and what its training cost."""
     data, text = [], []
     for student in results.students:
-        for method in results.methods:
+        for method in results.rows(student):
             row = {"student": student, "method": results.label(method)} | _deployed(results, student, method)
             row |= _costs(results, student, method) | {"status": results.status(student, method)}
             data.append(row)
@@ -137,7 +137,7 @@ def per_class(results: Results) -> Table:
         for metric, name in names.items():
             line = [student, name, number(results.teacher(metric), ".2f")]
             known: dict[str, tuple[float, str, str]] = {}  # mean, as text, difference as text
-            for method in results.methods:
+            for method in results.rows(student):
                 values, paired = (
                     results.by_seed(student, method, metric).values(),
                     results.paired(student, method, metric),
@@ -355,7 +355,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
     lacking = [
         f"{student}, {results.label(method)}: {status}"
         for student in results.students
-        for method in dict.fromkeys((*results.methods, *results.shown(student)))
+        for method in dict.fromkeys((*results.rows(student), *results.shown(student)))
         if (status := results.status(student, method)) != "complete"
     ]
     if lacking:

@@ -125,23 +125,28 @@ def students(params: Params, benchmark: str, root: Path = ROOT) -> list[str]:
     return [key for key in params.students if key in params.suite.students or key in have]
 
 
-def planned_seeds(params: Params, benchmark: str, root: Path = ROOT) -> list[int]:
-    """The seeds that every row should have: the suite's, or those of the records where the suite does not
-    run this benchmark."""
-    names = {path.parent.name for path in (root / "runs" / benchmark).glob("*/*/*/run.json")}
+def planned(params: Params, benchmark: str, student: str) -> bool:
+    """Whether the suite trains a student on a benchmark; what it does not has the rows of its records."""
+    return benchmark in params.suite.benchmarks and student in params.suite.students
+
+
+def planned_seeds(params: Params, benchmark: str, student: str, root: Path = ROOT) -> list[int]:
+    """The seeds that every row of a student should have: the suite's, or those of the records where the
+    suite does not train it."""
+    names = {path.parent.name for path in (root / "runs" / benchmark / student).glob("*/*/run.json")}
     found = sorted(int(name) for name in names if name.isdigit())
-    return found if found and benchmark not in params.suite.benchmarks else list(params.suite.seeds)
+    return found if found and not planned(params, benchmark, student) else list(params.suite.seeds)
 
 
 def expected_cells(params: Params, benchmark: str, root: Path = ROOT) -> Iterator[Cell]:
     """The cells of a benchmark's tables: the planned seeds, and those beyond them that have a record; none
     whose student or method is not in params.yaml."""
-    planned = planned_seeds(params, benchmark, root)
     for student in students(params, benchmark, root):
+        seeds = planned_seeds(params, benchmark, student, root)
         for method in params.method_keys:
             found = (root / "runs" / benchmark / student / method).glob("*/run.json")
             more = {int(path.parent.name) for path in found if path.parent.name.isdigit()}
-            for seed in sorted(more.union(planned)):
+            for seed in sorted(more.union(seeds)):
                 yield Cell(benchmark, student, method, seed)
 
 
