@@ -189,8 +189,8 @@ def until(true: Callable[[], object], seconds: float = 300) -> None:
 def trained_by(cell: Cell, root: Path) -> int | None:
     """The process that trains a cell now, or did last if it lives."""
     lock = cell.lock(root)
-    text = lock.read_text().strip() if lock.is_file() else ""
-    return int(text) if text and files.alive(int(text)) else None
+    pid = lock.read_text().split()[-1:] if lock.is_file() else []  # after the host
+    return int(pid[0]) if pid and files.alive(int(pid[0])) else None
 
 
 def change(root: Path, act: Callable[[dict[str, Any]], object]) -> None:
