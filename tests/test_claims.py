@@ -477,6 +477,9 @@ def test_a_gain_that_hangs_on_the_test_images_is_not_decided(tmp_path: Path) -> 
     assert judge(tmp_path, found).word == "reproduced"
     verdict = judge(tmp_path, on_images(found, spread=5.0))
     assert verdict.word == "not reproduced" and "the interval over images holds 0" in verdict.reasons[0]
+    found.__dict__["bootstraps"] = {}  # of a handful of images
+    verdict = judge(tmp_path, found)
+    assert verdict.word == "not reproduced" and "there is none over images" in verdict.reasons[0]
 
 
 def test_an_order_is_set_beside_that_of_a_published_table(tmp_path: Path) -> None:

@@ -164,7 +164,6 @@ def table(claims: Claims, verdicts: Mapping[str, Verdict]) -> Table:
     for claim in claims.claims:
         verdict = verdicts[claim.id]
         measured = verdict.measured
-        interval = None if measured is None else measured.interval
         row: dict[str, Any] = claim.model_dump(exclude={"gain", "note", "terms"})
         row["terms"] = "+".join(claim.terms or [])
         row["gain"] = claim.claimed
@@ -177,9 +176,7 @@ def table(claims: Claims, verdicts: Mapping[str, Verdict]) -> Table:
             "measured_benchmark": measured.benchmark if measured else None,
             "measured_student": measured.student if measured else None,
             "measured_n": measured.n if measured else 0,
-            "measured_gain": measured.mean if measured else None,
-            "measured_low": interval.low if interval else None,
-            "measured_high": interval.high if interval else None,
+            **_columns(measured),
             "gap": verdict.gap,
             "note": claim.note,
         }
@@ -239,9 +236,7 @@ def directions(claims: Claims, every: Sequence[Results]) -> Table:
                     "benchmark": measured.benchmark if measured else None,
                     "student": measured.student if measured else None,
                     "n": measured.n if measured else 0,
-                    "measured_gain": measured.mean if measured else None,
-                    "measured_low": interval.low if interval else None,
-                    "measured_high": interval.high if interval else None,
+                    **_columns(measured),
                     "direction": item.word,
                 }
             )
@@ -411,7 +406,10 @@ def _outcome(measured: Measured, claimed: float) -> tuple[str, str]:
         return NOT_REPRODUCED, "not decided: only one seed"
     text = f"{interval.low:+.2f} to {interval.high:+.2f}"
     if interval.excludes_zero and measured.direction == UNDECIDED:
-        return NOT_REPRODUCED, f"not decided: {text} over seeds, but the interval over images holds 0"
+        images = (
+            "the interval over images holds 0" if measured.gain.over_images else "there is none over images"
+        )
+        return NOT_REPRODUCED, f"not decided: {text} over seeds, but {images}"
     if not interval.excludes_zero:
         if interval.contains(claimed):
             return NOT_REPRODUCED, f"not decided with n = {measured.n}: {text} holds 0 and the claim"
@@ -553,6 +551,16 @@ def _why(verdict: Verdict) -> str:
 
 def _place(measured: Measured) -> str:
     return f"{measured.benchmark}, {measured.student}"
+
+
+def _columns(measured: Measured | None) -> dict[str, float | None]:
+    """What the CSV tables say of a measured gain."""
+    interval = measured.interval if measured else None
+    return {
+        "measured_gain": measured.mean if measured else None,
+        "measured_low": interval.low if interval else None,
+        "measured_high": interval.high if interval else None,
+    }
 
 
 def _measured_text(measured: Measured) -> str:

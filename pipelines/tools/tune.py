@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 from pipelines import cli, config, files
 from pipelines.config import PAPER, ROOT, ConfigError, Params
 from pipelines.datasets.folder import describe
-from pipelines.engine import machine
 from pipelines.methods import checked, configured
 from pipelines.runs import budget, records
 from pipelines.runs.fingerprint import settings
@@ -311,6 +310,8 @@ def side_by_side(client: Any, expected: work.Identity, trials: Round) -> Scores:
 
 
 def main() -> None:
+    from pipelines.engine import machine  # and torch, which takes seconds
+
     parser = argparse.ArgumentParser(
         prog="make tune",
         description="Search the loss weights of every method by the same number of short trainings, scored "
