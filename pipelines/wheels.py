@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import os
 import re
 import subprocess
 import sys
@@ -129,9 +128,8 @@ def _read(wheel: Wheel, content: bytes) -> dict[str, Tensor]:
 
 def _by_hand(wheel: Wheel) -> Path | None:
     """The wheel in a folder ``weights`` of ``ACFD_MIRROR`` or ``downloads/``, or in these themselves."""
-    mirror = os.environ.get("ACFD_MIRROR")
     pattern = f"{re.sub(r'[-_.]+', '_', wheel.package)}-{wheel.version}-*.whl"
-    places = archives.places(Path(mirror).expanduser() if mirror else None, None, "weights")
+    places = archives.places(archives.mirror(), None, "weights")
     return next((file for place in places for file in sorted(place.glob(pattern))), None)
 
 

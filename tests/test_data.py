@@ -22,7 +22,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from pipelines.config import ROOT, Benchmark, ConfigError, Training
-from pipelines.datasets import camvid, folder, streets, transforms
+from pipelines.datasets import archives, camvid, folder, streets, transforms
 from pipelines.stages.fetch import fetch
 
 STREETS = {"dataset": "streets", "size": [32, 48], "train": 6, "val": 2, "test": 2, "seed": 0}
@@ -420,6 +420,15 @@ def test_camvid_resizing_averages_images_and_takes_the_centre_of_labels(little_c
         np.abs(split.images[0].permute(1, 2, 0).numpy() - blocks).max() <= 1
     )  # Pillow rounds along each axis
     assert np.array_equal(split.labels[0], label[1::3, 1::3])
+
+
+def test_a_mirror_may_begin_at_home_or_in_the_checkout(little_camvid, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(little_camvid.parent))
+    fetch(tmp_path / "data", "c", camvid_data(mirror=f"~/{little_camvid.name}"))
+    assert archives.places(None, Path("~"), "voc")[1] == little_camvid.parent
+    monkeypatch.setattr(archives, "ROOT", little_camvid.parent)
+    monkeypatch.chdir(tmp_path)
+    fetch(tmp_path / "data", "d", camvid_data(mirror=little_camvid.name))
 
 
 def test_camvid_environment_goes_before_the_setting(little_camvid, tmp_path, monkeypatch):

@@ -314,6 +314,16 @@ def test_what_moves_a_fingerprint(change: Change, wanted: Callable[[Params], set
     assert moved(before, sums(params)) == wanted(params)
 
 
+def test_where_the_files_of_a_data_set_lie_moves_nothing() -> None:
+    raw = read_params()
+    cells = [Cell("camvid-half", "fpn-mobilenetv2", "kd", 0), teacher_cell(load(raw), "camvid-half")]
+    before = [fingerprint(load(raw), cell, DATA, TEACHER) for cell in cells]
+    raw["benchmarks"]["camvid-half"]["data"]["mirror"] = "/my/disk"
+    assert [fingerprint(load(raw), cell, DATA, TEACHER) for cell in cells] == before
+    raw["benchmarks"]["camvid-half"]["data"]["size"] = [90, 120]
+    assert not set(before) & {fingerprint(load(raw), cell, DATA, TEACHER) for cell in cells}
+
+
 def test_the_network_of_the_teacher_moves_the_students() -> None:
     raw = small()
     before = sums(load(raw))

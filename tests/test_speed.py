@@ -110,6 +110,12 @@ def test_random_images_are_in_the_layout_and_size_of_the_real_ones(name: str, tm
     assert data_folder.streams(count, size) == name.startswith(("cityscapes", "voc", "ade20k"))
 
 
+def test_a_given_size_goes_before_that_of_the_whole_set(tmp_path: Path) -> None:
+    own = config.load().benchmark("cityscapes")
+    speed.write_images(own, "cityscapes", tmp_path / "cityscapes", 1, (64, 128))
+    assert data_folder.describe(tmp_path / "cityscapes").size == (64, 128)
+
+
 def test_images_of_no_known_size_are_one_sentence(tmp_path: Path) -> None:
     raw = read_params()
     files = {key: f"{key}.txt" for key in ("train", "val", "test")}

@@ -446,18 +446,18 @@ def test_max_t_keeps_the_error_of_the_others_and_finds_more_than_holm() -> None:
 
 
 def test_interpolation_weighs_the_neighbours_and_never_extrapolates() -> None:
-    points = {"c": 4.0, "a": 1.0, "b": 2.0}
-    assert interpolation(points, 1.25) == {"a": 0.75, "b": 0.25}
-    assert interpolation(points, 3.0) == {"b": 0.5, "c": 0.5}
-    assert [interpolation(points, x) for x in (1.0, 4.0)] == [{"a": 1.0, "b": 0.0}, {"b": 0.0, "c": 1.0}]
-    assert [interpolation(points, x) for x in (0.99, 4.01)] == [None, None]
+    points = {"c": 8.0, "a": 1.0, "b": 2.0}
+    assert interpolation(points, 2**0.25) == pytest.approx({"a": 0.75, "b": 0.25})
+    assert interpolation(points, 4.0) == pytest.approx({"b": 0.5, "c": 0.5})
+    assert [interpolation(points, x) for x in (1.0, 8.0)] == [{"a": 1.0, "b": 0.0}, {"b": 0.0, "c": 1.0}]
+    assert [interpolation(points, x) for x in (0.99, 8.01)] == [None, None]
     assert interpolation({"a": 1.0}, 1.0) is interpolation({}, 1.0) is None
     assert interpolation({"a": 1.0, "b": 1.0}, 1.0) == {"a": 1.0, "b": 0.0}
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 50), finite), min_size=2, max_size=6, unique_by=lambda p: p[0]))
-def test_interpolation_equals_numpys(pairs: list[tuple[int, float]]) -> None:
+def test_interpolation_equals_numpys_over_the_logarithm(pairs: list[tuple[int, float]]) -> None:
     points = {str(i): float(x) for i, (x, _) in enumerate(pairs)}
     values = {str(i): y for i, (_, y) in enumerate(pairs)}
     x, y = zip(*sorted(pairs), strict=True)
@@ -465,7 +465,8 @@ def test_interpolation_equals_numpys(pairs: list[tuple[int, float]]) -> None:
         weights = interpolation(points, float(at))
         assert weights is not None
         assert sum(weights.values()) == pytest.approx(1)
-        assert sum(w * values[name] for name, w in weights.items()) == pytest.approx(np.interp(at, x, y))
+        wanted = np.interp(np.log(at), np.log(x), y)
+        assert sum(w * values[name] for name, w in weights.items()) == pytest.approx(wanted)
 
 
 # --- over images ---

@@ -487,6 +487,8 @@ def test_networks_are_counted_at_last_whatever_failed(
         shown.close()
     assert ran.read_text().split() == [*fetch, "count"]
     assert suite.failed == [f"data of {name}: it is gone" for name in fetch]
+    assert suite.ran == {"count"}
+    assert {f"fetch@{name}" for name in fetch} <= suite.broken
 
 
 @pytest.mark.parametrize("fetch", [[], ["streets"]])
@@ -541,7 +543,8 @@ def test_nothing_is_tried_or_lost_without(what: str, copy: Path) -> None:
     before = weights(copy)
     change(copy, damage)
     planned = len(plan.suite_cells(config.load(copy / "params.yaml"), "streets"))
-    text = repro(copy, "--jobs", "2", status=1)
+    repro(copy, "--jobs", "2", status=1)
+    text = repro(copy, "--jobs", "2", status=1)  # nor is what failed taken for done
     if what == "the data":
         assert "data of streets failed: " in text and "leftImg8bit_trainvaltest.zip" in text
         assert f"{planned} trainings are not tried, because its data could not be had" in text
@@ -926,6 +929,38 @@ def test_a_lost_task_says_why(error: Exception, said: str, place: Path) -> None:
     suite = Suite(None, params, needs(params, set(), set(), place), 1, display.Display(), place)
     suite._took(work.Outcome(failure=cluster.lost(error)), [NONE])
     assert said in (records.failure(NONE, place) or "")
+
+
+def test_a_cell_that_was_whole_before_its_pack_was_lost_has_not_failed(copy: Path) -> None:
+    params = config.load(copy / "params.yaml")
+    suite = Suite(None, params, needs(params, set(), set(), copy), 1, display.Display(), copy)
+    lost = replace(NONE, method="kd")
+    shutil.rmtree(lost.folder(copy))
+    suite._took(work.Outcome(failure="its worker was killed"), [NONE, lost])
+    assert records.failure(NONE, copy) is None
+    assert records.failure(lost, copy) == "its worker was killed"
+
+
+def test_other_data_is_trained_on_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only the new files show: the code that draws them has changed."""
+    ran = tmp_path / "ran"  # tasks are pickled
+    params = config.Params.model_validate(tiny(read_params()))
+    due = [plan.Due("new", None, True, plan.suite_cells(params, "streets"))]
+
+    def training(_: object, cells: list[Cell]) -> work.Outcome:
+        ran.write_text(cells[0].path)
+        return work.Outcome(failure="it is enough")
+
+    monkeypatch.setattr(work, "fetch", lambda *_: work.Outcome())
+    monkeypatch.setattr(work, "train", training)
+    monkeypatch.setattr(plan, "due", lambda *_: due[0])
+    with distributed.Client(processes=False, n_workers=1, dashboard_address=None) as client:
+        shown = display.Display()
+        suite = Suite(client, params, Needs(fetch=["streets"]), 1, shown, tmp_path)
+        suite.run()
+        shown.close()
+    assert ran.read_text() == "streets/teacher"
+    assert suite.ran == {"fetch@streets", "train_teacher@streets"}
 
 
 def test_what_is_shown_without_a_terminal(

@@ -172,10 +172,21 @@ def obtain(
     return source
 
 
+def mirror() -> Path | None:
+    """The folder that ``ACFD_MIRROR`` names."""
+    named = os.environ.get("ACFD_MIRROR")
+    return Path(named).expanduser() if named else None
+
+
+def in_checkout(configured: Path | None) -> Path | None:
+    """A `mirror` of params.yaml, which may be relative to the checkout."""
+    return configured and ROOT / configured.expanduser()
+
+
 def places(mirror: Path | None, configured: Path | None, dataset: str) -> list[Path]:
     """Where the files of a data set may lie: ``ACFD_MIRROR``, `mirror` of params.yaml, ``downloads/``, each
     with or without a folder of the data set's name."""
-    roots = [root for root in (mirror, configured and ROOT / configured, DOWNLOADS) if root is not None]
+    roots = [root for root in (mirror, in_checkout(configured), DOWNLOADS) if root is not None]
     return [place for root in roots for place in (root / dataset, root)]
 
 

@@ -22,7 +22,7 @@ from typing import Literal
 from PIL import Image
 
 from pipelines.config import ConfigError, Model, Size
-from pipelines.datasets import pixels
+from pipelines.datasets import archives, pixels
 from pipelines.datasets.folder import SPLITS, Meta, few, read_list
 from pipelines.datasets.writer import Writer, painted
 from pipelines.files import sha256
@@ -109,7 +109,7 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> None:
     at pixel centres (at a third of the size: the middle of each 3×3 block). Without, the original bytes are
     copied.
     """
-    mirror = mirror or config.mirror
+    mirror = mirror or archives.in_checkout(config.mirror)
     if config.variant == "kaggle":
         _write_kaggle(config, mirror, target)
     elif mirror:

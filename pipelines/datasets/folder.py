@@ -21,6 +21,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,7 +121,7 @@ class Stream:
     pairs: list[tuple[str, str]]
     workers: int
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         return [self.description.names.get(image, image) for image, _ in self.pairs]
 

@@ -77,10 +77,11 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """The commit of the code and whether it had changes; nulls outside of a git checkout."""
+    """The commit of the code and whether its files had changes (settings are recorded by themselves); nulls
+    outside of a git checkout."""
     commands = (
         ["git", "rev-parse", "HEAD"],
-        ["git", "status", "--porcelain", "--untracked-files=no", "--", "*.py", "params.yaml"],
+        ["git", "status", "--porcelain", "--untracked-files=no", "--", "*.py"],
     )
     try:
         commit, changed = (

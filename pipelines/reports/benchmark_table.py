@@ -11,7 +11,7 @@ import pandas as pd
 from pipelines import config
 from pipelines.config import ROOT, Params, Training
 from pipelines.reports import speed_table
-from pipelines.reports.results import Results
+from pipelines.reports.results import HEADLINE, Results, variant
 from pipelines.reports.tables import Table, number, render
 from pipelines.runs import counts
 
@@ -127,10 +127,29 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
         lines += [
             "",
             f"{'All GPU hours' if whole else f'The hours of {listed}'} are **estimates**, from "
-            f"counted operations at {rate / 1e12:.3g} TFLOP/s ({source}). `streets` is for two CPU cores "
-            "and takes minutes; so is `camvid-half`, which takes hours.",
+            f"counted operations at {rate / 1e12:.3g} TFLOP/s ({source}). `streets` (minutes) and "
+            "`camvid-half` (hours) run on two CPU cores.",
         ]
+    for results in every:
+        for student in results.students:
+            made = f"The results of {results.benchmark} with {student} are of this `suite`:"
+            lines += ["", made, f"`{_made_with(results, student)}`."]
     return "\n".join(lines)
+
+
+def _made_with(results: Results, student: str) -> str:
+    """The lists of ``suite`` that give the finished cells of a student."""
+    cells = [record.cell for record in results.finished if record.cell.student == student]
+    done = {cell.method for cell in cells}
+    lists: dict[str, Sequence[Any]] = {
+        "benchmarks": [results.benchmark],
+        "students": [student],
+        "seeds": sorted({cell.seed for cell in cells}),
+        "controls": [f"{factor:g}" for key, factor in results.controls.items() if key in done],
+        "methods": [m for m in results.methods if m in done - {HEADLINE, *results.controls}],
+        "variants": [variant(key) for key in results.variants if key in done],
+    }
+    return ", ".join(f"{name}: [{', '.join(map(str, values))}]" for name, values in lists.items())
 
 
 def _settings(params: Params, name: str) -> tuple[str, list[str]]:

@@ -19,7 +19,6 @@ from pipelines.reports import orders, statistics
 from pipelines.reports.published import Architecture, Claim, Claims
 from pipelines.reports.results import HEADLINE, SCORE, Gain, Results, label
 from pipelines.reports.tables import Table, escape_markdown, rounded
-from pipelines.runs import exports
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
 NOT_COMPARABLE, NOT_RUN = "not comparable", "not run"
@@ -209,7 +208,7 @@ def table(claims: Claims, verdicts: Mapping[str, Verdict]) -> Table:
     words = [row["verdict"] for row in data]
     gains = sum(claim.kind == "gain" for claim in claims.claims)
     notes = [
-        f"{len(words)} claims, {gains} of them of a gain: "
+        f"{len(words)} claims, {gains} of accuracy and {len(words) - gains} of cost: "
         + ", ".join(f"{words.count(word)} {word}" for word in VERDICTS)
         + ".",
         "measured gain: of the comparable benchmark, else of the closest one; with the 95 % t-interval over "
@@ -283,14 +282,14 @@ def sentences(
         "benchmark here or is not fully stated; the column why gives the reason."
     ]
     found += [_of_the_paper(c, verdicts[c.id]) for c in claims.claims if c.method == HEADLINE]
-    measured = [item for item in _directions(claims, every) if item.measured is not None]
+    measured = [item for item in _directions(claims, every) if item.measured and item.measured.n > 1]
     seen = [item for item in measured if item.word == GAIN]
     unseen = [item for item in measured if item.word != GAIN]
     if len(measured) > MOST:
         found.append(
             f"Of the methods with a published gain, a clear one over the student alone is seen here in "
-            f"{len(seen)} of {len(measured)} cases (method, benchmark, student), at equal steps; claims.md "
-            "lists them."
+            f"{len(seen)} of {len(measured)} cases (method, benchmark, student) with several seeds, at equal "
+            "steps; claims.md lists them."
         )
     elif seen:
         found.append(
@@ -299,7 +298,7 @@ def sentences(
     if unseen and len(measured) <= MOST:
         found.append(f"No clear gain over the student alone is seen here for {_listed(unseen)}.")
     if not measured:
-        found.append("None of these methods has been measured here yet.")
+        found.append("None of these methods has been measured here with several seeds yet.")
     if text := orders.sentence(orders.orders(claims, every)):
         found.append(text)
     return found
@@ -370,24 +369,12 @@ def _judge_cost(claim: Claim, every: Sequence[Results], params: Params) -> Verdi
                 f"{_numbers(here)} {name}" + ("" if same else f" against {_numbers(there)}")
                 for name, (here, there) in zip(COST.values(), pairs, strict=True)
             ]
-            parts += _latency(results, student, claim.method)
             (equal if same else different).append(f"{results.benchmark}, {student}: {', '.join(parts)}")
     if different:
         return Verdict(NOT_REPRODUCED, [f"not equal on {place}" for place in different])
     if equal:
         return Verdict(REPRODUCED, [f"equal on {place}" for place in equal])
     return Verdict(NOT_RUN, [f"no finished cells of both {claim.method} and {params.suite.reference}"])
-
-
-def _latency(results: Results, student: str, method: str) -> list[str]:
-    """What an export record adds: for information, a time is never exactly equal."""
-    if (record := results.exported(student, method)) is None:
-        return []
-    found = exports.timing(record, method, results.reference, "onnxruntime")
-    if found.ratio is None or found.interval is None:
-        return []
-    low, high = found.interval.low, found.interval.high
-    return [f"{found.ratio:.2f} ({low:.2f} to {high:.2f}) times its latency with onnxruntime"]
 
 
 def _cost(results: Results, student: str, method: str, column: str) -> set[float]:

@@ -43,6 +43,7 @@ STYLE: dict[Any, Any] = {
 }
 GREY = "0.45"
 CLASSES = 40  # that a figure holds
+TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16)  # multiples of the compute of the student alone
 LINE = 0.19  # inches between two names
 SOURCE = "Source"  # the PNG text chunk with the digest of the records
 PIXELS = "Comment"  # and the one with the sum of the pixels (RGBA)
@@ -167,10 +168,12 @@ def compute(results: Results) -> Figure:
     the student alone, trained ever longer, is a curve."""
     rows = max(sum(bool(results.by_seed(s, m)) for m in results.methods) for s in results.students)
     size = (6.8, max(3.6, 0.21 * rows + 1.2))
-    figure, axes = _panels(len(results.students), size, sharey=True)
+    figure, axes = _panels(len(results.students), size, shared=True)
     look, alone = looks(results), {results.reference, *results.controls}
-    for axis, student in zip(axes, results.students, strict=True):
-        points = _gains(results, student)
+    gains = [_gains(results, student) for student in results.students]
+    most = max([2.0, *(x for points in gains for x, _ in points.values())])
+    ticks = [tick for tick in TICKS if tick <= most]
+    for axis, student, points in zip(axes, results.students, gains, strict=True):
         curve = sorted(points[m] for m in alone & points.keys())
         if len(curve) > 1:
             axis.plot(*zip(*curve, strict=True), color=GREY, linestyle=":", linewidth=1.8, zorder=2)
@@ -179,7 +182,6 @@ def compute(results: Results) -> Figure:
             marker = "d" if key.endswith(OFFICIAL) else own.marker
             axis.scatter(x, y, s=64, color=own.colour, marker=marker, edgecolor="white", zorder=3)
         axis.axhline(0, color="0.8", linewidth=1, zorder=1)
-        axis.set_xlim(left=0.9 if points else 0)
         axis.set(
             xlabel=f"FLOPs of the training (× {results.reference})", title=f"{student}: gain and its cost"
         )
@@ -187,6 +189,10 @@ def compute(results: Results) -> Figure:
         lines = {names[key]: look[key].colour for key in points}
         _margin_labels(axis, {names[key]: point for key, point in points.items()}, lines, size[1])
     axes[0].set_ylabel(f"gain over {results.reference} (points of test mIoU)")
+    axes[0].set_xscale("log")  # as the student alone is interpolated
+    axes[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[0].minorticks_off()
+    axes[0].set_xlim(0.93, 1.08 * most)
     return figure
 
 
@@ -242,9 +248,8 @@ def _say_compute(results: Results, student: str) -> str:
     if len(curve) < 2 or not rivals:
         return f"{student}: there is no curve of the student alone to compare with yet."
     inside = {m: xy for m, xy in rivals.items() if curve[0][0] <= xy[0] <= curve[-1][0]}
-    over = [
-        m for m, (x, y) in inside.items() if y > np.interp(x, [p[0] for p in curve], [p[1] for p in curve])
-    ]
+    steps, gains = zip(*curve, strict=True)
+    over = [m for m, (x, y) in inside.items() if y > np.interp(np.log(x), np.log(steps), gains)]
     outside = ", ".join(results.label(m) for m in rivals if m not in inside)
     return (
         f"{student}: by the mean, {len(over)} of {len(inside)} methods {'lies' if len(over) == 1 else 'lie'} "
@@ -336,10 +341,11 @@ def _margin_labels(
         )
 
 
-def _panels(columns: int, size: tuple[float, float], sharey: bool = False) -> tuple[Figure, Any]:
+def _panels(columns: int, size: tuple[float, float], shared: bool = False) -> tuple[Figure, Any]:
     """Axes side by side, each of ``size`` inches."""
+    size = (size[0] * columns, size[1])
     figure, axes = plt.subplots(
-        1, columns, figsize=(size[0] * columns, size[1]), squeeze=False, sharey=sharey, layout="constrained"
+        1, columns, figsize=size, squeeze=False, sharex=shared, sharey=shared, layout="constrained"
     )
     return figure, axes[0]
 

@@ -88,25 +88,47 @@ def answer(results: Results, student: str) -> list[str]:
         + (f" ({val:+.2f} on validation)." * (lead is not None) if val is not None else "")
     )
     longer = _longer(results, student, [*known])
+    schedule = [text for text in [tables.schedule(results, student)] if text]
     if seeds == 1:
         first = "Not known yet: one seed cannot say how far another would move a score."
-        return [first, highest, *longer]
+        return [first, highest, *longer, *schedule]
     better, worse, equal, behind = (
         those(word, which) for which in ("gain", "equal") for word in ("gain", "loss")
     )
+    rest = [m for m in known if known[m].gain.verdict == "undecided"]
+    single = [m for m in known if known[m].gain.paired.n == 1]
+    unclear = f", {len(rest)} not clearly different" * bool(rest)
     first = (
-        f"Yes, at equal steps, for {len(better)} of {n} method{'s' * (n > 1)}: {listed(better)}."
-        if better
-        else f"Not shown: no method of {n} is clearly better than the student alone."
-        if n > 1
-        else f"Not shown: {listed([*known])} is not clearly better than the student alone."
+        f"At equal steps, {len(better)} of {n} methods {'is' if len(better) == 1 else 'are'} clearly better "
+        f"than the student alone{': ' * bool(better)}{listed(better)}; {len(worse) or 'none'} clearly "
+        f"worse{unclear}."
     )
-    found = [first]
-    if worse:
-        found.append(f"Worse than the student alone: {listed(worse)}.")
-    if rest := [m for m in known if known[m].gain.verdict == "undecided"]:
-        found.append(f"No clear difference from the student alone: {listed(rest)}.")
-    if single := [m for m in known if known[m].gain.paired.n == 1]:
+    if n == 1:
+        word = "clearly better" if better else "clearly worse" if worse else "neither better nor worse"
+        first = f"At equal steps, {listed([*known])} is {word} than the student alone."
+    found = [
+        first,
+        f"How sure: clearly means that two 95 % intervals of the gain exclude 0, one over {seeds} seeds, one "
+        f"over {results.images} test images, which is too narrow where these are frames of the same videos.",
+    ]
+    if (least := statistics.smallest_p(seeds)) > tables.ALPHA:
+        found.append(
+            f"Exploratory: with {seeds} seeds the width of an interval is itself a matter of chance, and so "
+            f"are the verdicts; no method could pass a test at 5 % (smallest possible p: {least:.2g}; one "
+            f"test needs {statistics.SEEDS_FOR_SIGNIFICANCE} seeds, {n} with Holm's correction need "
+            f"{statistics.seeds_needed(n, tables.ALPHA)})."
+        )
+    else:
+        found.append(
+            f"The intervals are not corrected for testing {n} method{'s' * (n > 1)}; with that correction "
+            f"(max-T, 5 %), {len(sure)} of {n} {'is' if len(sure) == 1 else 'are'} "
+            f"better{': ' * bool(sure)}{listed(sure)}."
+        )
+    if (results.images or 0) < FEWEST:
+        found.append(f"With fewer than {FEWEST} test images no method is called better or worse.")
+    if worse and n > 1:
+        found.append(f"Worse than the student alone, with the loss weights used here: {listed(worse)}.")
+    if single:
         found.append(f"Not known, with one seed each: {listed(single)}.")
     if any(s.equal.paired.n > 1 for s in known.values()):
         lost = [m for m in known if known[m].equal.paired.n < 2]
@@ -121,26 +143,7 @@ def answer(results: Results, student: str) -> list[str]:
             "At equal training compute: not known, because the student alone has not been trained longer "
             "with two seeds or more."
         )
-    found += [*longer, highest]
-    found.append(
-        f"How sure: better and worse mean that both 95 % intervals of the gain exclude 0, one over {seeds} "
-        f"seeds, one over {results.images} test images (too narrow where these are frames of one video)."
-    )
-    if (least := statistics.smallest_p(seeds)) > tables.ALPHA:
-        found.append(
-            f"Exploratory: with {seeds} seeds the width of an interval is itself a matter of chance, and so "
-            f"are the verdicts; no method could pass a test at 5 % (smallest possible p: {least:.2g}; "
-            f"{statistics.SEEDS_FOR_SIGNIFICANCE} seeds are the fewest with which one could)."
-        )
-    else:
-        found.append(
-            f"The intervals are not corrected for testing {n} method{'s' * (n > 1)}; with that correction "
-            f"(max-T, 5 %), {len(sure)} of {n} {'is' if len(sure) == 1 else 'are'} "
-            f"better{': ' * bool(sure)}{listed(sure)}."
-        )
-    if (results.images or 0) < FEWEST:
-        found.append(f"With fewer than {FEWEST} test images no method is called better or worse.")
-    return found
+    return [*found, *longer, highest, *schedule]
 
 
 def _longer(results: Results, student: str, methods: Sequence[str]) -> list[str]:
@@ -154,9 +157,7 @@ def _longer(results: Results, student: str, methods: Sequence[str]) -> list[str]
     if not parts:
         return []
     plain = results.mean(student, results.reference) or 0
-    end = (
-        " It is not at the end of its training, so this says nothing of a student that is." if rising else ""
-    )
+    end = " It has not converged, so this says nothing about a student that has." if rising else ""
     return [f"The student alone scores {plain:.2f}; trained for {_named(parts)}, by the means.{end}"]
 
 
@@ -318,7 +319,8 @@ def tuning(results: Results, method: str) -> str:
     if not trials or choice is None:
         return "not tuned here"
     if choice.middle:
-        return f"the middle of the range: no trial of {trials} led it by more than {results.margin:g} mIoU"
+        margin = results.tuning.margin
+        return f"the middle of the range: no trial of {trials} led it by more than {margin:g} mIoU"
     middle = "that of the middle failed" if choice.first is None else f"the middle {choice.first:.2f}"
     end = ", at the end of a range" if choice.at_end else ""
     return f"chosen of {trials} short trials: {choice.score:.2f} validation mIoU, {middle}{end}"

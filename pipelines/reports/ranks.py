@@ -30,7 +30,7 @@ class Ranks:
     friedman_p: float | None  # of the hypothesis that all methods are alike
     critical_difference: float  # Nemenyi: mean ranks closer than this are not told apart
     cliques: list[tuple[str, ...]]  # methods that are not told apart
-    improvement: dict[str, tuple[float, Interval]]  # probability that a run beats one of the reference
+    improvement: dict[str, tuple[float, Interval | None]]  # probability that a run beats one of the reference
     seeds: dict[str, int]  # the fewest seeds of a method in any block
 
 
@@ -56,7 +56,8 @@ def rank(every: Sequence[Results]) -> Ranks | None:
     ranks = statistics.mean_ranks(means)
     ranks = {m: ranks[m] for m in sorted(methods, key=lambda m: (ranks[m], methods.index(m)))}
     cd = statistics.critical_difference(len(methods), len(scores))
-    improvement = {}
+    seeds = {m: min(len(own[m]) for own in scores.values()) for m in methods}
+    improvement: dict[str, tuple[float, Interval | None]] = {}
     for method in methods:
         if method != reference:
             chance = statistics.probability_of_improvement(
@@ -65,8 +66,9 @@ def rank(every: Sequence[Results]) -> Ranks | None:
                 resamples=RESAMPLES,
                 seed=RESAMPLING_SEED,
             )
-            if chance is not None:
-                improvement[method] = chance
+            if chance is not None:  # of one run there is no resample
+                several = min(seeds[method], seeds[reference]) > 1
+                improvement[method] = chance if several else (chance[0], None)
     return Ranks(
         reference=reference,
         blocks=list(scores),
@@ -75,7 +77,7 @@ def rank(every: Sequence[Results]) -> Ranks | None:
         critical_difference=cd,
         cliques=statistics.cliques(ranks, cd),
         improvement=improvement,
-        seeds={m: min(len(own[m]) for own in scores.values()) for m in methods},
+        seeds=seeds,
     )
 
 
@@ -95,7 +97,8 @@ def table(found: Ranks) -> Table:
                 "improvement_high": None if interval is None else round(interval.high, 6),
             }
         )
-        shown = "–" if chance is None else f"{chance:.2f} {between(interval, '.2f')}"
+        shown = "–" if chance is None else f"{chance:.2f}"
+        shown += "" if interval is None else f" {between(interval, '.2f')}"
         text.append([label(method), str(found.seeds[method]), f"{mean:.2f}", shown])
     columns = ["method", "seeds (fewest)", "mean rank", f"probability of improvement on {found.reference}"]
     p = "unknown" if found.friedman_p is None else f"p = {found.friedman_p:.2g}"
@@ -123,13 +126,16 @@ def warnings(found: Ranks) -> list[str]:
 
 def sentence(found: Ranks) -> str:
     """The outcome in plain words."""
-    first, *_, last = found.ranks
-    spread = found.ranks[last] - found.ranks[first]
-    told = "tells some methods apart" if spread >= found.critical_difference else "tells no methods apart"
+    best, worst = min(found.ranks.values()), max(found.ranks.values())
+    first, last = (
+        " and ".join(label(m) for m, mean in found.ranks.items() if mean == end) for end in (best, worst)
+    )
+    apart = worst - best >= found.critical_difference
     return (
-        f"Over {len(found.blocks)} blocks (student on benchmark), {label(first)} has the best mean rank "
-        f"({found.ranks[first]:.2f}) and {label(last)} the worst ({found.ranks[last]:.2f}); the critical "
-        f"difference is {found.critical_difference:.2f}, so the ranking {told}."
+        f"Over {len(found.blocks)} blocks (student on benchmark), the best mean rank is that of {first} "
+        f"({best:.2f}), the worst that of {last} ({worst:.2f}); the critical difference is "
+        f"{found.critical_difference:.2f}, so the ranking tells {'some' if apart else 'no'} methods apart "
+        "(a bar in the figure joins those that it does not)."
     )
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import files
-from pipelines.config import OFFICIAL, PAPER, ROOT, ConfigError, Params
+from pipelines.config import ROOT, ConfigError, Params
 from pipelines.reports import claims, orders, published, statistics, tables
 from pipelines.reports.method_table import PAPERS, compares
-from pipelines.reports.results import HEADLINE, Gain, Results
+from pipelines.reports.results import COMPLETE, HEADLINE, Gain, Results
 from pipelines.reports.tables import between, escape_markdown
 from pipelines.runs import counts, journal
 
@@ -25,7 +25,7 @@ MINUTES = ("<!-- minutes:begin -->", "<!-- minutes:end -->")
 SPEED = ("<!-- speed:begin -->", "<!-- speed:end -->")
 BENCH = Path("runs") / "bench.json"  # by `make bench`
 FIGURE = "compute"
-ROWS = 8  # of the table in the README
+ROWS, LOWEST = 8, 2  # of the table in the README, and how many of them are the lowest
 
 
 def update(path: Path, markers: tuple[str, str], text: str) -> bool:
@@ -73,12 +73,14 @@ def block(every: Sequence[Results], params: Params) -> str:
     order = {results.label(method): place for place, method in enumerate(shown)}
     for row in sorted((row for row in own if row[1] in order), key=lambda row: order[row[1]]):
         lines.append("| " + " | ".join(escape_markdown(row[i]) for i in kept) + " |")
-    longer = "; ×2 and so on: for so many times the steps" if results.controls else ""
+    most = max(results.controls.values(), default=0)
+    longer = f"; ×{most:g}: trained for {most:g} times as many steps" if most else ""
     lines += [
         "",
-        f"`{results.reference}`: the student alone{longer}. {len(order)} of {len(own)} rows: "
-        f"{results.reference}, {PAPER} and the highest others, by mean test mIoU. All: "
-        f"[comparison]({folder}/comparison.md), [what the columns mean](docs/tables.md#comparison).",
+        f"`{results.reference}`: the student alone{longer}. [ ]: over seeds; ↑ better, ↓ worse: the interval "
+        f"over test images excludes 0 too. {len(order)} of {len(own)} rows, with the highest and the lowest "
+        f"by mean test mIoU. All: [comparison]({folder}/comparison.md), [what the columns "
+        "mean](docs/tables.md#comparison).",
         "",
         f"![gain against training compute on {results.benchmark}]({folder}/{FIGURE}.png)",
         "",
@@ -95,13 +97,16 @@ def block(every: Sequence[Results], params: Params) -> str:
 
 
 def _chosen(results: Results, student: str) -> list[str]:
-    """The rows of the README, best first: the reference, the paper's method, the best of the others; and what
-    has no score, where there is room."""
+    """The rows of the README, best first: the reference, also trained longest, the paper's method, and of the
+    others the best and the worst; what has no score where there is room."""
     means = {m: -1.0 if (mean := results.mean(student, m)) is None else mean for m in results.rows(student)}
     order = sorted(means, key=lambda m: -means[m])
-    always = [m for m in (results.reference, HEADLINE) if m in order]
-    others = [m for m in order if m not in always and not m.endswith(OFFICIAL)]
-    chosen = {*always, *others[: ROWS - len(always)]}
+    longest = max(results.controls, key=lambda m: results.controls[m], default=None)
+    chosen = {m for m in (results.reference, longest, HEADLINE) if m in means}
+    others = [m for m in results.tested(order) if m not in chosen]
+    scored, room = [m for m in others if means[m] >= 0], ROWS - len(chosen)
+    many = len(scored) > room
+    chosen |= {*scored[: room - LOWEST], *scored[-LOWEST:]} if many else {*others[:room]}
     return [m for m in order if m in chosen]
 
 
@@ -111,38 +116,42 @@ def answer(results: Results, student: str) -> str:
     tested = {m: standings[m] for m in results.tested(results.methods) if standings[m].gain.paired.n}
     place = f"{results.benchmark} with {student}"
     rows = results.rows(student)
-    lacking = sum(results.status(student, m) != "complete" for m in rows)
+    lacking = sum(not results.status(student, m).startswith(COMPLETE) for m in rows)
     rest = f" Not finished: {lacking} of {len(rows)} rows lack trainings." if lacking else ""
     if not tested:
         return f"On {place}, no method has finished beside {reference} yet.{rest}"
     best = max(tested, key=lambda m: results.mean(student, m) or 0.0)
+    gain, schedule = tested[best].gain, tables.schedule(results, student)
     if all(s.gain.paired.n == 1 for s in tested.values()):
         return (
-            f"Not known yet. On {place}, one seed has been trained so far, and one seed cannot say "
-            f"how far another would move a score: no method counts as above {reference} yet. The largest "
-            f"gain is that of {results.label(best)}, {tested[best].gain.paired.mean:+.2f}.{rest}"
+            f"Not known yet. On {place}, {len(tested)} method{'s have' if len(tested) > 1 else ' has'} been "
+            "trained with one seed, and one seed cannot say how far another would move a score. The largest "
+            f"gain is that of {results.label(best)}, {gain.paired.mean:+.2f}. {schedule}{rest}"
         )
     seeds = " or ".join(str(n) for n in sorted({s.gain.paired.n for s in tested.values()}))
     verdicts = [s.gain.verdict for s in tested.values()]
     equal = [s.equal.verdict for s in tested.values() if s.equal.verdict]
-    above, below = verdicts.count("gain"), verdicts.count("loss")
+    better, worse = verdicts.count("gain"), verdicts.count("loss")
+    ahead, behind = equal.count("gain"), equal.count("loss")
     least = statistics.smallest_p(max(s.gain.paired.n for s in tested.values()))
     joint = sum(
         s.p_max is not None and s.p_max < tables.ALPHA and (s.gain.paired.mean or 0.0) > 0
         for s in tested.values()
     )
     return (
-        f"On {place} ({seeds} seeds), {above} of {len(tested)} methods {_are(above)} above the student "
-        f"trained alone for the same steps and {below} {_are(below)} below it; at the same compute "
-        f"{equal.count('gain')} of {len(equal)} {_are(equal.count('gain'))} above and {equal.count('loss')} "
-        "below it. That is by both 95 % intervals, over seeds and over images, of one method by itself. "
+        f"On {place} ({seeds} seeds), {better} of {len(tested)} methods {_are(better)} better than the "
+        f"student trained alone for the same steps and {worse} {_are(worse)} worse; at the same compute "
+        f"{ahead} of {len(equal)} {_are(ahead)} better and {behind} worse. Better and worse mean that two "
+        "95 % intervals exclude 0, one over seeds and one over test images, without correction for testing "
+        f"{len(tested)} methods. "
         + (
-            f"{joint} {_are(joint)} above it by the max-T test, which allows for all methods together. "
+            f"{joint} {_are(joint)} better by the max-T test, which has that correction. "
             if least <= tables.ALPHA
             else f"Exploratory: with so few seeds no test could reach p < {tables.ALPHA:g} "
             f"(smallest possible: {least:.2g}). "
         )
-        + f"The best is {results.label(best)}, {_gain(tested[best].gain)}.{rest}"
+        + f"The highest mean is that of {results.label(best)}, {_gain(gain)}. {schedule} A gain after so few "
+        f"steps may be faster learning, not a better end.{rest}"
     )
 
 

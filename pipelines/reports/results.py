@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipelines.config import OFFICIAL, PAPER, TEACHER, ConfigError, Params
+from pipelines.config import OFFICIAL, PAPER, TEACHER, Params, Tuning
 from pipelines.reports import statistics
 from pipelines.reports.statistics import ImageBootstrap, Interval, Paired
 from pipelines.runs import budget, exports, journal, records
@@ -31,6 +31,7 @@ SCORE = "test/miou"
 COMPUTE = "compute/flops"
 
 RESAMPLES = 10_000  # of the test images
+COMPLETE = "complete"  # how the status of a row begins that has all its seeds
 FEWEST = 20  # test images of which a resample says something
 RESAMPLING_SEED = 0
 
@@ -80,6 +81,7 @@ class Results:
     planned: dict[str, list[str]]  # by student: what the suite runs; others are shown where they have a cell
     seeds: dict[str, list[int]]  # by student: a row without one of them is not complete; there may be more
     weights: dict[str, dict[str, Any]]  # per method: its loss weights in params.yaml
+    tuning: Tuning  # how they were searched for
     cells: pd.DataFrame  # today's finished cells, in the form of tracking.frame
     controls: dict[str, float] = field(default_factory=dict)  # the reference for so many times the steps
     finished: Sequence[Record] = ()
@@ -88,10 +90,8 @@ class Results:
     trials: dict[str, int] = field(default_factory=dict)  # of tuning, by method
     different: dict[str, int] = field(default_factory=dict)  # of them, where some had the same weights
     choices: dict[str, budget.Choice] = field(default_factory=dict)  # of tuning, by method
-    margin: float = 0.0  # of tuning: the lead that a choice other than the middle needs
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)  # records of exports, by student
     untuned: list[str] = field(default_factory=list)  # methods whose weights are not those that tuning chose
-    tracking: str | None = None  # why the numbers do not come from MLflow, if they do not
 
     @cached_property
     def _rows(self) -> dict[tuple[str, str], pd.DataFrame]:
@@ -184,9 +184,9 @@ class Results:
         """A method minus the student alone at the method's own training FLOPs, seed by seed; and why seeds
         have no such difference.
 
-        The score of the student alone is interpolated linearly between the reference and its controls of the
-        same seed, and never beyond them. Both intervals are of these differences: over the seeds, and over
-        the resampled images with the same weights of the interpolation.
+        The score of the student alone is interpolated between the reference and its controls of one seed,
+        linearly in the logarithm of the FLOPs, and never beyond them. Both intervals are of these
+        differences: over the seeds, and over the resampled images with the same weights.
         """
         curve = [self.reference, *self.controls]
         scores, flops = (
@@ -251,7 +251,8 @@ class Results:
         return list(dict.fromkeys(name for record in cells for name in record.run["left_out"]))
 
     def status(self, student: str, method: str) -> str:
-        """``complete``, ``not run``, or how many cells there are and what became of the others."""
+        """``complete``, ``not run``, or how many cells there are and what became of the others; and which
+        seeds come from another kind of machine than the student alone."""
         done, planned = set(self.by_seed(student, method)), set(self.seeds.get(student, ()))
         cells = {seed: Cell(self.benchmark, student, method, seed) for seed in sorted(done.union(planned))}
         why = {seed: f"failed: {note}" for seed, cell in cells.items() if (note := self.failures.get(cell))}
@@ -262,14 +263,43 @@ class Results:
             if seed not in why and (parts := self.stale.get(cell))
         }
         missing = planned - done
-        if not why:
-            if not missing:
-                return "complete"
-            if not done:
-                return "not run"
+        if not done and not why:
+            return "not run"
         why |= {seed: "not run" for seed in missing if seed not in why}
-        parts = [f"{len(done & planned)} of {len(planned)}"]
-        return "; ".join([*parts, *(f"seed {seed}: {why[seed]}" for seed in sorted(why))])
+        parts = [f"{len(done & planned)} of {len(planned)}"] if why else [COMPLETE]
+        parts += [f"seed {seed}: {why[seed]}" for seed in sorted(why)]
+        if away := self.elsewhere.get((student, method)):
+            parts.append(f"seed {', '.join(map(str, away))}: another machine than {self.reference}")
+        return "; ".join(parts)
+
+    @cached_property
+    def machines(self) -> dict[tuple[str, int], dict[str, list[str]]]:
+        """By student and seed, the kinds of machine that its cells were trained on, each with the methods.
+
+        A kind is what decides how sums are rounded: the GPU, or the processor and its threads, and torch.
+        """
+        found: dict[tuple[str, int], dict[str, list[str]]] = {}
+        rows = self.cells[self.cells["student"] != TEACHER].sort_values(["student", "seed", "method"])
+        for row in rows.to_dict("records"):
+            kind = str(row.get("tags.hardware.device"))
+            if kind == journal.CPU:
+                kind = f"{row.get('tags.hardware.processor')}, threads: {row.get('hardware/threads', 0):.0f}"
+            kind += f", torch {row.get('tags.versions.torch')}"
+            found.setdefault((row["student"], int(row["seed"])), {}).setdefault(kind, []).append(
+                row["method"]
+            )
+        return found
+
+    @cached_property
+    def elsewhere(self) -> dict[tuple[str, str], list[int]]:
+        """By student and method, the seeds that come from another kind of machine than the student alone.
+        Their draws, batches and steps are the same; how sums are rounded is not."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for (student, seed), kinds in self.machines.items():
+            if any(self.reference in methods for methods in kinds.values()):
+                for method in (m for own in kinds.values() if self.reference not in own for m in own):
+                    found.setdefault((student, method), []).append(seed)
+        return found
 
     @cached_property
     def bootstraps(self) -> dict[str, ImageBootstrap]:
@@ -360,14 +390,12 @@ def gather(
     benchmark: str,
     cells: pd.DataFrame,
     root: Path,
-    tracking: str | None = None,
     finished: Sequence[Record] = (),
 ) -> Results:
     """Bring together the finished cells of a benchmark with the ones that there should be. Cells that were
     trained with other settings, data or another teacher than today's are left out.
 
-    :class:`~pipelines.config.ConfigError` when the methods were tuned with unequal numbers of trials, and
-    when the cells of a seed come from several kinds of machine.
+    :class:`~pipelines.config.ConfigError` when the methods were tuned with unequal numbers of trials.
     """
     students = records.students(params, benchmark, root)
     stale = outdated(finished, params)
@@ -383,9 +411,6 @@ def gather(
         }
         for key in params.method_keys
     }
-    today = cells[[key not in old for key in keys]]
-    if mixed := mixed_seeds(benchmark, today):
-        raise ConfigError(mixed[0])
     rows = {*params.suite_methods, *cells["method"], *(cell.method for cell, note in notes.items() if note)}
     order = [  # a method with its authors' weights beside the method
         key
@@ -403,7 +428,8 @@ def gather(
         planned={s: params.suite_methods for s in students if records.planned(params, benchmark, s)},
         seeds={s: records.planned_seeds(params, benchmark, s, root) for s in students},
         weights=weights,
-        cells=today,
+        tuning=params.tuning,
+        cells=cells[[key not in old for key in keys]],
         controls=params.controls,
         finished=[record for record in finished if record.cell not in stale],
         failures={
@@ -413,44 +439,13 @@ def gather(
         trials=budget.trials(params, root),
         different=budget.different(params, root),
         choices=budget.choices(params, root),
-        margin=params.tuning.margin,
         exports={
             student: record
             for student in students
             if (record := exports.read(benchmark, student, root)) is not None
         },
         untuned=list(budget.untuned(params, root)),
-        tracking=tracking,
     )
-
-
-def machines(cells: pd.DataFrame) -> dict[tuple[str, int], dict[str, list[str]]]:
-    """By student and seed, the kinds of machine that its cells were trained on, each with the methods.
-
-    A kind is what decides how sums are rounded: the GPU, or the processor and its threads, and torch.
-    """
-    found: dict[tuple[str, int], dict[str, list[str]]] = {}
-    for row in (
-        cells[cells["student"] != TEACHER].sort_values(["student", "seed", "method"]).to_dict("records")
-    ):
-        kind = str(row.get("tags.hardware.device"))
-        if kind == journal.CPU:
-            kind = f"{row.get('tags.hardware.processor')}, threads: {row.get('hardware/threads', 0):.0f}"
-        kind += f", torch {row.get('tags.versions.torch')}"
-        found.setdefault((row["student"], int(row["seed"])), {}).setdefault(kind, []).append(row["method"])
-    return found
-
-
-def mixed_seeds(benchmark: str, cells: pd.DataFrame) -> list[str]:
-    """A sentence for every seed whose cells come from several kinds of machine: a seed is a block, so that no
-    paired difference holds their rounding."""
-    return [
-        f"Seed {seed} of {student} on {benchmark} comes from different kinds of machine ("
-        + "; ".join(f"{', '.join(methods)}: {kind}" for kind, methods in kinds.items())
-        + "): delete the folders of one kind in runs/ and train them on the other."
-        for (student, seed), kinds in machines(cells).items()
-        if len(kinds) > 1
-    ]
 
 
 def label(method: str, controls: Mapping[str, float] | None = None) -> str:

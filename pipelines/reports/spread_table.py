@@ -19,17 +19,18 @@ from pipelines.reports.tables import Table, number, plus_minus, render
 from pipelines.runs import journal
 from pipelines.runs.fingerprint import same_settings
 from pipelines.runs.journal import device, on_gpu
-from pipelines.runs.records import Cell
+from pipelines.runs.records import Cell, Record
 
 FILE = Path("runs") / "spread.json"
 COMMAND = "`make spread BENCHMARK=<name>`"
 FAST, STRICT = MODES = ("fast", "strict")  # suite.strict: false, true
+TABLES = "in the tables"
 COLUMNS = [
     "benchmark",
     "device",
     "what is trained",
     "mode",
-    "different weights",
+    "distinct weights",
     "test mIoU",
     "largest difference",
     "status",
@@ -69,12 +70,14 @@ def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
         cell, current = _cell(entry), is_current(entry, params)
         own = seeds.get(cell.benchmark) if current else None
         over_seeds = statistics.sd(own.by_seed(cell.student, cell.method).values()) if own else None
-        for mode in MODES:
-            repeats = entry["repeats"][mode]
+        trained = {mode: (entry, entry["repeats"][mode]) for mode in MODES}
+        if (record := _elsewhere(entry, own)) is not None:
+            trained[TABLES] = (record.run, [outcome(record)])
+        for mode, (run, repeats) in trained.items():
             scores = [repeat["test_miou"] for repeat in repeats]
             row = {
                 "benchmark": cell.benchmark,
-                "device": device(entry),
+                "device": device(run),
                 "trained": f"{cell.student}, {label(cell.method, params.controls)}",
                 "seed": cell.seed,
                 "mode": mode,
@@ -96,9 +99,27 @@ def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
     ]
     if apart := rounding(params, root):
         notes.append(f"What rounding alone does to a score on a CPU, from one mode to the other: {apart}.")
+    if any(row["mode"] == TABLES for row in data):
+        notes[0] += f' "{TABLES}": the record of the same cell and seed, from another kind of machine.'
     if not any(on_gpu(entry) for entry in entries):
         notes[0] += " No GPU has been measured yet."
     return Table("spread", "trainings repeated", pd.DataFrame(data, dtype=object), COLUMNS, text, notes, WIDE)
+
+
+def _elsewhere(entry: Mapping[str, Any], own: Results | None) -> Record | None:
+    """The record of the cell in the tables, if another kind of machine trained it."""
+    cells = [r for r in own.finished if r.cell == _cell(entry)] if own else []
+    return next((r for r in cells if device(r.run) != device(entry)), None)
+
+
+def outcome(record: Record) -> dict[str, Any]:
+    """What a repeat leaves in an entry."""
+    return {
+        "weights_sha256": record.run["weights_sha256"],
+        "val_miou": record.metrics["val"]["miou"],
+        "test_miou": record.metrics["test"]["miou"],
+        "training_s": record.run["seconds"]["training"],
+    }
 
 
 def rounding(params: Params, root: Path = ROOT) -> str:
@@ -122,7 +143,7 @@ def _text(row: Mapping[str, Any]) -> list[str]:
         str(row["device"]),
         f"{row['trained']}, seed {row['seed']}",
         str(row["mode"]),
-        f"{row['weights']} of {row['repeats']}",
+        f"{row['weights']} in {row['repeats']}",
         plus_minus(row["test_miou"], row["sd"]),
         number(row["range"], ".3f"),
         str(row["status"]),

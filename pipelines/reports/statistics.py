@@ -9,6 +9,7 @@ max_t), and the choice of the test images with the trained networks held fixed (
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ SEEDS_FOR_SIGNIFICANCE = 6  # below this, no two-sided sign-flip test over paire
 EXACT = 16  # differences up to which all 2^n sign flips are enumerated
 FLIPS = 2**16 - 1  # random ones beyond; no p is then below 2^-16, which is smallest_p(EXACT + 1)
 TIE = 1e-9  # of the sum of |differences|: two sums that are closer differ by rounding only
+FEWEST_PAIRS = 4  # of which a rank correlation says anything
 CHUNK = 1000  # resamples at a time: their image weights and sums are all that has to fit into memory
 
 Block = TypeVar("Block", bound=Hashable)
@@ -201,13 +203,15 @@ def max_t(differences: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
 
 
 def interpolation(points: Mapping[str, float], x: float) -> dict[str, float] | None:
-    """Weights of the points around ``x`` in a piecewise linear interpolation; None outside of them.
+    """Weights of the points around ``x`` in an interpolation that is piecewise linear in log ``x``; None
+    outside of them.
 
-    ``points``: the place of each on the line. The value at ``x`` is the weighted sum of the points' values.
+    ``points``: the place of each on the line, above 0. The value at ``x`` is the weighted sum of the points'
+    values.
     """
     for left, right in pairwise(sorted(points, key=lambda name: points[name])):
         if points[left] <= x <= points[right]:
-            share = (x - points[left]) / ((points[right] - points[left]) or 1.0)
+            share = math.log(x / points[left]) / (math.log(points[right] / points[left]) or 1.0)
             return {left: 1 - share, right: share}
     return None
 
@@ -345,7 +349,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, Int
     it is that of the largest ρ but half a step, as artanh 1 is infinite. ValueError below four pairs.
     """
     n = len(a)
-    if n < 4 or n != len(b):
+    if n < FEWEST_PAIRS or n != len(b):
         raise ValueError(f"A rank correlation needs four pairs at least, not {n} and {len(b)} values.")
     rho = float(stats.spearmanr(a, b).statistic)
     most = 1 - 6 / (n**3 - n)

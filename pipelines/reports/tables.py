@@ -21,7 +21,7 @@ import pandas as pd
 from pipelines import config, files
 from pipelines.config import PAPER, TEACHER, Params
 from pipelines.reports import statistics
-from pipelines.reports.results import COMPUTE, FEWEST, SCORE, Results, Standing, machines, variant
+from pipelines.reports.results import COMPLETE, COMPUTE, FEWEST, SCORE, Results, Standing, variant
 from pipelines.reports.statistics import Interval
 from pipelines.runs import exports
 from pipelines.runs.tracking import metric_name
@@ -97,7 +97,7 @@ def cost(results: Results) -> Table:
             data.append(row)
             text.append([student, results.label(method), *_cost_text(row)])
     columns = ["student", "method", "parameters (M)", "GFLOPs", f"latency (× {results.reference})"]
-    columns += ["GFLOPs a step", "ms a step", "memory (MB)"]
+    columns += ["GFLOPs a step", *(f"{what} (× {results.reference})" for what in ("step time", "memory"))]
     notes = [_deployed_note(results), _trials_note(results)]
     frame = pd.DataFrame(data, dtype=object)
     return Table("cost", "cost of methods", frame, columns, text, notes, _wide(results))
@@ -186,8 +186,11 @@ def _lead(results: Results) -> str:
     text = "The teacher has not run." if score is None else f"Teacher: {score:.2f} test mIoU."
     if score is not None and leads:
         text = f"Teacher: {score:.2f} test mIoU; its lead on validation: {', '.join(leads)}."
-    counts = {len(results.by_seed(s, m)) for s in results.students for m in results.methods} - {0}
-    return text + (f" {power(min(counts))}." if counts else " No cell has finished yet.")
+    parts = []
+    for student in results.students:
+        if counts := {len(results.by_seed(student, m)) for m in results.methods} - {0}:
+            parts.append(f"{student}, {power(min(counts))}.")
+    return " ".join([text, *parts]) if parts else f"{text} No cell has finished yet."
 
 
 def _deployed_note(results: Results) -> str:
@@ -216,12 +219,13 @@ def _trials_note(results: Results) -> str:
 def _tuning(results: Results) -> str:
     if not results.trials:
         return "no method was tuned."
-    text = f"{max(results.trials.values())} trials for every method"
+    how = results.tuning
+    text = f"{max(results.trials.values())} trials of {how.steps} steps for every method, on {how.student}"
     text += "".join(f"; {results.label(m)}: {n} different ones" for m, n in results.different.items())
     middle = sum(choice.middle for choice in results.choices.values())
     text += (
         f". {middle} of {len(results.choices)} methods keep the middle of their ranges: no trial led it by "
-        f"more than {results.margin:g} mIoU"
+        f"more than {how.margin:g} mIoU"
     )
     moved = (
         f"{results.label(m)} {choice.score - choice.first:+.1f}"
@@ -231,7 +235,25 @@ def _tuning(results: Results) -> str:
     text += f"; the others gained on it {', '.join(moved)}." if middle < len(results.choices) else "."
     if ends := [results.label(m) for m, choice in results.choices.items() if choice.at_end]:
         text += f" At an end of a range, beyond which there may be better: {', '.join(ends)}."
-    return text
+    return text + _agreement(results)
+
+
+def _agreement(results: Results) -> str:
+    """Whether what scored well in the short trials of tuning scores well in the table."""
+    if results.benchmark != results.tuning.benchmark:
+        return ""
+    pairs = [
+        (choice.score, mean)
+        for method, choice in results.choices.items()
+        if (mean := results.mean(results.tuning.student, method)) is not None
+    ]
+    if len(pairs) < statistics.FEWEST_PAIRS:
+        return ""
+    rho, interval = statistics.rank_correlation(*zip(*pairs, strict=True))
+    return (
+        f" Between the validation mIoU of the chosen trials and the mean test mIoU of the table, over "
+        f"{len(pairs)} methods, Spearman's ρ is {rho:+.2f} {between(interval)}."
+    )
 
 
 def warnings(results: Results) -> list[str]:
@@ -252,9 +274,9 @@ def warnings(results: Results) -> list[str]:
             )
         if lost := _unlearnt(results, student):
             found.append(
-                f"{len(lost)} of {len(results.classes())} classes have a mean IoU below {UNLEARNT:g} % with "
-                f"every method of {student} ({', '.join(lost)}): it is far from the end of its training, and "
-                "mIoU moves on the other classes."
+                f"with every method, {student} has barely learned {', '.join(lost)} (mean IoU below "
+                f"{UNLEARNT:g} %): it is far from the end of its training, and its mIoU rests on the other "
+                f"{len(results.classes()) - len(lost)} classes."
             )
     found += [
         f"the last training of the teacher failed: {note}."
@@ -291,8 +313,15 @@ def warnings(results: Results) -> list[str]:
             f"{', '.join(others)}: not tuned, while the others had {max(results.trials.values())} trials; "
             "put it into tuning.methods and run `make tune`."
         )
-    if len({kind for kinds in machines(results.cells).values() for kind in kinds}) > 1:
-        found.append("seeds ran on different machines: compare times and memory of the same seeds only.")
+    if len({kind for kinds in results.machines.values() for kind in kinds}) > 1:
+        found.append(
+            "seeds ran on different machines: compare times in the CSV within a seed, as the tables do."
+        )
+    if results.elsewhere:
+        found.append(
+            f"rows whose status names another machine than that of {results.reference}: their gains hold a "
+            "difference of rounding, too, which moves a score as another seed of the noise would."
+        )
     return found
 
 
@@ -356,12 +385,10 @@ def facts(results: Results) -> list[tuple[str, str]]:
         f"{student}, {results.label(method)}: {status}"
         for student in results.students
         for method in dict.fromkeys((*results.rows(student), *results.shown(student)))
-        if (status := results.status(student, method)) != "complete"
+        if not (status := results.status(student, method)).startswith(COMPLETE)
     ]
     if lacking:
         found.append(("not complete", "; ".join(lacking)))
-    if results.tracking:
-        found.append(("tracking", f"{results.tracking}: these numbers come straight from the run records"))
     return found
 
 
@@ -508,14 +535,22 @@ def _costs(results: Results, student: str, method: str) -> dict[str, Any]:
     def values(metric: str) -> list[float]:
         return list(results.by_seed(student, method, metric).values())
 
+    def ratio(metric: str) -> float | None:
+        """Within each seed, as seeds may come from different machines."""
+        alone = results.by_seed(student, results.reference, metric)
+        own = results.by_seed(student, method, metric)
+        return statistics.median([own[seed] / alone[seed] for seed in own.keys() & alone.keys()])
+
     step = statistics.median(values("seconds/step_median"))
     return rounded(
         {
             "steps": _whole(values("steps")),
             "step_flops": _whole(values("compute/step_flops")),
             "step_ms": None if step is None else 1000 * step,
+            "step_ratio": ratio("seconds/step_median"),
             "training_s": statistics.median(values("seconds/training")),
             "memory_mb": max(values("memory_peak_mb"), default=None),
+            "memory_ratio": ratio("memory_peak_mb"),
             "trials": results.trials.get(method),
         }
     )
@@ -603,8 +638,8 @@ def _cost_text(row: dict[str, Any]) -> list[str]:
         number(None if row["flops"] is None else row["flops"] / 1e9, ".2f"),
         _ratio_text(row),
         number(None if row["step_flops"] is None else row["step_flops"] / 1e9, ".1f"),
-        number(row["step_ms"], ".0f"),
-        number(row["memory_mb"], ".0f"),
+        number(row["step_ratio"], ".2f"),
+        number(row["memory_ratio"], ".2f"),
     ]
 
 
@@ -658,28 +693,54 @@ def _tests(results: Results, methods: Sequence[str], *students: str) -> list[str
     return found
 
 
+def schedule(results: Results, student: str) -> str:
+    """How long a student and its teacher were trained, and from which weights, in one sentence; nothing
+    without a record."""
+    own = [
+        r.run for r in results.finished if r.cell.student == student and r.cell.method not in results.controls
+    ]
+    taught = [r.run for r in results.finished if r.cell.is_teacher]
+    if not own or not taught:
+        return ""
+    (student_run, *_), (teacher_run, *_) = own, taught
+    return (
+        f"{student} starts from {_start(student_run)} weights and trains for {student_run['steps']} steps of "
+        f"{student_run['config']['training']['batch_size']} images; its teacher started from "
+        f"{_start(teacher_run)} weights and trained for {teacher_run['steps']}."
+    )
+
+
+def _start(run: Mapping[str, Any]) -> str:
+    return "random" if run["config"]["network"]["weights"] is None else "ImageNet"
+
+
 def _training(results: Results) -> str:
-    plain = replace(results, cells=results.cells[~results.cells["method"].isin([*results.controls])])
     parts = []
-    for name, key in (
-        ("steps", "steps"),
-        ("batch size", "batch_size"),
-        ("crop", "crop"),
-        ("precision", "precision"),
-    ):
-        if values := plain.distinct(f"params.training.{key}", students_only=True):
-            shown = ("×".join(re.findall(r"\d+", value)) if key == "crop" else value for value in values)
-            parts.append(f"{name} {' or '.join(shown)}")
-    return "; ".join(parts) or "unknown"
+    for student in results.students:
+        for run in (r.run["config"] for r in results.finished if r.cell.student == student):
+            protocol, recipe = run["training"], run["network"].get("recipe") or {"optimizer": "sgd"}
+            values = protocol | recipe
+            size = "×".join(map(str, values["crop"]))
+            parts.append(
+                f"{schedule(results, student)} Optimiser: {recipe['optimizer']}, learning rate "
+                f"{values['lr']:g}, weight decay {values['weight_decay']:g}, crops of {size} pixels, "
+                f"{values['precision']}."
+            )
+            break
+    return " ".join(parts).strip() or "unknown"
 
 
 def _machines(results: Results) -> list[str]:
     """Which seeds of each student come from which kind of machine."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for (student, seed), kinds in machines(results.cells).items():
-        for kind in kinds:
-            found.setdefault((student, kind), []).append(str(seed))
-    return [f"{student}, seed {', '.join(seeds)}: {kind}" for (student, kind), seeds in found.items()]
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for (student, seed), kinds in results.machines.items():
+        for kind, methods in kinds.items():
+            named = f" ({', '.join(map(results.label, methods))})" if len(kinds) > 1 else ""
+            found.setdefault((student, kind, named), []).append(str(seed))
+    return [
+        f"{student}, seed {', '.join(seeds)}{named}: {kind}"
+        for (student, kind, named), seeds in found.items()
+    ]
 
 
 def number(value: float | None, form: str) -> str:

@@ -37,7 +37,8 @@ def fingerprint(params: Params, cell: Cell, data: str, teacher: str | None) -> s
 
 
 def settings(params: Params, cell: Cell) -> dict[str, Any]:
-    """The resolved settings of a cell as they stand in params.yaml; in the record, ``config``."""
+    """The resolved settings of a cell as they stand in params.yaml; in the record, ``config``. Where the
+    files of a data set lay is none of them."""
     benchmark = params.benchmark(cell.benchmark)
     if cell.is_teacher:
         network, training, method, teacher = benchmark.teacher.network, benchmark.teacher.training, {}, None
@@ -45,7 +46,7 @@ def settings(params: Params, cell: Cell) -> dict[str, Any]:
         network, training = params.student(cell.student), params.schedule(cell.benchmark, cell.method)
         method, teacher = params.method_values(cell.method), _network(params, benchmark.teacher.network)
     return {
-        "data": dict(benchmark.data),
+        "data": {**benchmark.data, **({"mirror": None} if "mirror" in benchmark.data else {})},
         "network": _network(params, network),
         "training": training.written(),
         "method": dict(method),

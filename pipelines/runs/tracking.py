@@ -92,17 +92,14 @@ def frame(entries: Iterable[Entry]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*first, *sorted(others)])
 
 
-def collect(
-    root: Path, records: Mapping[str, Sequence[Record]]
-) -> tuple[dict[str, pd.DataFrame], str | None]:
-    """Mirror the records of every benchmark to MLflow and query them back.
+def collect(root: Path, records: Mapping[str, Sequence[Record]]) -> dict[str, pd.DataFrame]:
+    """Mirror the records of every benchmark to MLflow and query them back: a frame per benchmark.
 
-    Returns a frame per benchmark and None; or, when the store cannot be written or read, the same frames
-    straight from the records and one sentence that says why. A warning is logged then, nothing is raised.
-    A store that holds other numbers than the records is made anew.
+    When the store cannot be written or read, the same frames come straight from the records, and a warning
+    says why. A store that holds other numbers than the records is made anew.
     """
     if not records:
-        return {}, None
+        return {}
     direct = {benchmark: frame(map(entry, wanted)) for benchmark, wanted in records.items()}
     try:
         client, found = connect(root), {}
@@ -114,16 +111,15 @@ def collect(
             found[benchmark] = query(client, benchmark)
             if not found[benchmark].equals(direct[benchmark]):
                 raise ValueError(f"it does not give back what was written for {benchmark}")
-        return found, None
+        return found
     except Exception as error:  # whatever a tracker may raise, the results do not depend on it
-        # The reports get this sentence without the error's own text, which may hold paths of this machine.
-        problem = f"MLflow could not be used ({type(error).__name__})"
         log.warning(
-            "%s: %s; the tables are made from the run records. mlflow.db may be deleted, it is rebuilt.",
-            problem,
+            "MLflow could not be used (%s): %s; the tables are made from the run records. mlflow.db may be "
+            "deleted, it is rebuilt.",
+            type(error).__name__,
             _first_line(error),
         )
-        return direct, problem
+        return direct
 
 
 def uri(root: Path) -> str:

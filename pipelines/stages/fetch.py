@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines import cli, config, files
 from pipelines.config import ConfigError
-from pipelines.datasets import folder
+from pipelines.datasets import archives, folder
 from pipelines.suite.place import check_links
 
 
@@ -25,11 +25,10 @@ def fetch(
     passed to the data set. The images to be scored must suit the teacher and the ``students``.
     """
     module, checked = config.dataset(settings.data, benchmark)
-    mirror = Path(os.environ["ACFD_MIRROR"]).expanduser() if os.environ.get("ACFD_MIRROR") else None
     networks = [*students, *([settings.teacher.network] if "teacher" in settings.model_fields_set else [])]
     smallest = max((network.smallest for network in networks), default=1)
     with files.hold(data.parent / ".scratch" / "locks" / f"data--{benchmark}.lock", f"data/{benchmark}"):
-        return _build(data, benchmark, module, checked, mirror, smallest)
+        return _build(data, benchmark, module, checked, archives.mirror(), smallest)
 
 
 def _build(

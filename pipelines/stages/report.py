@@ -57,12 +57,12 @@ def report(params: Params, root: Path = config.ROOT, only: Collection[str] | Non
 def _report(params: Params, root: Path, only: Collection[str] | None) -> None:
     files.clear_parts(root / "reports")
     found = {name: own for name, own in finished(params, root).items() if only is None or name in only}
-    frames, problem = tracking.collect(root, found)
+    frames = tracking.collect(root, found)
     if server := os.environ.get("MLFLOW_TRACKING_URI"):
         trouble = tracking.publish(server, [record for own in found.values() for record in own])
         if trouble:
             log.warning("%s: the reports are made all the same.", trouble)
-    every = gather_all(params, root, found, frames, problem)
+    every = gather_all(params, root, found, frames)
     for results in every:
         figures.write(results, root / "reports" / results.benchmark)
         panels.update(results, root)
@@ -76,13 +76,12 @@ def gather_all(
     root: Path,
     found: Mapping[str, list[Record]],
     frames: Mapping[str, pd.DataFrame] | None = None,
-    problem: str | None = None,
 ) -> list[Results]:
     """The results of every benchmark of which a student was trained, or failed; ``frames`` are its cells as
     MLflow returned them, else they are made from the records, which gives the same."""
     frames = frames or {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
     return [
-        gather(params, name, frames[name], root, problem, own)
+        gather(params, name, frames[name], root, own)
         for name, own in found.items()
         if any(not record.cell.is_teacher for record in own)
         or any(records.failure(cell, root) for cell in records.expected_cells(params, name, root))

@@ -41,6 +41,21 @@ SETTINGS = {
 }
 
 
+def some(jobs: int | None) -> int | None:
+    """:class:`ConfigError` for JOBS that are none."""
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"JOBS = {jobs}: it must be 1 or more.")
+    return jobs
+
+
+def room(gpus: list[str], threads: int) -> int:
+    """How many processes of so many threads this machine has room for: one a GPU, or as many as its cores
+    and the quota of its container allow."""
+    from dask.system import cpu_count
+
+    return len(gpus) or max(1, int(cpu_count()) // threads)
+
+
 @contextmanager
 def local(jobs: int, gpus: list[str], dashboard: bool, root: Path = ROOT) -> Iterator[Any]:
     """A client of a cluster on this machine: ``jobs`` processes, each with a GPU of its own where there are
@@ -141,6 +156,7 @@ def running(address: str) -> Iterator[Any]:
 def queue(kind: str, jobs: int) -> Iterator[Any]:
     """A client of a cluster that submits ``jobs`` jobs to a queue, as Dask's own configuration
     (``jobqueue.<kind>``) says."""
+    import dask
     from distributed import Client
 
     _quiet()
@@ -153,16 +169,17 @@ def queue(kind: str, jobs: int) -> Iterator[Any]:
             "CLUSTER needs the package dask-jobqueue, which is optional: install it into .venv by "
             "`.venv/bin/python -m uv pip install dask-jobqueue`."
         ) from None
-    try:
-        cluster = getattr(dask_jobqueue, QUEUES[kind])()
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        raise ConfigError(
-            f"The {kind} cluster cannot be started ({' '.join(str(error).split())[:200]}): set "
-            f"jobqueue.{kind} in Dask's configuration."
-        ) from None
-    with cluster, Client(cluster) as client:
-        cluster.scale(jobs=jobs)
-        yield client
+    with dask.config.set({key: value for key, value in SETTINGS.items() if "memory" not in key}):
+        try:
+            cluster = getattr(dask_jobqueue, QUEUES[kind])()
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            raise ConfigError(
+                f"The {kind} cluster cannot be started ({' '.join(str(error).split())[:200]}): set "
+                f"jobqueue.{kind} in Dask's configuration."
+            ) from None
+        with cluster, Client(cluster) as client:
+            cluster.scale(jobs=jobs)
+            yield client
 
 
 def await_worker(client: Any, forever: bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipelines.config import ROOT, ConfigError
 
-TRACKED = ("data", "weights", "runs", "reports", "teachers")  # DVC follows no link in them
+TRACKED = ("data", "runs", "reports")  # DVC follows no link in them
 
 
 def check_links(root: Path = ROOT) -> None:

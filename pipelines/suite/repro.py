@@ -105,11 +105,12 @@ class Suite:
         self.client, self.params, self.needed, self.jobs = client, params, needed, jobs
         self.display, self.root = display, root
         self.expected = work.identity(str(root))
-        self.waiting: dict[Any, tuple[str, Callable[[work.Outcome], None] | None]] = {}
+        self.waiting: dict[Any, tuple[str, str | None, Callable[[work.Outcome], None] | None]] = {}
         self.failed: list[str] = []
         self.fetching = set(needed.weights)  # before they are there, nothing is trained
         self.held: list[str] = []  # benchmarks whose data is there before the weights
         self.ran: set[str] = set()  # stages of dvc.yaml
+        self.broken: set[str] = set()  # those that failed: what lies in their place is not of today
 
     def run(self) -> None:
         """Do all that is needed; ``failed`` are the sentences of what failed."""
@@ -117,17 +118,16 @@ class Suite:
 
         self.sequence: Any = as_completed(loop=self.client.loop)
         for key in self.needed.weights:
-            self._submit(f"encoder weights {key}", work.fetch_weights, key, then=self._loaded(key))
+            self._load(key)
         for benchmark in self.params.suite.benchmarks:
             if benchmark in self.needed.fetch:
-                self.ran.add(f"fetch@{benchmark}")
-                self._submit(f"data of {benchmark}", work.fetch, benchmark, then=self._fetched(benchmark))
+                self._fetch(benchmark)
             else:
                 self._teach(benchmark)
         if not self.waiting:
             self._count()
         for future in self.sequence:
-            name, then = self.waiting.pop(future)
+            name, stage, then = self.waiting.pop(future)
             try:
                 outcome = future.result()
             except CancelledError:  # nobody here cancels
@@ -140,12 +140,22 @@ class Suite:
                 self._fail(name, outcome.failure)
             elif not outcome.cells:
                 self.display.say(logging.INFO, f"{name} took {outcome.seconds:.0f} s.")
+            if stage is not None:
+                (self.ran if outcome.failure is None else self.broken).add(stage)
             if then is not None:
                 then(outcome)
             if not self.waiting:
                 self._count()
 
-    def _submit(self, name: str, task: Any, *arguments: Any, then: Any = None, priority: int = 0) -> None:
+    def _submit(
+        self,
+        name: str,
+        task: Any,
+        *arguments: Any,
+        stage: str | None = None,
+        then: Any = None,
+        priority: int = 0,
+    ) -> None:
         future = self.client.submit(
             task,
             self.expected,
@@ -154,31 +164,38 @@ class Suite:
             key=f"{name}--{len(self.waiting)}-{id(then)}",
             priority=priority,
         )
-        self.waiting[future] = (name, then)
+        self.waiting[future] = (name, stage, then)
         self.sequence.add(future)
 
     def _fail(self, name: str, why: str) -> None:
         self.failed.append(f"{name}: {why}")
         self.display.say(logging.ERROR, f"{name} failed: {why}")
 
-    def _loaded(self, key: str) -> Callable[[work.Outcome], None]:
+    def _load(self, key: str) -> None:
         def then(_: work.Outcome) -> None:  # without them, each cell that needs them says so
             self.fetching.remove(key)
             if not self.fetching:
                 for benchmark in self.held:
                     self._teach(benchmark)
 
-        return then
+        stage = f"fetch_weights@{key}"
+        self._submit(f"encoder weights {key}", work.fetch_weights, key, stage=stage, then=then)
 
-    def _fetched(self, benchmark: str) -> Callable[[work.Outcome], None]:
+    def _fetch(self, benchmark: str) -> None:
         def then(outcome: work.Outcome) -> None:
             if outcome.failure is None:
+                due = plan.due(self.params, benchmark, self.root)
+                if due.train_teacher or due.cells:  # the new data is other data
+                    self.needed.due[benchmark] = due
                 self._teach(benchmark)
-            elif benchmark in self.needed.due:
+                return
+            self.broken |= {f"export@{benchmark}-{student}" for student in self.params.suite.students}
+            if benchmark in self.needed.due:
                 cells = len(plan.suite_cells(self.params, benchmark))
                 self._fail(benchmark, f"{cells} trainings are not tried, because its data could not be had")
 
-        return then
+        stage = f"fetch@{benchmark}"
+        self._submit(f"data of {benchmark}", work.fetch, benchmark, stage=stage, then=then)
 
     def _teach(self, benchmark: str) -> None:
         """The data is there: train the teacher if it is due, as soon as the encoder weights are there too."""
@@ -229,17 +246,18 @@ class Suite:
 
     def _count(self) -> None:
         """The count of networks: not beside a teacher, which has all cores, and after all packs."""
-        if self.needed.count and "count" not in self.ran:
-            self.ran.add("count")
-            self._submit("count of networks", work.count, priority=-1)
+        if self.needed.count:
+            self.needed.count = False
+            self._submit("count of networks", work.count, stage="count", priority=-1)
 
     def _took(self, outcome: work.Outcome, pack: list[Cell]) -> None:
         self.ran |= {stage_of(self.params, cell) for cell in pack}
+        lost = outcome.failure and _unfinished(self.params, pack[0].benchmark, self.root)
         for cell in pack:
             self.display.finished(cell.path)
             if why := outcome.cells.get(cell):
                 self._fail(cell.path, why)
-            elif outcome.failure is not None and records.failure(cell, self.root) is None:
+            elif lost and cell in lost and records.failure(cell, self.root) is None:
                 text = f"{outcome.failure}\n".encode()
                 files.write_bytes(records.failure_note(cell, self.root), text)
         if outcome.failure is None:
@@ -249,8 +267,8 @@ class Suite:
     def _exports(self, benchmark: str) -> None:
         for name, student in self.needed.exports:
             if name == benchmark:
-                self.ran.add(f"export@{name}-{student}")
-                self._submit(f"export of {name}, {student}", work.export, name, student)
+                stage = f"export@{name}-{student}"
+                self._submit(f"export of {name}, {student}", work.export, name, student, stage=stage)
 
 
 def check_networks(params: Params, root: Path = ROOT) -> None:
@@ -294,16 +312,16 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
     pipeline = dvc.Pipeline(root)
     changed = pipeline.changed()
     needed = needs(params, changed, pipeline.stages, root)
-    failed: list[str] = []
+    failed, broken = list[str](), set[str]()
     if needed.any:
         suite = run(options, params, needed, root)
-        failed, changed = suite.failed, changed | suite.ran
+        failed, broken, changed = suite.failed, suite.broken, changed | suite.ran
     late = {
         stage_of(params, cell)
         for benchmark in params.suite.benchmarks
         for cell in _unfinished(params, benchmark, root)
     }
-    whole = changed - late - {"report"}
+    whole = changed - late - broken - {"report"}
     with _timed("the commit to DVC"):
         pipeline.commit(name for name in pipeline.stages if name in whole)
     if needed.any or "report" in changed or not (root / "reports").is_dir():
@@ -318,7 +336,6 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
 def run(options: argparse.Namespace, params: Params, needed: Needs, root: Path = ROOT) -> Suite:
     """Do what is needed on this machine, or on the cluster that the options name."""
     check_networks(params, root)
-    from pipelines.engine import machine
     from pipelines.methods import checked
     from pipelines.suite import display
 
@@ -331,7 +348,7 @@ def run(options: argparse.Namespace, params: Params, needed: Needs, root: Path =
             client = stack.enter_context(cluster.queue(options.cluster, jobs))
         else:
             gpus = cluster.visible_gpus()
-            jobs = options.jobs or len(gpus) or max(1, machine.cores() // params.suite.threads)
+            jobs = options.jobs or cluster.room(gpus, params.suite.threads)
             client = stack.enter_context(cluster.local(jobs, gpus, options.dashboard, root))
         if options.dashboard:
             log.info("the dashboard is at %s", client.dashboard_link)
@@ -375,9 +392,7 @@ def main() -> None:
         "--dashboard", action="store_true", help="start Dask's dashboard and print its address"
     )
     options = parser.parse_args()
-    if options.jobs is not None and options.jobs < 1:
-        raise ConfigError(f"JOBS = {options.jobs}: it must be 1 or more.")
-    if options.cluster and options.jobs is None:
+    if cluster.some(options.jobs) is None and options.cluster:
         raise ConfigError(
             "CLUSTER needs JOBS, the number of jobs to submit: `make repro CLUSTER=slurm JOBS=8`."
         )

@@ -94,7 +94,7 @@ def write_images(
     module, settings = config.dataset(own.data, benchmark)
     # of a set of the user's own nobody has counted them
     total, *usual = getattr(module, "IMAGES", (getattr(settings, "train", 2**20),))
-    size = settings.size or tuple(usual) or given
+    size = settings.size or given or tuple(usual)
     if not size:
         raise ConfigError(
             f'The size of the images of {benchmark} is not known: give it: SIZE="HEIGHT WIDTH".'

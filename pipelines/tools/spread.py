@@ -114,14 +114,7 @@ def _entry(cell: Cell, found: dict[str, list[Path]], root: Path) -> dict[str, An
             record = records.read(cell, place)
             assert record is not None
             runs.append(record.run)
-            repeats[mode].append(
-                {
-                    "weights_sha256": record.run["weights_sha256"],
-                    "val_miou": record.metrics["val"]["miou"],
-                    "test_miou": record.metrics["test"]["miou"],
-                    "training_s": record.run["seconds"]["training"],
-                }
-            )
+            repeats[mode].append(spread_table.outcome(record))
             if (place / KERNELS).is_file():
                 kernels.update(json.loads((place / KERNELS).read_bytes())["kernels"])
     same = ("config", "data_sha256", "steps", "hardware", "versions")

@@ -310,19 +310,18 @@ def side_by_side(client: Any, expected: work.Identity, trials: Round) -> Scores:
 
 
 def main() -> None:
-    from pipelines.engine import machine  # and torch, which takes seconds
-
     parser = argparse.ArgumentParser(
         prog="make tune",
         description="Search the loss weights of every method by the same number of short trainings, scored "
         "on validation; the best go into params.yaml. What was interrupted goes on where it stopped.",
     )
     parser.add_argument("--jobs", type=int, help="processes; default: one a GPU, or one a core")
-    jobs, params = parser.parse_args().jobs, checked(config.load())
-    gpus = cluster.visible_gpus()
+    asked, gpus = cluster.some(parser.parse_args().jobs), cluster.visible_gpus()
+    params = checked(config.load())
+    jobs = asked or cluster.room(gpus, params.suite.threads)
     with (
         files.hold(ROOT / ".scratch" / "locks" / "tune.lock", "`make tune`"),
-        cluster.local(jobs or len(gpus) or machine.cores(), gpus, False) as client,
+        cluster.local(jobs, gpus, False) as client,
     ):
         expected = work.identity(str(ROOT))
         written = tune(params, ROOT, lambda trials: side_by_side(client, expected, trials))

@@ -22,7 +22,7 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from pipelines import config, files
-from pipelines.config import EXPORTS, ROOT, TEACHER, ConfigError, Params
+from pipelines.config import EXPORTS, OFFICIAL, ROOT, TEACHER, ConfigError, Params
 from pipelines.datasets.folder import DESCRIPTION
 from pipelines.reports import figures, network_table, panels, ranks
 from pipelines.reports.results import Results
@@ -76,7 +76,7 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
             listed.append(str(error))
     try:
         every = report.gather_all(params, root, found)
-    except ConfigError as error:  # a seed of two machines; of unequal budgets, it is in the list already
+    except ConfigError as error:  # unequal budgets: in the list already
         return list(dict.fromkeys([*listed, str(error)]))
     try:
         return (
@@ -158,7 +158,7 @@ def _same_inputs(own: Sequence[Record], root: Path) -> Iterator[str]:
 def _alike(own: Sequence[Record]) -> Iterator[str]:
     """Whether what must be equal over the cells of a benchmark is, and what must differ does."""
     first: dict[Any, tuple[str, Any]] = {}
-    seen: dict[str, str] = {}
+    seen: dict[str, tuple[str, Any]] = {}
     for record in own:
         run, cell = record.run, record.cell
         truth = record.confusion("test").sum(axis=2)
@@ -178,7 +178,10 @@ def _alike(own: Sequence[Record]) -> Iterator[str]:
             ("weights", run["weights_sha256"]),
             ("confusion.npz", run["files"]["confusion.npz"]),
         ):
-            if (other := seen.setdefault(total, cell.path)) != cell.path:
+            # a method with its authors' weights, where these are its own
+            twin = (cell.student, cell.seed, cell.method.removesuffix(OFFICIAL), run["config"]["method"])
+            other, same = seen.setdefault(total, (cell.path, twin))
+            if other != cell.path and same != twin:
                 yield f"{cell.path}: has the same {what} as {other}, and no two trainings end alike."
 
 
