@@ -530,7 +530,7 @@ def test_sentences_count_the_verdicts_and_name_what_is_seen(
         "Of 5 published results of the methods of this suite (5 of them state a gain): 1 reproduced, "
         "2 not reproduced, 2 not comparable, 0 not run. " + reason,
         "acfd's +5.79 (unit not stated) can be neither confirmed nor refuted here (data set not stated; unit "
-        "of the gain not stated). The suite's reading of acfd, on roads, small: +1.00 (n = 1).",
+        "of the gain not stated). The suite's reading of acfd gains +1.00 (n = 1) on roads, small.",
         "acfd's unchanged inference cost: reproduced (it holds by construction, as adapters are dropped: "
         "equal on roads, small: 12,000,000 parameters, 3,000,000,000 FLOPs).",
         "A clear gain over the student alone is seen here, at equal steps, for kd on roads, "
@@ -538,6 +538,10 @@ def test_sentences_count_the_verdicts_and_name_what_is_seen(
         "No clear gain over the student alone is seen here for skd on roads, small: +2.00 "
         "(-2.68 to +6.68, n = 4), undecided.",  # and nothing of acfd, which has one seed
     ]
+    four = [results({"acfd-full": [4.0, 5.0, 6.0, 7.0]}), replace(every[0], benchmark="lanes")]
+    own = claims.sentences(found, claims.judge_all(found, four, params), four, params)[1]
+    assert "gains +5.50 (+3.45 to +7.55, n = 4) on roads, small; +1.00 (n = 1) on lanes, small." in own
+    assert own.endswith("Taken as points of mIoU, +5.79 lies within the interval of small.")
     monkeypatch.setattr(claims, "MOST", 1)  # cases that are listed one by one
     assert claims.sentences(found, claims.judge_all(found, every, params), every, params)[3:] == [
         "Of the methods with a published gain, a clear one over the student alone is seen here in 1 of 2 "

@@ -281,7 +281,7 @@ def sentences(
         f'{", ".join(counts)}. "{NOT_COMPARABLE}" says that the published setting differs from every '
         "benchmark here or is not fully stated; the column why gives the reason."
     ]
-    found += [_of_the_paper(c, verdicts[c.id]) for c in claims.claims if c.method == HEADLINE]
+    found += [_of_the_paper(c, verdicts[c.id], every) for c in claims.claims if c.method == HEADLINE]
     measured = [item for item in _directions(claims, every) if item.measured and item.measured.n > 1]
     seen = [item for item in measured if item.word == GAIN]
     unseen = [item for item in measured if item.word != GAIN]
@@ -304,25 +304,30 @@ def sentences(
     return found
 
 
-def _of_the_paper(claim: Claim, verdict: Verdict) -> str:
+def _of_the_paper(claim: Claim, verdict: Verdict, every: Sequence[Results]) -> str:
     """What became of a claim of the paper itself."""
-    what, reasons, measured = _claimed_text(claim), "; ".join(verdict.reasons), verdict.measured
+    what, reasons = _claimed_text(claim), "; ".join(verdict.reasons)
     if (claim.kind, verdict.word) == ("cost", REPRODUCED):
         reasons = f"it holds by construction, as adapters are dropped: {reasons}"
     if verdict.word != NOT_COMPARABLE:
         return f"{PAPER}'s {what}: {verdict.word} ({reasons})."
-    here = (
-        f" The suite's reading of {PAPER}, on {_place(measured)}: {_measured_text(measured)}."
-        if measured
-        else ""
-    )
-    return f"{PAPER}'s {what} can be neither confirmed nor refuted here ({reasons}).{here}"
+    text = f"{PAPER}'s {what} can be neither confirmed nor refuted here ({reasons})."
+    if not (found := _measurements(claim.method, every)):
+        return text
+    named = "; ".join(f"{_measured_text(own)} on {_place(own)}" for own in found)
+    text += f" The suite's reading of {PAPER} gains {named}."
+    known = [own for own in found if own.interval is not None]
+    if claim.claimed is not None and known:
+        within = [own.student for own in known if own.interval and own.interval.contains(claim.claimed)]
+        where = f"within the interval of {' and '.join(within)}" if within else "in none of these intervals"
+        text += f" Taken as points of mIoU, {claim.claimed:+.2f} lies {where}."
+    return text
 
 
 def paper(claims: Claims, every: Sequence[Results], params: Params) -> str:
     """What became of the gain that the paper claims, in a sentence."""
     own = [c for c in claims.claims if c.method == HEADLINE and c.kind == "gain"]
-    return " ".join(_of_the_paper(claim, judge(claim, claims, every, params)) for claim in own)
+    return " ".join(_of_the_paper(claim, judge(claim, claims, every, params), every) for claim in own)
 
 
 def write(claims: Claims, every: Sequence[Results], params: Params, folder: Path) -> None:

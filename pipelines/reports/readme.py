@@ -88,7 +88,7 @@ def block(every: Sequence[Results], params: Params) -> str:
         "student alone, trained longer.*",
     ]
     for other in (name for name in students if name != student):
-        lines += ["", escape_markdown(answer(results, other))]
+        lines += ["", escape_markdown(answer(results, other, brief=True))]
     if (ROOT / published.FILE).is_file():
         known = published.load()
         said = (claims.paper(known, every, params), orders.sentence(orders.orders(known, every)))
@@ -110,8 +110,9 @@ def _chosen(results: Results, student: str) -> list[str]:
     return [m for m in order if m in chosen]
 
 
-def answer(results: Results, student: str) -> str:
-    """Whether distillation helps on one benchmark and student, how sure that is, and whether all has run."""
+def answer(results: Results, student: str, brief: bool = False) -> str:
+    """Whether distillation helps on one benchmark and student, how sure that is, and whether all has run;
+    ``brief``: without the words that the answer for another student has explained."""
     standings, reference = results.standings(student, results.methods), results.reference
     tested = {m: standings[m] for m in results.tested(results.methods) if standings[m].gain.paired.n}
     place = f"{results.benchmark} with {student}"
@@ -138,20 +139,24 @@ def answer(results: Results, student: str) -> str:
         s.p_max is not None and s.p_max < tables.ALPHA and (s.gain.paired.mean or 0.0) > 0
         for s in tested.values()
     )
-    return (
+    outcome = (
         f"On {place} ({seeds} seeds), {better} of {len(tested)} methods {_are(better)} better than the "
         f"student trained alone for the same steps and {worse} {_are(worse)} worse; at the same compute "
-        f"{ahead} of {len(equal)} {_are(ahead)} better and {behind} worse. Better and worse mean that two "
-        "95 % intervals exclude 0, one over seeds and one over test images, without correction for testing "
-        f"{len(tested)} methods. "
-        + (
-            f"{joint} {_are(joint)} better by the max-T test, which has that correction. "
-            if least <= tables.ALPHA
-            else f"Exploratory: with so few seeds no test could reach p < {tables.ALPHA:g} "
-            f"(smallest possible: {least:.2g}). "
-        )
-        + f"The highest mean is that of {results.label(best)}, {_gain(gain)}. {schedule} A gain after so few "
-        f"steps may be faster learning, not a better end.{rest}"
+        f"{ahead} of {len(equal)} {_are(ahead)} better and {behind} worse. The highest mean is that of "
+        f"{results.label(best)}, {_gain(gain)}."
+    )
+    if brief:
+        return f"{outcome} {schedule}{rest}"
+    sure = (
+        f"{joint} {_are(joint)} better by the max-T test, which has that correction."
+        if least <= tables.ALPHA
+        else f"Exploratory: with so few seeds no test could reach p < {tables.ALPHA:g} "
+        f"(smallest possible: {least:.2g})."
+    )
+    return (
+        f"{outcome} Better and worse mean that two 95 % intervals exclude 0, one over seeds and one over "
+        f"test images, without correction for testing {len(tested)} methods. {sure} {schedule} A gain after "
+        f"so few steps may be faster learning, not a better end.{rest}"
     )
 
 
