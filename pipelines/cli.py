@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import sqlite3
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from pipelines.config import ConfigError
 
@@ -46,6 +47,28 @@ def run(main: Callable[[], None]) -> NoReturn:
             "there, then run the same command again; nothing was left half written."
         )
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def bar() -> Iterator[Any]:
+    """A bar for a training that runs by itself, called as ``tell``; it is closed before an error is said."""
+    from tqdm import tqdm
+
+    shown: Any = None
+
+    def tell(cell: str, step: int, steps: int, loss: float) -> None:
+        nonlocal shown
+        if shown is None:  # not before there is something to show
+            every = 0.5 if sys.stderr.isatty() else 30
+            shown = tqdm(desc=cell, total=steps, initial=step, unit="step", mininterval=every)
+        shown.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        shown.update(step - shown.n)
+
+    try:
+        yield tell
+    finally:
+        if shown is not None:
+            shown.close()
 
 
 def _refused(error: BaseException | None) -> OSError | sqlite3.OperationalError | None:

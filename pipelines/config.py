@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import reprlib
 from functools import cache
 from pathlib import Path
@@ -115,6 +116,11 @@ def parse_yaml(text: str, name: str) -> Any:
     except (YAMLError, ValueError, RecursionError, OverflowError) as error:  # impossible dates, depth, …
         reason = str(error)
     raise ConfigError(f"{name} is not valid YAML: {' '.join(reason.split())[:300]}.")
+
+
+def metric_name(text: str) -> str:
+    """``text``, a class say, as part of the name of a metric: what MLflow refuses there becomes ``_``."""
+    return re.sub(r"[^\w. :/-]", "_", text)
 
 
 def _distinct(keys: list[Any]) -> list[Any]:

@@ -447,7 +447,7 @@ def test_directions_hold_the_published_range_and_the_measured_word(tmp_path: Pat
         results({"kd": AROUND, "skd": [-g for g in AROUND]}),
         results({"kd": [-2.0, 3.0, 2.0, 5.0], "skd": [1.0]}, "more"),
     ]
-    rows = claims.directions(found, every).data.to_dict("records")
+    rows = claims.directions(found, every).data
     assert [(row["method"], row["benchmark"], row["n"], row["direction"]) for row in rows] == [
         ("kd", BENCHMARK, 4, "gain"),
         ("kd", "more", 4, "undecided"),

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, TALLY, read_params, write_params
-from suites import TORTURE, lockfile, slow, varied
+from suites import TORTURE, lockfile, varied
 
 from pipelines import config
 from pipelines.config import ConfigError, Params
@@ -422,29 +422,6 @@ def test_another_number_in_mlflow_never_gets_into_a_table(
     assert "MLflow could not be used" not in caplog.text
     assert frames["streets"].equals(tracking.frame(map(tracking.entry, found["streets"])))
     assert tracking.query(tracking.connect(root), "streets").equals(frames["streets"])
-
-
-@slow
-def test_a_damaged_store_of_trials_is_rebuilt_from_the_log(root: Path) -> None:
-    log = budget.path(load(root), root)
-    before, count = log.read_bytes(), 0
-    for end in ("flipped", "cut") if TORTURE else ("flipped",):
-        content = (root / "tuning.db").read_bytes()
-        broken = b"\0" * 4096 + content[4096:] if end == "flipped" else content[: len(content) // 2]
-        (root / "tuning.db").write_bytes(broken)
-        script = (
-            "import sys; from pathlib import Path; from pipelines import cli, config\n"
-            "from pipelines.tools import tune; from pipelines.methods import checked\n"
-            "root = Path(sys.argv[1]); params = checked(config.load(root / 'params.yaml'))\n"
-            "cli.run(lambda: tune.tune(params, root))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(root)], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0 and "tuning.db is damaged" in done.stderr, done.stderr
-        assert log.read_bytes() == before
-        count += 1
-    tally("tuning.db", count, "built anew from the log, the same weights")
 
 
 # ---- text files

@@ -11,7 +11,7 @@ from matplotlib import font_manager
 
 from pipelines import fonts
 from pipelines.datasets.folder import Meta
-from pipelines.reports import tables
+from pipelines.reports import table
 from pipelines.tools import predict
 
 NAME = "道路"
@@ -67,8 +67,6 @@ def test_without_one_there_is_a_sentence(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_tex_says_what_names_in_other_scripts_need(tmp_path: Path) -> None:
-    head = {"benchmark": "x", "facts": [], "warnings": []}
-    frame = tables.pd.DataFrame({"a": [1]})
     for name, wanted in ((NAME, True), ("Bäume ± 1", False)):
-        tables.render(tables.Table("t", "t", frame, ["a"], [[name]], []), tmp_path, head)
+        table.render(table.Table("t", "t", [{"a": 1}], ["a"], [[name]]), tmp_path, "x")
         assert ("% Names in other scripts: XeLaTeX" in (tmp_path / "t.tex").read_text()) == wanted

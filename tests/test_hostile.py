@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import yaml
@@ -39,7 +38,7 @@ from pipelines.datasets import camvid, folder, writer
 from pipelines.engine import checkpoint
 from pipelines.methods import checked
 from pipelines.networks import read_state
-from pipelines.reports import tables
+from pipelines.reports import table
 from pipelines.runs import counts, records
 from pipelines.runs.records import Cell
 from pipelines.stages import report
@@ -683,10 +682,14 @@ NAMES = [
 
 
 def rendered(names: list[str], folder_: Path) -> tuple[str, str]:
-    data = pd.DataFrame({"name": names})
-    table = tables.Table("t", "title", data, [*names[:1], "b"], [[name, name] for name in names], names)
-    tables.render(
-        table, folder_, {"benchmark": names[0], "facts": [(n, n) for n in names], "warnings": names}
+    data = [{"name": name} for name in names]
+    rows = [[name, name] for name in names]
+    table.render(
+        table.Table("t", "title", data, [*names[:1], "b"], rows, names),
+        folder_,
+        names[0],
+        [(name, name) for name in names],
+        names,
     )
     return (folder_ / "t.md").read_text(encoding="utf-8"), (folder_ / "t.tex").read_text(encoding="utf-8")
 

@@ -12,7 +12,8 @@ from conftest import ROOT
 from test_report import SEEDS, STUDENT, make_params, make_record, make_root, read, row, write_texts
 
 from pipelines import config
-from pipelines.reports import figures, page
+from pipelines.reports import answer, figures, page
+from pipelines.reports.about import about
 from pipelines.reports.looks import looks
 from pipelines.runs import counts
 from pipelines.runs.records import Cell, expected_cells, teacher_cell
@@ -40,7 +41,7 @@ def test_the_answer_follows_from_the_table(done: Path) -> None:
     def listed(names: list[str]) -> str:
         return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
-    first, *others = page.answer(read(done), STUDENT)
+    first, *others = answer.sentences(read(done), STUDENT)
     better, equal = apart(""), apart("equal_")
     assert len(better) > 1
     assert first.startswith(f"At equal steps, {len(better)} of 3 methods are clearly better than the ")
@@ -62,14 +63,14 @@ def test_the_answer_follows_from_the_table(done: Path) -> None:
 def test_the_answer_admits_what_is_not_known(done: Path, tmp_path: Path) -> None:
     results = read(done)
     nothing = replace(results, cells=results.cells[results.cells["method"] == "none"])
-    assert page.answer(nothing, STUDENT) == [
+    assert answer.sentences(nothing, STUDENT) == [
         f"Not known yet: no seed of {STUDENT} has finished with a method and without one."
     ]
     alone = replace(results, controls={}, methods=["none", "cwd"])
     assert "not known, because the student alone has not been trained longer" in " ".join(
-        page.answer(alone, STUDENT)
+        answer.sentences(alone, STUDENT)
     )
-    one = page.answer(replace(results, cells=results.cells[results.cells["seed"] == SEEDS[0]]), STUDENT)
+    one = answer.sentences(replace(results, cells=results.cells[results.cells["seed"] == SEEDS[0]]), STUDENT)
     assert one[0] == "Not known yet: one seed cannot say how far another would move a score."
     assert one[1].startswith("The highest gain is ") and one[2].startswith("The student alone scores ")
     assert one[3].startswith(f"{STUDENT} starts from random weights and trains for 300 steps of 4 images; ")
@@ -81,7 +82,7 @@ def test_the_answer_admits_what_is_not_known(done: Path, tmp_path: Path) -> None
     }
     cells = results.cells  # kd has one seed, the others have more
     mixed = replace(results, cells=cells[(cells["method"] != "kd") | (cells["seed"] == SEEDS[0])])
-    text = page.answer(mixed, STUDENT)
+    text = answer.sentences(mixed, STUDENT)
     assert "Not known, with one seed each: kd." in text
     assert not any("kd" in sentence for sentence in text if sentence.startswith(("At equal steps", "Worse")))
     assert set(mixed.ranks(STUDENT, mixed.methods)) == {"none", "cwd", "acfd-full"}
@@ -90,7 +91,7 @@ def test_the_answer_admits_what_is_not_known(done: Path, tmp_path: Path) -> None
     for seed in SEEDS:
         make_record(Cell("streets", STUDENT, "none", seed), tmp_path, params=params)
         make_record(Cell("streets", STUDENT, "kd", seed), tmp_path, skill=0.40, params=params)
-    first, *others = page.answer(read(tmp_path, params), STUDENT)
+    first, *others = answer.sentences(read(tmp_path, params), STUDENT)
     assert first == "At equal steps, kd is clearly worse than the student alone."
     assert not any(sentence.startswith("Worse") for sentence in others)
 
@@ -115,11 +116,11 @@ def test_a_rank_is_as_wide_as_what_is_not_known(done: Path) -> None:
 def test_every_method_has_a_summary_and_its_paper() -> None:
     params = config.load()
     for method in params.method_keys:
-        about = page.about(method, params)
-        assert about["summary"] and (ROOT / about["file"]).is_file(), method
+        found = about(method, params)
+        assert found["summary"] and (ROOT / found["file"]).is_file(), method
         if params.module_key(method) != params.suite.reference:
-            assert re.search(r'href="https://(arxiv\.org/abs|doi\.org)/', about["paper"]), method
-            assert len(re.sub("<.*?>", "", about["formula"])) < 1500, method
+            assert re.search(r'href="https://(arxiv\.org/abs|doi\.org)/', found["paper"]), method
+            assert len(re.sub("<.*?>", "", found["formula"])) < 1500, method
 
 
 def test_a_family_is_where_student_and_teacher_are_compared(done: Path) -> None:

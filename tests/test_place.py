@@ -12,8 +12,8 @@ import pytest
 from conftest import copy_repository
 
 from pipelines.config import ConfigError
+from pipelines.place import check_links, no_commit
 from pipelines.suite.dvc import Pipeline
-from pipelines.suite.place import check_links, no_commit
 
 
 @pytest.fixture

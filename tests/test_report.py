@@ -22,26 +22,27 @@ from conftest import ROOT, rewrite
 from PIL import Image
 
 from pipelines import config
-from pipelines.config import Params
+from pipelines.config import Params, metric_name
 from pipelines.files import json_bytes, write_bytes
 from pipelines.reports import (
+    answer,
     benchmark_table,
     claims,
+    conditions,
     figures,
     network_table,
-    page,
     published,
     ranks,
     readme,
     tables,
 )
+from pipelines.reports import table as table_module
 from pipelines.reports.results import COMPUTE, SCORE, Results, gather
 from pipelines.runs import tracking
 from pipelines.runs.confusion import summary
 from pipelines.runs.fingerprint import fingerprint, settings
 from pipelines.runs.records import Cell, expected_cells, teacher_cell
 from pipelines.runs.records import write as write_record
-from pipelines.runs.tracking import metric_name
 from pipelines.stages import report
 from pipelines.tools.readme import write as write_readme
 
@@ -419,7 +420,7 @@ def test_equal_compute_is_never_extrapolated_nor_taken_from_other_seeds(done: Pa
     for method, why in (("kd", "more compute than none ×2"), ("cwd", "less compute than none")):
         gain, reason = far.at_equal_compute(STUDENT, method)
         assert (gain.paired.n, gain.over_seeds, gain.over_images, reason) == (0, None, None, why)
-    assert "Not known for kd and cwd." in " ".join(page.answer(far, STUDENT))
+    assert "Not known for kd and cwd." in " ".join(answer.sentences(far, STUDENT))
     assert "– (more compute than none ×2)" in row_text(far, "kd")
     gone = (results.cells["method"] == "none-x2") & (results.cells["seed"] == 1)
     gain, reason = replace(results, cells=results.cells[~gone]).at_equal_compute(STUDENT, "cwd")
@@ -466,7 +467,7 @@ def test_a_control_alone_is_no_result(tmp_path: Path) -> None:
     make_record(Cell("streets", STUDENT, "none-x2", 0), tmp_path)
     found = read(tmp_path)
     unknown = f"Not known yet: no seed of {STUDENT} has finished with a method and without one."
-    assert page.answer(found, STUDENT) == [unknown] and ranks.rank([found]) is None
+    assert answer.sentences(found, STUDENT) == [unknown] and ranks.rank([found]) is None
     assert row_text(found, "none ×2")[2].endswith("(n = 1)") and row_text(found, "none ×2")[3] == ""
 
 
@@ -495,7 +496,7 @@ def test_a_row_says_which_seeds_come_from_another_machine(root: Path) -> None:
         rewrite(cell.folder(root), run | changes)
         write_tables(params, root)
         conditions = (root / "reports/streets/conditions.md").read_text(encoding="utf-8")
-        assert f"seed 1 (cwd): {tables.escape_markdown(kind)}" in conditions
+        assert f"seed 1 (cwd): {table_module.escape_markdown(kind)}" in conditions
         assert "rows whose status names another machine than that of none" in conditions
         [(old, new)] = (
             both for both in zip(before, table(root, "comparison"), strict=True) if both[0] != both[1]
@@ -527,16 +528,16 @@ def test_significance_is_said_after_holm_and_whether_it_could_be_reached(done: P
     """3 seeds reach 2 / 2³, 8 seeds 2 / 2⁸: times the number of comparisons."""
     results = read(done)
     methods = ["none", "none-x1.5", "cwd", "acfd-full"]
-    text = tables.significance(results, STUDENT, methods) or ""
+    text = conditions.significance(results, STUDENT, methods) or ""
     assert text == (
         "sign-flip tests of 2 methods, n = 3: nothing below 0.05 by Holm (smallest possible: 0.5; n = 7 "
         "is needed), nothing below 0.05 by max-T (smallest possible: 0.25)"
     )
-    assert tables.significance(results, STUDENT, ["none"]) is None
+    assert conditions.significance(results, STUDENT, ["none"]) is None
     cells = results.cells[results.cells["seed"] == 0]
     more = pd.concat([cells.assign(seed=seed) for seed in range(8)], ignore_index=True)
     more.loc[more["method"] == "cwd", SCORE] += 5 + more["seed"]
-    text = tables.significance(replace(results, cells=more), STUDENT, ["none", "cwd"]) or ""
+    text = conditions.significance(replace(results, cells=more), STUDENT, ["none", "cwd"]) or ""
     assert text == (
         "sign-flip tests of 1 method, n = 8: cwd below 0.05 by Holm (smallest possible: 0.0078), cwd below "
         "0.05 by max-T (smallest possible: 0.0078)"
@@ -609,7 +610,7 @@ def test_headers_say_what_was_measured(done: Path) -> None:
     }
     teacher = json.loads((done / "runs/streets/teacher/metrics.json").read_text())
     lead = teacher["val"]["miou"] - stdlib.fmean(val.values())
-    for name in (tables.CONDITIONS, *(f"{table}.tex" for table in tables.NAMES)):
+    for name in (table_module.CONDITIONS, *(f"{table}.tex" for table in tables.NAMES)):
         text = (done / "reports/streets" / name).read_text(encoding="utf-8")
         assert f"{lead:+.2f} (mean over n = 3)" in text
         assert f"{teacher['val']['miou']:.2f} validation / {teacher['test']['miou']:.2f} test mIoU" in text
@@ -632,10 +633,10 @@ def test_tex_and_markdown_keep_names_as_they_are(done: Path) -> None:
     body = tex[tex.index(r"\midrule") : tex.index(r"\bottomrule")].splitlines()[1:]
     columns = len(tex.split(r"\begin{tabular}{ ")[1].split(" }")[0])
     assert {line.replace(r"\&", "").count("&") for line in body} == {columns - 1}
-    assert tables.escape_tex(r"50% #1 a_b {x} ~ ^ $ \n" + "\nnext") == (
+    assert table_module.escape_tex(r"50% #1 a_b {x} ~ ^ $ \n" + "\nnext") == (
         r"50\% \#1 a\_b \{x\} \textasciitilde{} \textasciicircum{} \$ \textbackslash{}n next"
     )
-    assert tables.escape_markdown("a|b_c\n<d>") == r"a\|b\_c \<d\>"
+    assert table_module.escape_markdown("a|b_c\n<d>") == r"a\|b\_c \<d\>"
 
 
 # --- tables that can be read ---
@@ -676,10 +677,10 @@ def test_a_markdown_table_has_eight_columns_and_three_lines_of_notes(everything:
     assert {"comparison", "cost", "ablation", "per_class", "ranks", "networks", "speed", "spread"} <= {
         page.stem for page in pages
     }
-    for made in (path for path in pages if path.name != tables.CONDITIONS):
+    for made in (path for path in pages if path.name != table_module.CONDITIONS):
         lines = made.read_text(encoding="utf-8").splitlines()
         for head in (lines[i - 1] for i, line in enumerate(lines) if re.match(r"\| ?---", line)):
-            assert head.replace(r"\|", "").count("|") - 1 <= tables.MOST, made
+            assert head.replace(r"\|", "").count("|") - 1 <= table_module.MOST, made
         for _, part in itertools.groupby(lines, key=lambda line: not line.startswith("#")):
             assert sum(line.startswith("- ") for line in part) <= 3, made
         targets = re.findall(r"\]\(([^)]+)\)", made.read_text(encoding="utf-8"))
@@ -709,7 +710,7 @@ def test_a_tex_table_is_sound_and_fits_a_page(everything: Path) -> None:
             columns = len(part.split(" }")[0])
             rows = [line for line in part.splitlines()[1:] if line.endswith(r" \\")]
             assert {row.replace(r"\&", "").count("&") for row in rows} == {columns - 1}, file
-            assert len(rows) <= tables.LINES + 1 and columns <= tables.MOST
+            assert len(rows) <= table_module.LINES + 1 and columns <= table_module.MOST
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
@@ -895,7 +896,7 @@ def test_cells_of_other_data_or_another_teacher_are_left_out(done: Path, tmp_pat
     assert {cell.path: parts for cell, parts in results.stale.items()} == wanted
     assert results.by_seed(STUDENT, "cwd").keys() == {1, 2}
     assert {r.cell.seed for r in results.finished if r.cell.method == "cwd"} == {1, 2}
-    assert any("1 cells are left out" in text for text in tables.warnings(results))
+    assert any("1 cells are left out" in text for text in conditions.warnings(results))
 
 
 def test_readme_block(done: Path) -> None:
@@ -943,7 +944,7 @@ def test_sentences_follow_the_scores(tmp_path: Path) -> None:
         if cell.method in planted:
             make_record(cell, root, planted[cell.method])
     results = read(root, params)
-    text = " ".join(page.answer(results, STUDENT))
+    text = " ".join(answer.sentences(results, STUDENT))
     assert text.startswith(
         "At equal steps, 1 of 3 methods is clearly better than the student alone: kd; 1 clearly worse, 1 not "
         "clearly different. How sure: "
@@ -952,10 +953,10 @@ def test_sentences_follow_the_scores(tmp_path: Path) -> None:
     assert "student alone trained longer, better: kd; worse: acfd and cwd." in text
     assert "(max-T, 5 %), 1 of 3 is better: kd." in text
     assert "Exploratory" not in text
-    tests = tables.significance(results, STUDENT, results.methods)
+    tests = conditions.significance(results, STUDENT, results.methods)
     assert "n = 6: nothing below 0.05 by Holm (smallest possible: 0.094; n = 7 is needed)" in tests
     assert "kd, cwd below 0.05 by max-T (smallest possible: 0.031)" in tests
-    assert tables.power(6) == "n = 6: the smallest p that a sign-flip test can reach is 0.031"
+    assert conditions.power(6) == "n = 6: the smallest p that a sign-flip test can reach is 0.031"
     kd, cwd, paper = (results.standings(STUDENT, results.methods)[m] for m in ("kd", "cwd", "acfd-full"))
     assert [s.gain.verdict for s in (kd, cwd, paper)] == ["gain", "loss", "undecided"]
     assert [s.equal.verdict for s in (kd, cwd, paper)] == ["gain", "loss", "loss"]
@@ -966,14 +967,14 @@ def test_sentences_follow_the_scores(tmp_path: Path) -> None:
 def test_classes_that_nobody_learns_are_a_warning(done: Path) -> None:
     results = read(done)
     metric = f"test/iou/{metric_name(results.classes()[1])}"
-    assert not [text for text in tables.warnings(results) if "far from the end" in text]
+    assert not [text for text in conditions.warnings(results) if "far from the end" in text]
     lost = replace(results, cells=results.cells.assign(**{metric: 0.9}))
-    (text,) = (text for text in tables.warnings(lost) if "far from the end" in text)
+    (text,) = (text for text in conditions.warnings(lost) if "far from the end" in text)
     assert f"has barely learned {results.classes()[1]} (mean IoU below 1 %)" in text
     assert f"rests on the other {len(results.classes()) - 1} classes" in text
     one = lost.cells[metric].where(lost.cells["method"] != "kd", 1.1)  # a single method finds it
     found = replace(lost, cells=lost.cells.assign(**{metric: one}))
-    assert not [text for text in tables.warnings(found) if "far from the end" in text]
+    assert not [text for text in conditions.warnings(found) if "far from the end" in text]
 
 
 def test_seeds_beyond_the_suite_count(done: Path, tmp_path: Path) -> None:
@@ -1074,7 +1075,7 @@ def test_the_plan_of_a_benchmark_follows_from_counts_and_schedule() -> None:
     counts = json.loads((ROOT / "runs" / "networks.json").read_text())["networks"]
     macs = {name: rows[0]["macs"] for name, rows in counts.items()}
     student, teacher = macs["PSPNet-resnet18, stride 8"], macs["PSPNet-resnet101, stride 8"]
-    rows = benchmark_table.table(config.load(), ROOT).data.set_index("benchmark")
+    rows = pd.DataFrame(benchmark_table.table(config.load(), ROOT).data).set_index("benchmark")
     guided = 40_000 * 16 * 2 * (3 * student + teacher)
     assert rows.loc["cityscapes", "guided_flops"] == pytest.approx(guided)
     assert rows.loc["cityscapes", "teacher_flops"] == pytest.approx(80_000 * 16 * 6 * teacher)

@@ -70,7 +70,7 @@ def test_on_this_machine_repeats_are_the_cell_of_the_tables(
     assert {again["test_miou"] for again in entry["repeats"]["fast"]} == {record.metrics["test"]["miou"]}
     assert entry["kernels"] == [] and entry["cell"] == record.run["cell"]
     assert not first.parent.exists() and records.read(KD, place) == record
-    row = spread_table.table(params, [], place).data.iloc[0]
+    row = spread_table.table(params, [], place).data[0]
     assert (row["weights"], row["sd"], row["range"], row["status"]) == (1, 0, 0, "measured")
     # a second time replaces the first
     spread_table.add(entry | {"steps": 1}, place)
@@ -97,16 +97,16 @@ def test_what_no_seed_repeats_is_seen(tiny_root: Path, tmp_path: Path) -> None:
     spread_table.add(entry, clone)
     params = config.load(clone / "params.yaml")
     table = spread_table.table(params, [], clone)
-    assert list(table.data["mode"]) == list(spread_table.MODES)
-    for mode, row in zip(spread_table.MODES, table.data.to_dict("records"), strict=True):
+    assert [row["mode"] for row in table.data] == list(spread_table.MODES)
+    for mode, row in zip(spread_table.MODES, table.data, strict=True):
         scores = [repeat["test_miou"] for repeat in entry["repeats"][mode]]
         assert row["weights"] == 2 and row["repeats"] == 2
         assert row["sd"] == pytest.approx(statistics.sd(scores), abs=1e-6)
         assert row["range"] == pytest.approx(abs(scores[0] - scores[1]), abs=1e-6)
     assert any("max_unpool" in name for name in entry["kernels"])
-    kernels = list(table.data["kernels"])
+    kernels = [row["kernels"] for row in table.data]
     assert kernels == [None, ", ".join(entry["kernels"])]
-    assert [row[4] for row in table.rows] == ["2 of 2", "2 of 2"]
+    assert [row[4] for row in table.rows] == ["2 in 2", "2 in 2"]
 
 
 def entry(**changes: Any) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 from suites import slow
 
@@ -121,19 +120,15 @@ def test_a_trial_scores_the_same_beside_any_other(place: Path, params: Params) -
     assert short.benchmark("streets").training.steps == 2 != params.benchmark("streets").training.steps
 
 
-@pytest.mark.parametrize("elsewhere", [pytest.param(False, marks=slow), True])
-def test_a_killed_search_goes_on_with_the_trials_it_would_have_had(
-    place: Path, params: Params, elsewhere: bool
-) -> None:
-    """From its database, or on another machine from the log of the rounds that it finished."""
+def test_a_killed_search_goes_on_with_the_trials_it_would_have_had(place: Path, params: Params) -> None:
+    """From the log of the rounds that it finished."""
     original = (place / "params.yaml").read_bytes()
     usual = Scored()
     tune.tune(params, place, usual)
     whole = rows(place)
     assert len(usual.rounds) == 3 and all(list(trials) == METHODS for trials in usual.rounds)
     (place / "params.yaml").write_bytes(original)
-    for name in ("tuning.db", "reports/streets/tuning.csv"):
-        (place / name).unlink()
+    (place / "reports/streets/tuning.csv").unlink()
     killed = Scored(stops=(1, 3, 4))
     for done in (0, 1, 1):
         with pytest.raises(KeyboardInterrupt):
@@ -141,46 +136,18 @@ def test_a_killed_search_goes_on_with_the_trials_it_would_have_had(
         log = rows(place) if done else []
         assert log == [row | {"chosen": ""} for row in whole if int(row["trial"]) < done]
         assert budget.trials(params, place) == {}  # no table counts them
-        if elsewhere:
-            (place / "tuning.db").unlink()
     tune.tune(params, place, killed)
     assert rows(place) == whole
     first, second, third = usual.rounds
     assert killed.rounds == [first, first, second, second, second, third]
 
 
-def test_a_kill_between_two_scores_of_a_round_repeats_the_other_alone(
-    place: Path, params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usual = Scored()
-    tune.tune(params, place, usual)
-    whole = rows(place)
-    for name in ("tuning.db", "reports/streets/tuning.csv"):
-        (place / name).unlink()
-    real, told = tune._tell, [0]
-
-    def dies(*args: Any) -> None:
-        told[0] += 1
-        if told[0] == 4:  # the second of the second round
-            raise KeyboardInterrupt
-        real(*args)
-
-    killed = Scored()
-    monkeypatch.setattr(tune, "_tell", dies)
-    with pytest.raises(KeyboardInterrupt):
-        tune.tune(params, place, killed)
-    tune.tune(params, place, killed)
-    assert rows(place) == whole
-    assert killed.rounds[2] == {"skd": usual.rounds[1]["skd"]} and len(killed.rounds) == 4
-
-
-def test_a_finished_search_runs_nothing_again_also_from_the_log_alone(place: Path, params: Params) -> None:
+def test_a_finished_search_runs_nothing_again(place: Path, params: Params) -> None:
     tune.tune(params, place, Scored())
     log, none = rows(place), Scored()
     tune.tune(params, place, none)
     assert rows(place) == log
-    # as in a fresh clone; the weights in params.yaml are the chosen ones by now
-    (place / "tuning.db").unlink()
+    # the weights in params.yaml are the chosen ones by now
     tune.tune(checked(config.load(place / "params.yaml")), place, none)
     assert rows(place) == log and none.rounds == []
 
@@ -206,28 +173,6 @@ def test_what_moves_a_score_begins_a_search_anew(place: Path, params: Params, ed
     again = Scored()
     tune.tune(edit(change), place, again)
     assert len(again.rounds) == 3
-
-
-def test_an_import_of_the_log_that_was_killed_goes_on(
-    place: Path, params: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tune.tune(params, place, Scored())
-    log = (place / "reports/streets/tuning.csv").read_bytes()
-    (place / "tuning.db").unlink()
-    calls, add = [0], optuna.Study.add_trial
-
-    def killed(study: Any, trial: Any) -> None:
-        calls[0] += 1
-        if calls[0] == 2:
-            raise KeyboardInterrupt
-        add(study, trial)
-
-    monkeypatch.setattr(optuna.Study, "add_trial", killed)
-    with pytest.raises(KeyboardInterrupt):
-        tune.tune(params, place, Scored())
-    none = Scored()
-    tune.tune(params, place, none)
-    assert none.rounds == [] and (place / "reports/streets/tuning.csv").read_bytes() == log
 
 
 def test_a_lead_within_the_margin_leaves_the_middle_of_the_ranges(
@@ -270,11 +215,9 @@ def test_a_diverged_trial_counts_and_is_never_chosen(place: Path, params: Params
     first = rows(place)[0]
     assert (first["val_miou"], first["chosen"], first["note"]) == ("", "", "the term kd is not finite")
     assert budget.trials(params, place) == {"kd": 3, "skd": 3}
-    (place / "tuning.db").unlink()
     none = Scored()
     tune.tune(params, place, none)  # a failed trial of the log counts too
     assert none.rounds == [] and rows(place)[0] == first
-    (place / "tuning.db").unlink()
     (place / "reports" / "streets" / "tuning.csv").unlink()
     with pytest.raises(ConfigError, match="No trial of kd gave a score; the last one: the term kd"):
         tune.tune(params, place, Scored(fails=lambda method, _: method == "kd"))

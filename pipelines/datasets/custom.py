@@ -21,11 +21,10 @@ from unicodedata import normalize
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
-from pipelines.config import ROOT, ConfigError, Model, Size
+from pipelines.config import ROOT, ConfigError, Model, Size, metric_name
 from pipelines.datasets import pixels
 from pipelines.datasets.folder import SPLITS, Meta, few
 from pipelines.datasets.writer import Writer, mapped, painted
-from pipelines.runs.tracking import metric_name
 
 PHOTOS = pixels.endings(("JPEG",))
 ABOUT = "images of one's own"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import resource
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from pipelines.config import ROOT, Suite
+from pipelines.place import git
 
 LIBRARIES = ("torch", "timm", "segmentation-models-pytorch", "numpy")
 
@@ -79,15 +79,8 @@ def versions() -> dict[str, str]:
 def git_state() -> dict[str, Any]:
     """The commit of the code and whether its files had changes (settings are recorded by themselves); nulls
     outside of a git checkout."""
-    commands = (
-        ["git", "rev-parse", "HEAD"],
-        ["git", "status", "--porcelain", "--untracked-files=no", "--", "*.py"],
-    )
-    try:
-        commit, changed = (
-            subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-            for command in commands
-        )
-    except (OSError, subprocess.CalledProcessError):
+    commit = git(ROOT, "rev-parse", "HEAD")
+    changed = git(ROOT, "status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    if commit is None or changed is None:
         return {"commit": None, "dirty": None}
-    return {"commit": commit, "dirty": bool(changed)}
+    return {"commit": commit.strip(), "dirty": bool(changed)}

@@ -12,7 +12,7 @@ from pipelines import config
 from pipelines.config import ROOT, Params, Training
 from pipelines.reports import speed_table
 from pipelines.reports.results import HEADLINE, Results, variant
-from pipelines.reports.tables import Table, number, render
+from pipelines.reports.table import Table, number, render
 from pipelines.runs import counts
 
 SUSTAINED = 40e12  # FLOP/s that a large GPU is assumed to reach here in bf16, until one was measured
@@ -81,21 +81,19 @@ def table(params: Params, root: Path = ROOT) -> Table:
         f"sustains {rate / 1e12:.3g} TFLOP/s, {source}. {speed_table.COMMAND} measures your own.",
         f"Student: {key}. trainings: the methods, controls and seeds of params.yaml.",
     ]
-    frame = pd.DataFrame(data, dtype=object)
-    return Table("benchmarks", "planned compute", frame, COLUMNS, text, notes, frozenset({COLUMNS[2]}))
+    return Table("benchmarks", "planned compute", data, COLUMNS, text, notes, frozenset({COLUMNS[2]}))
 
 
 def write(params: Params, folder: Path, root: Path = ROOT) -> None:
     """Write ``folder/benchmarks.{md,csv,tex}``."""
     absent = counts.missing(params, root)
     warnings = [f"not counted yet, run {counts.COMMAND}: {', '.join(absent)}."] if absent else []
-    head = {"benchmark": "all benchmarks", "facts": [], "warnings": warnings}
-    render(table(params, root), folder, head)
+    render(table(params, root), folder, "all benchmarks", warnings=warnings)
 
 
 def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str:
     """The table of benchmarks in docs/: what to download, room, time, and how to run it."""
-    planned = {row["benchmark"]: row["suite_flops"] for row in table(params, root).data.to_dict("records")}
+    planned = {row["benchmark"]: row["suite_flops"] for row in table(params, root).data}
     measured = {results.benchmark: results.finished for results in every}
     rate, source = _rate(params, root)
     lines = [

@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from pipelines import config, files
 from pipelines.config import PAPER, Network, Params
 from pipelines.reports import orders, statistics
 from pipelines.reports.published import Architecture, Claim, Claims
 from pipelines.reports.results import HEADLINE, SCORE, Gain, Results, label
-from pipelines.reports.tables import Table, escape_markdown, rounded
+from pipelines.reports.table import Table, ends, escape_markdown, rounded
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
 NOT_COMPARABLE, NOT_RUN = "not comparable", "not run"
@@ -214,7 +212,7 @@ def table(claims: Claims, verdicts: Mapping[str, Verdict]) -> Table:
         "measured gain: of the comparable benchmark, else of the closest one; with the 95 % t-interval over "
         "n paired seeds.",
     ]
-    return Table("claims", "claims", pd.DataFrame(data, dtype=object), columns, text, notes)
+    return Table("claims", "claims", data, columns, text, notes)
 
 
 def directions(claims: Claims, every: Sequence[Results]) -> Table:
@@ -266,7 +264,7 @@ def directions(claims: Claims, every: Sequence[Results]) -> Table:
         f"here: {GAIN} or {LOSS} if the intervals over seeds and over images leave 0 out, else {UNDECIDED}.",
         "published gain: lowest to highest over all data sets, networks and schedules of the claims.",
     ]
-    return Table("directions", "directions", pd.DataFrame(data, dtype=object), columns, text, notes)
+    return Table("directions", "directions", data, columns, text, notes)
 
 
 def sentences(
@@ -354,7 +352,7 @@ def write(claims: Claims, every: Sequence[Results], params: Params, folder: Path
         "",
     ]
     files.write_bytes(folder / "claims.md", "\n".join(lines).encode())
-    files.write_bytes(folder / "claims.csv", judged.data.to_csv(index=False, lineterminator="\n").encode())
+    files.write_bytes(folder / "claims.csv", judged.csv)
 
 
 def _judge_cost(claim: Claim, every: Sequence[Results], params: Params) -> Verdict:
@@ -550,8 +548,7 @@ def _columns(measured: Measured | None) -> dict[str, float | None]:
     interval = measured.interval if measured else None
     return {
         "measured_gain": measured.mean if measured else None,
-        "measured_low": interval.low if interval else None,
-        "measured_high": interval.high if interval else None,
+        **ends("measured", interval),
     }
 
 
@@ -582,7 +579,5 @@ def _listed(items: Sequence[Direction]) -> str:
 
 
 def _markdown(shown: Table) -> list[str]:
-    """A table in Markdown, its notes below it."""
-    rows = [shown.columns, ["---"] * len(shown.columns), *shown.rows]
-    lines = ["| " + " | ".join(escape_markdown(cell) for cell in row) + " |" for row in rows]
-    return [*(f"- {escape_markdown(note)}" for note in shown.notes), "", *lines]
+    """A table in Markdown, its notes above it."""
+    return [*(f"- {escape_markdown(note)}" for note in shown.notes), "", *shown.markdown]

@@ -27,12 +27,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from pipelines.config import OFFICIAL
+from pipelines.config import OFFICIAL, metric_name
 from pipelines.reports import statistics
 from pipelines.reports.looks import looks
 from pipelines.reports.ranks import Ranks
 from pipelines.reports.results import COMPUTE, SCORE, Results, label
-from pipelines.runs.tracking import digest, metric_name
+from pipelines.runs.tracking import digest
 
 STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,

@@ -6,18 +6,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from pipelines.config import ROOT, Params
 from pipelines.reports.results import label
-from pipelines.reports.tables import Table, number, render
+from pipelines.reports.table import Table, number, render
 from pipelines.runs import counts
 
 PAPERS = {  # how a text names a paper, and where that is
     r"arXiv\s(\d{4}\.\d{4,5})": r"https://arxiv.org/abs/\1",
     r"doi\s(10\.[\w./-]*\w)": r"https://doi.org/\1",
 }
-MANY = 1024.0  # MB, from which on a cost is worth a look
 
 
 def table(params: Params, root: Path = ROOT) -> Table:
@@ -42,7 +39,7 @@ def table(params: Params, root: Path = ROOT) -> Table:
         f"{counts.BATCH} images, {classes} classes: the method's own part, without student and teacher.",
     ]
     columns = ["method", "TFLOP a step", "memory (GiB)", "largest tensor (GiB)", "parameters (M)"]
-    return Table("methods", "what each method adds to a step", pd.DataFrame(data), columns, rows, notes)
+    return Table("methods", "what each method adds to a step", data, columns, rows, notes)
 
 
 def compares(taps: Collection[str]) -> str:
@@ -55,4 +52,4 @@ def write(params: Params, folder: Path, root: Path = ROOT) -> None:
     """Write ``folder/methods.{md,csv,tex}``."""
     absent = [key for key in counts.methods(params) if key not in counts.read(root)["methods"]]
     warnings = [f"not counted yet, run {counts.COMMAND}: {', '.join(absent)}."] if absent else []
-    render(table(params, root), folder, {"benchmark": "all methods", "facts": [], "warnings": warnings})
+    render(table(params, root), folder, "all methods", warnings=warnings)

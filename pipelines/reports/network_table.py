@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 from pydantic import Field, ValidationError
 
 from pipelines import config
 from pipelines.config import ROOT, ConfigError, Model, Network, Params, Positive, Size
-from pipelines.reports.tables import Table, number, render
+from pipelines.reports.table import Table, number, render
 from pipelines.runs import counts
 
 PUBLISHED = Path("reports") / "networks.yaml"
@@ -96,16 +95,15 @@ def table(published: Published, params: Params, root: Path = ROOT) -> Table:
         "suite's own at the same input, with what the source's network is known to have more or less.",
         "These differences and the sources: networks.yaml.",
     ]
-    wide = frozenset({"used as"})
-    return Table("networks", "parameters and multiply-adds", _frame(data), columns, _text(data), notes, wide)
+    wide, text = frozenset({"used as"}), [list(_cells(row)) for row in data]
+    return Table("networks", "parameters and multiply-adds", data, columns, text, notes, wide)
 
 
 def write(published: Published, params: Params, folder: Path, root: Path = ROOT) -> None:
     """Write ``folder/networks.{md,csv,tex}``."""
     absent = counts.missing(params, root)
     warnings = [f"not counted yet, run {counts.COMMAND}: {', '.join(absent)}."] if absent else []
-    head = {"benchmark": "all networks", "facts": [], "warnings": warnings}
-    render(table(published, params, root), folder, head)
+    render(table(published, params, root), folder, "all networks", warnings=warnings)
 
 
 BESIDE = (
@@ -157,14 +155,6 @@ def _of(published: Published, network: Network) -> list[tuple[Publication, Count
 
 def _explained(entry: Publication) -> str:
     return "; ".join(f"{d.what} ({d.parameters / 1e6:+.2f} M)" for d in entry.differences)
-
-
-def _frame(data: list[dict[str, Any]]) -> pd.DataFrame:
-    return pd.DataFrame(data, dtype=object)
-
-
-def _text(data: list[dict[str, Any]]) -> list[list[str]]:
-    return [list(_cells(row)) for row in data]
 
 
 def _cells(row: dict[str, Any]) -> Iterator[str]:

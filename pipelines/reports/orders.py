@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pandas as pd
-
 from pipelines.reports import statistics
 from pipelines.reports.published import Claim, Claims
 from pipelines.reports.results import Results, label
-from pipelines.reports.tables import Table, between, rounded
+from pipelines.reports.table import Table, between, ends, rounded
 
 FEWEST = 5  # methods of a table, below which an order says little
 
@@ -67,8 +65,7 @@ def table(found: Sequence[Order]) -> Table:
                 "methods": " ".join(order.scores),
                 "n": len(order.scores),
                 "rho": order.rho,
-                "rho_low": order.interval.low,
-                "rho_high": order.interval.high,
+                **ends("rho", order.interval),
             }
         )
         for order in found
@@ -98,7 +95,7 @@ def table(found: Sequence[Order]) -> Table:
         f"Tables with {FEWEST} methods or more that were measured here; the interval takes the methods for a "
         "sample (Bonett and Wright 2000).",
     ]
-    return Table("orders", "orders", pd.DataFrame(lines, dtype=object), columns, rows, notes)
+    return Table("orders", "orders", lines, columns, rows, notes)
 
 
 def sentence(found: Sequence[Order]) -> str:

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from pipelines.reports import statistics
 from pipelines.reports.results import RESAMPLES, RESAMPLING_SEED, Results, label
 from pipelines.reports.statistics import Interval
-from pipelines.reports.tables import Table, between, render
+from pipelines.reports.table import Table, between, ends, render, rounded
 
 
 @dataclass(frozen=True)
@@ -87,15 +86,16 @@ def table(found: Ranks) -> Table:
     for method, mean in found.ranks.items():
         chance, interval = found.improvement.get(method, (None, None))
         data.append(
-            {
-                "method": label(method),
-                "blocks": len(found.blocks),
-                "seeds_min": found.seeds[method],
-                "mean_rank": round(mean, 6),
-                "improvement": None if chance is None else round(chance, 6),
-                "improvement_low": None if interval is None else round(interval.low, 6),
-                "improvement_high": None if interval is None else round(interval.high, 6),
-            }
+            rounded(
+                {
+                    "method": label(method),
+                    "blocks": len(found.blocks),
+                    "seeds_min": found.seeds[method],
+                    "mean_rank": mean,
+                    "improvement": chance,
+                    **ends("improvement", interval),
+                }
+            )
         )
         shown = "–" if chance is None else f"{chance:.2f}"
         shown += "" if interval is None else f" {between(interval, '.2f')}"
@@ -108,7 +108,7 @@ def table(found: Ranks) -> Table:
         f"Blocks: {blocks}. Friedman's test that the methods do not differ: {p}. Mean ranks closer than "
         f"{found.critical_difference:.2f} (Nemenyi, 5 %) are not told apart: {_groups(found)}.",
     ]
-    return Table("ranks", "mean ranks", pd.DataFrame(data, dtype=object), columns, text, notes)
+    return Table("ranks", "mean ranks", data, columns, text, notes)
 
 
 def warnings(found: Ranks) -> list[str]:
@@ -141,12 +141,7 @@ def sentence(found: Ranks) -> str:
 
 def write(found: Ranks, folder: Path) -> None:
     """Write ``folder/ranks.{md,csv,tex}``."""
-    head = {
-        "benchmark": "all benchmarks and students",
-        "facts": [],
-        "warnings": warnings(found),
-    }
-    render(table(found), folder, head)
+    render(table(found), folder, "all benchmarks and students", warnings=warnings(found))
 
 
 def _groups(found: Ranks) -> str:

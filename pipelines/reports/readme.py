@@ -11,10 +11,10 @@ from typing import Any
 
 from pipelines import files
 from pipelines.config import ROOT, ConfigError, Params
-from pipelines.reports import claims, orders, published, statistics, tables
+from pipelines.reports import answer, claims, conditions, orders, published, tables
 from pipelines.reports.method_table import PAPERS, compares
-from pipelines.reports.results import COMPLETE, HEADLINE, Gain, Results
-from pipelines.reports.tables import between, escape_markdown
+from pipelines.reports.results import HEADLINE, Results
+from pipelines.reports.table import escape_markdown, markdown
 from pipelines.runs import counts, journal
 
 RESULTS = ("<!-- results:begin -->", "<!-- results:end -->")
@@ -57,22 +57,20 @@ def block(every: Sequence[Results], params: Params) -> str:
     students = results.students
     student = params.tuning.student if params.tuning.student in students else students[0]
     folder = f"reports/{results.benchmark}"
-    lines = [escape_markdown(answer(results, student)), ""]
+    lines = [escape_markdown(answer.paragraph(results, student)), ""]
     tuned = params.tuning.methods if results.benchmark == wanted else []
     if left := [results.label(m) for m in tuned if not results.by_seed(student, m)]:
         lines += [f"Not trained yet: {escape_markdown(', '.join(left))}.", ""]
     single = replace(results, students=[student])
-    lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in tables.warnings(single)]
+    lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in conditions.warnings(single)]
     found = tables.comparison(results)
     own = [row for row in found.rows if row[0] == student]
     shown = _chosen(results, student)
     kept = [i for i, name in enumerate(found.columns) if name != "student"]
-    head = [found.columns[i] for i in kept]
-    lines += ["| " + " | ".join(map(escape_markdown, head)) + " |"]
-    lines += ["|" + "|".join("--:" if found.right[i] else "---" for i in kept) + "|"]
     order = {results.label(method): place for place, method in enumerate(shown)}
-    for row in sorted((row for row in own if row[1] in order), key=lambda row: order[row[1]]):
-        lines.append("| " + " | ".join(escape_markdown(row[i]) for i in kept) + " |")
+    rows = sorted((row for row in own if row[1] in order), key=lambda row: order[row[1]])
+    head, *rows = ([line[i] for i in kept] for line in (found.columns, *rows))
+    lines += markdown(head, rows, [found.right[i] for i in kept])
     most = max(results.controls.values(), default=0)
     longer = f"; ×{most:g}: trained for {most:g} times as many steps" if most else ""
     lines += [
@@ -88,7 +86,7 @@ def block(every: Sequence[Results], params: Params) -> str:
         "student alone, trained longer.*",
     ]
     for other in (name for name in students if name != student):
-        lines += ["", escape_markdown(answer(results, other, brief=True))]
+        lines += ["", escape_markdown(answer.paragraph(results, other, brief=True))]
     if (ROOT / published.FILE).is_file():
         known = published.load()
         said = (claims.paper(known, every, params), orders.sentence(orders.orders(known, every)))
@@ -108,56 +106,6 @@ def _chosen(results: Results, student: str) -> list[str]:
     many = len(scored) > room
     chosen |= {*scored[: room - LOWEST], *scored[-LOWEST:]} if many else {*others[:room]}
     return [m for m in order if m in chosen]
-
-
-def answer(results: Results, student: str, brief: bool = False) -> str:
-    """Whether distillation helps on one benchmark and student, how sure that is, and whether all has run;
-    ``brief``: without the words that the answer for another student has explained."""
-    standings, reference = results.standings(student, results.methods), results.reference
-    tested = {m: standings[m] for m in results.tested(results.methods) if standings[m].gain.paired.n}
-    place = f"{results.benchmark} with {student}"
-    rows = results.rows(student)
-    lacking = sum(not results.status(student, m).startswith(COMPLETE) for m in rows)
-    rest = f" Not finished: {lacking} of {len(rows)} rows lack trainings." if lacking else ""
-    if not tested:
-        return f"On {place}, no method has finished beside {reference} yet.{rest}"
-    best = max(tested, key=lambda m: results.mean(student, m) or 0.0)
-    gain, schedule = tested[best].gain, tables.schedule(results, student)
-    if all(s.gain.paired.n == 1 for s in tested.values()):
-        return (
-            f"Not known yet. On {place}, {len(tested)} method{'s have' if len(tested) > 1 else ' has'} been "
-            "trained with one seed, and one seed cannot say how far another would move a score. The largest "
-            f"gain is that of {results.label(best)}, {gain.paired.mean:+.2f}. {schedule}{rest}"
-        )
-    seeds = " or ".join(str(n) for n in sorted({s.gain.paired.n for s in tested.values()}))
-    verdicts = [s.gain.verdict for s in tested.values()]
-    equal = [s.equal.verdict for s in tested.values() if s.equal.verdict]
-    better, worse = verdicts.count("gain"), verdicts.count("loss")
-    ahead, behind = equal.count("gain"), equal.count("loss")
-    least = statistics.smallest_p(max(s.gain.paired.n for s in tested.values()))
-    joint = sum(
-        s.p_max is not None and s.p_max < tables.ALPHA and (s.gain.paired.mean or 0.0) > 0
-        for s in tested.values()
-    )
-    outcome = (
-        f"On {place} ({seeds} seeds), {better} of {len(tested)} methods {_are(better)} better than the "
-        f"student trained alone for the same steps and {worse} {_are(worse)} worse; at the same compute "
-        f"{ahead} of {len(equal)} {_are(ahead)} better and {behind} worse. The highest mean is that of "
-        f"{results.label(best)}, {_gain(gain)}."
-    )
-    if brief:
-        return f"{outcome} {schedule}{rest}"
-    sure = (
-        f"{joint} {_are(joint)} better by the max-T test, which has that correction."
-        if least <= tables.ALPHA
-        else f"Exploratory: with so few seeds no test could reach p < {tables.ALPHA:g} "
-        f"(smallest possible: {least:.2g})."
-    )
-    return (
-        f"{outcome} Better and worse mean that two 95 % intervals exclude 0, one over seeds and one over "
-        f"test images, without correction for testing {len(tested)} methods. {sure} {schedule} A gain after "
-        f"so few steps may be faster learning, not a better end.{rest}"
-    )
 
 
 def rules() -> str:
@@ -228,11 +176,3 @@ def speed(root: Path = ROOT) -> str:
 
 def _bench(root: Path) -> dict[str, dict[str, Any]]:
     return {entry["what"]: entry for entry in journal.read(BENCH, "`make bench`", root)}
-
-
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"
-
-
-def _gain(gain: Gain) -> str:
-    return f"{gain.paired.mean:+.2f} {between(gain.over_seeds)}"

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from pipelines.config import ROOT, TEACHER, Benchmark, Params
 from pipelines.reports.results import label
-from pipelines.reports.tables import Table, number, render
+from pipelines.reports.table import Table, number, render
 from pipelines.runs import journal
 from pipelines.runs.journal import device, on_gpu
 
@@ -142,7 +141,7 @@ def table(params: Params, root: Path = ROOT) -> Table:
         f"By {COMMAND}: the real loader, loop and evaluation on random images of the real size, from random "
         "weights; a step holds the student, its teacher and the method's terms.",
     ]
-    return Table("speed", "measured steps", pd.DataFrame(data, dtype=object), COLUMNS, text, notes, WIDE)
+    return Table("speed", "measured steps", data, COLUMNS, text, notes, WIDE)
 
 
 def _times(own: Mapping[str, Any], reference: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
@@ -186,4 +185,4 @@ def _text(row: Mapping[str, Any]) -> list[str]:
 def write(params: Params, folder: Path, root: Path = ROOT) -> None:
     """Write ``folder/speed.{md,csv,tex}``, if anything was measured."""
     if read(root):
-        render(table(params, root), folder, {"benchmark": "all benchmarks", "facts": [], "warnings": []})
+        render(table(params, root), folder, "all benchmarks")

@@ -10,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from pipelines.config import ROOT, Params
 from pipelines.reports import statistics
 from pipelines.reports.results import Results, label
-from pipelines.reports.tables import Table, number, plus_minus, render
+from pipelines.reports.table import Table, number, plus_minus, render, rounded
 from pipelines.runs import journal
 from pipelines.runs.fingerprint import same_settings
 from pipelines.runs.journal import device, on_gpu
@@ -91,7 +89,7 @@ def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
                 "kernels": ", ".join(entry["kernels"]) if mode == STRICT else None,
                 "status": "measured" if current else "other settings than params.yaml",
             }
-            data.append({key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()})
+            data.append(rounded(row))
             text.append(_text(row))
     notes = [
         f"By {COMMAND}: one cell, the same seed, trained again and again on one machine. What differs is the "
@@ -103,7 +101,7 @@ def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
         notes[0] += f' "{TABLES}": the record of the same cell and seed, from another kind of machine.'
     if not any(on_gpu(entry) for entry in entries):
         notes[0] += " No GPU has been measured yet."
-    return Table("spread", "trainings repeated", pd.DataFrame(data, dtype=object), COLUMNS, text, notes, WIDE)
+    return Table("spread", "trainings repeated", data, COLUMNS, text, notes, WIDE)
 
 
 def _elsewhere(entry: Mapping[str, Any], own: Results | None) -> Record | None:
@@ -153,5 +151,4 @@ def _text(row: Mapping[str, Any]) -> list[str]:
 def write(params: Params, every: Sequence[Results], folder: Path, root: Path = ROOT) -> None:
     """Write ``folder/spread.{md,csv,tex}``, if anything was measured."""
     if read(root):
-        head = {"benchmark": "all benchmarks", "facts": [], "warnings": []}
-        render(table(params, every, root), folder, head)
+        render(table(params, every, root), folder, "all benchmarks")

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import files
+from pipelines.config import metric_name
 from pipelines.runs.records import RECORD_FILES, Record
 
 if TYPE_CHECKING:
@@ -43,11 +43,6 @@ class Entry:
     params: dict[str, str]  # the resolved configuration, flattened: training.steps, method.weight, …
     metrics: dict[str, float]  # test/miou, test/iou/<class>, seconds/wall, student/parameters, …
     tags: dict[str, str]  # cell, benchmark, student, method, seed, fingerprint, git.commit, data_sha256, …
-
-
-def metric_name(text: str) -> str:
-    """``text`` with what MLflow refuses in the name of a metric replaced by ``_``."""
-    return re.sub(r"[^\w. :/-]", "_", text)
 
 
 def entry(record: Record) -> Entry:

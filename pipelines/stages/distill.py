@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from pipelines import cli, config
+from pipelines.place import check_links
 from pipelines.runs.records import Cell, check_names
-from pipelines.suite.place import check_links
 
 
 def main() -> None:
@@ -28,9 +28,8 @@ def main() -> None:
 
     from pipelines.engine.pack import run_cell
     from pipelines.methods import checked
-    from pipelines.suite.display import bar
 
-    with bar() as tell:
+    with cli.bar() as tell:
         run_cell(cell, checked(params), tell=tell)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from pipelines import cli, config, files
 from pipelines.config import ConfigError
 from pipelines.datasets import archives, folder
-from pipelines.suite.place import check_links
+from pipelines.place import check_links
 
 
 def fetch(

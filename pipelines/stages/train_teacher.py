@@ -6,7 +6,7 @@ import argparse
 
 from pipelines import cli, config
 from pipelines.methods import checked
-from pipelines.suite.place import check_links
+from pipelines.place import check_links
 
 
 def main() -> None:
@@ -20,9 +20,8 @@ def main() -> None:
 
     from pipelines.engine.pack import run_cell
     from pipelines.runs.records import teacher_cell
-    from pipelines.suite.display import bar
 
-    with bar() as tell:
+    with cli.bar() as tell:
         run_cell(teacher_cell(params, options.benchmark), params, tell=tell)
 
 

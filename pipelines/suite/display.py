@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -15,26 +13,6 @@ from tqdm import tqdm
 PLAIN_EVERY = 60.0  # seconds between two lines where there is no terminal
 
 log = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def bar() -> Iterator[Any]:
-    """A bar for a training that runs by itself, called as ``tell``; it is closed before an error is said."""
-    shown: Any = None
-
-    def tell(cell: str, step: int, steps: int, loss: float) -> None:
-        nonlocal shown
-        if shown is None:  # not before there is something to show
-            every = 0.5 if sys.stderr.isatty() else 30
-            shown = tqdm(desc=cell, total=steps, initial=step, unit="step", mininterval=every)
-        shown.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        shown.update(step - shown.n)
-
-    try:
-        yield tell
-    finally:
-        if shown is not None:
-            shown.close()
 
 
 class Display:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import time
 from collections.abc import Iterable
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Any
 
 from pipelines import files
 from pipelines.config import ROOT, ConfigError
-from pipelines.suite.place import in_git
+from pipelines.place import git, in_git
 
 log = logging.getLogger(__name__)
 
@@ -113,11 +112,7 @@ def heal(root: Path = ROOT) -> None:
 
 def _committed(root: Path) -> bytes:
     """The dvc.lock of the commit that is checked out; empty when there is none."""
-    command = ["git", "show", "HEAD:./dvc.lock"]
-    try:
-        return subprocess.run(command, cwd=root, capture_output=True, check=False).stdout
-    except OSError:  # no git
-        return b""
+    return (git(root, "show", "HEAD:./dvc.lock") or "").encode()
 
 
 def _loads(text: bytes) -> bool:

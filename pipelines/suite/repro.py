@@ -32,11 +32,11 @@ from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-from pipelines import cli, config, files  # noqa: E402
+from pipelines import cli, config, files, place  # noqa: E402
 from pipelines.config import PAPER, ROOT, ConfigError, Params  # noqa: E402
 from pipelines.runs import records  # noqa: E402
 from pipelines.runs.records import Cell, teacher_cell  # noqa: E402
-from pipelines.suite import cluster, dvc, place, plan, work  # noqa: E402
+from pipelines.suite import cluster, dvc, plan, work  # noqa: E402
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipelines import config
+from pipelines import config, place
 from pipelines.config import ConfigError
 from pipelines.runs.records import Cell
-from pipelines.suite import place
 
 TOPIC = "acfd"
 LIBRARIES = ("torch", "timm", "segmentation-models-pytorch", "numpy", "distributed")
@@ -50,11 +48,8 @@ def identity(root: str) -> Identity:
 def _code(root: str) -> str | None:
     """The code that this process has: a later commit in the checkout does not change it, and one of results
     or documents alone is the same code."""
-    with contextlib.suppress(OSError):
-        command = ["git", "rev-parse", *(f"HEAD:./{folder}" for folder in CODE)]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-        return " ".join(done.stdout.split()) if done.returncode == 0 else None
-    return None
+    trees = place.git(Path(root), "rev-parse", *(f"HEAD:./{folder}" for folder in CODE))
+    return None if trees is None else " ".join(trees.split())
 
 
 @dataclass

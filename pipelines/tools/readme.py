@@ -6,24 +6,23 @@ A run of the suite writes to ``reports/`` only, so that these pages always say w
 from __future__ import annotations
 
 import argparse
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 from pipelines import cli, config, files
 from pipelines.config import ROOT, Params
+from pipelines.place import git
 from pipelines.reports import benchmark_table, readme
 from pipelines.stages import report
 
 
 def committed(params: Params, root: Path = ROOT) -> list[str]:
     """The benchmarks whose records are in git; without git, all that have any."""
-    try:
-        command = ["git", "ls-files", "-z", "--", "runs"]
-        listed = subprocess.run(command, cwd=root, capture_output=True, check=True).stdout.decode()
-        names = {Path(name).parts[1] for name in listed.split("\0") if name.endswith("/run.json")}
-    except (OSError, subprocess.CalledProcessError):
+    listed = git(root, "ls-files", "-z", "--", "runs")
+    if listed is None:
         names = set(report.finished(params, root))
+    else:
+        names = {Path(name).parts[1] for name in listed.split("\0") if name.endswith("/run.json")}
     return [name for name in params.benchmarks if name in names]
 
 

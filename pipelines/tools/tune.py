@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 STARTUP = 4  # trials at the middle or at random before the sampler learns from scores
 ATTEMPTS = 20  # to propose weights that have not been tried
-DATABASE = "tuning.db"
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,6 @@ def tune(params: Params, root: Path = ROOT, train: Callable[[Round], Scores] | N
     tuning, path = params.tuning, budget.path(params, root)
     train = train or (lambda trials: work.try_weights(params, trials, root))
     tasks = [_task(params, method, root) for method in tuning.methods]
-    files.probe(root.resolve() / DATABASE)
     studies = {task.method: _study(task, tuning.trials, root, path) for task in tasks}
     for number in range(tuning.trials):
         due = [task for task in tasks if len(_counted(studies[task.method])) <= number]
@@ -119,39 +117,34 @@ def _task(params: Params, method: str, root: Path) -> Task:
 
 
 def _study(task: Task, trials: int, root: Path, path: Path) -> optuna.Study:
-    """The method's own study; one that the database lacks is rebuilt from the log."""
+    """The method's own study, with the trials of the log that are its own."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    study = optuna.create_study(
-        storage=f"sqlite:///{root.resolve() / DATABASE}",
-        study_name=f"{task.method}-{task.context}",
-        direction="maximize",
-        load_if_exists=True,
-    )
-    own = [row for row in budget.read(path) if row["method"] == task.method]
-    logged = [row for row in own if row["trial_id"] == task.trial_id(budget.weights(row))]
-    for row in logged[len(_counted(study)) :]:  # all of them, or those that a kill has kept out
-        failed = {"state": optuna.trial.TrialState.FAIL, "user_attrs": {"reason": row["note"]}}
-        study.add_trial(
-            optuna.trial.create_trial(
-                params={name: _exponent(value) for name, value in budget.weights(row).items()},
-                distributions=_distributions(task),
-                **({"value": float(row["val_miou"])} if row["val_miou"] else failed),
+    study = optuna.create_study(direction="maximize")
+    for row in budget.read(path):
+        weights = budget.weights(row)
+        if row["method"] == task.method and row["trial_id"] == task.trial_id(weights):
+            failed = {"state": optuna.trial.TrialState.FAIL, "user_attrs": {"reason": row["note"]}}
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params={name: _exponent(value) for name, value in weights.items()},
+                    distributions=_distributions(task),
+                    **({"value": float(row["val_miou"])} if row["val_miou"] else failed),
+                )
             )
-        )
     if len(_counted(study)) > trials:
         raise ConfigError(
             f"{task.method} has had {len(_counted(study))} trials, more than tuning.trials = {trials}: raise "
-            f"it in params.yaml, so that every method gets as many, or delete {DATABASE} and "
-            f"{path.relative_to(root)} to start anew."
+            f"it in params.yaml, so that every method gets as many, or delete {path.relative_to(root)} to "
+            "start anew."
         )
     return study
 
 
 def _counted(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """Trials that ran to their end, with a score or the reason why there is none; not the killed ones."""
+    """Trials that were run, with a score or the reason why there is none; not proposals that were known."""
     return [t for t in study.trials if t.value is not None or "reason" in t.user_attrs]
 
 
@@ -162,7 +155,7 @@ def _ask(task: Task, study: optuna.Study, number: int, seed: int) -> tuple[optun
     from pipelines.engine.seeds import derive
 
     distributions = _distributions(task)
-    if number == 0 and not study.get_trials(states=(optuna.trial.TrialState.WAITING,)):
+    if number == 0:
         study.enqueue_trial(
             {name: _exponent(math.sqrt(mark.low * mark.high)) for name, mark in task.ranges.items()}
         )

@@ -22,6 +22,17 @@ def check_links(root: Path = ROOT) -> None:
             )
 
 
+def git(root: Path, *arguments: str) -> str | None:
+    """What git prints in ``root``; None where it refuses or is not installed."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, encoding="utf-8", check=False
+        )
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
 def in_git(root: Path) -> bool:
     return any((folder / ".git").exists() for folder in (root, *root.parents))
 

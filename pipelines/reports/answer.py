@@ -1,0 +1,173 @@
+"""Does distillation help? The answer for a student, computed: sentences for the page, a paragraph for the
+README."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipelines.reports import conditions, statistics
+from pipelines.reports.results import COMPLETE, FEWEST, SCORE, Gain, Results, Standing
+from pipelines.reports.table import between
+
+
+def sentences(results: Results, student: str) -> list[str]:
+    """Whether distillation helps a student here, how sure that is, and on what, in plain sentences."""
+    stand, tested = results.standings(student, results.methods), results.tested(results.methods)
+    known = {m: stand[m] for m in tested if stand[m].gain.paired.n}
+    if not known:
+        return [f"Not known yet: no seed of {student} has finished with a method and without one."]
+    n, seeds = len(known), max(s.gain.paired.n for s in known.values())
+
+    def listed(found: Sequence[str]) -> str:
+        return named([results.label(m) for m in found])
+
+    def those(verdict: str, gain: str = "gain") -> list[str]:
+        found = [m for m, s in known.items() if getattr(s, gain).verdict == verdict]
+        return sorted(found, key=lambda m: -(getattr(known[m], gain).paired.mean or 0))
+
+    best = max(known, key=lambda m: known[m].gain.paired.mean or 0)
+    lead, val = results.lead(student, SCORE), results.lead(student)
+    sure = [m for m in known if _above(known[m])]
+    highest = (
+        f"The highest {'mean ' * (seeds > 1)}gain is {known[best].gain.paired.mean or 0:+.2f} points of test "
+        f"mIoU ({results.label(best)})"
+        + ("." if lead is None else f"; the teacher's own lead over the student alone is {lead:+.2f}")
+        + (f" ({val:+.2f} on validation)." * (lead is not None) if val is not None else "")
+    )
+    longer = _longer(results, student, [*known])
+    schedule = [text for text in [conditions.schedule(results, student)] if text]
+    if seeds == 1:
+        first = "Not known yet: one seed cannot say how far another would move a score."
+        return [first, highest, *longer, *schedule]
+    better, worse, equal, behind = (
+        those(word, which) for which in ("gain", "equal") for word in ("gain", "loss")
+    )
+    rest = [m for m in known if known[m].gain.verdict == "undecided"]
+    single = [m for m in known if known[m].gain.paired.n == 1]
+    unclear = f", {len(rest)} not clearly different" * bool(rest)
+    first = (
+        f"At equal steps, {len(better)} of {n} methods {'is' if len(better) == 1 else 'are'} clearly better "
+        f"than the student alone{': ' * bool(better)}{listed(better)}; {len(worse) or 'none'} clearly "
+        f"worse{unclear}."
+    )
+    if n == 1:
+        word = "clearly better" if better else "clearly worse" if worse else "neither better nor worse"
+        first = f"At equal steps, {listed([*known])} is {word} than the student alone."
+    found = [
+        first,
+        f"How sure: clearly means that two 95 % intervals of the gain exclude 0, one over {seeds} seeds, one "
+        f"over {results.images} test images, which is too narrow where these are frames of the same videos.",
+    ]
+    if (least := statistics.smallest_p(seeds)) > conditions.ALPHA:
+        found.append(
+            f"Exploratory: with {seeds} seeds the width of an interval is itself a matter of chance, and so "
+            f"are the verdicts; no method could pass a test at 5 % (smallest possible p: {least:.2g}; one "
+            f"test needs {statistics.SEEDS_FOR_SIGNIFICANCE} seeds, {n} with Holm's correction need "
+            f"{statistics.seeds_needed(n, conditions.ALPHA)})."
+        )
+    else:
+        found.append(
+            f"The intervals are not corrected for testing {n} method{'s' * (n > 1)}; with that correction "
+            f"(max-T, 5 %), {len(sure)} of {n} {'is' if len(sure) == 1 else 'are'} "
+            f"better{': ' * bool(sure)}{listed(sure)}."
+        )
+    if (results.images or 0) < FEWEST:
+        found.append(f"With fewer than {FEWEST} test images no method is called better or worse.")
+    if worse and n > 1:
+        found.append(f"Worse than the student alone, with the loss weights used here: {listed(worse)}.")
+    if single:
+        found.append(f"Not known, with one seed each: {listed(single)}.")
+    if any(s.equal.paired.n > 1 for s in known.values()):
+        lost = [m for m in known if known[m].equal.paired.n < 2]
+        found.append(
+            "At equal training compute, against the student alone trained longer, "
+            + (f"better: {listed(equal)}" if equal else "no method is clearly better")
+            + (f"; worse: {listed(behind)}." if behind else ".")
+            + (f" Not known for {listed(lost)}." if lost else "")
+        )
+    else:
+        found.append(
+            "At equal training compute: not known, because the student alone has not been trained longer "
+            "with two seeds or more."
+        )
+    return [*found, *longer, highest, *schedule]
+
+
+def _longer(results: Results, student: str, methods: Sequence[str]) -> list[str]:
+    """What the student alone reaches when it trains longer, in one sentence."""
+    means, parts, rising = [results.mean(student, m) or 0 for m in methods], [], False
+    for control, factor in sorted(results.controls.items(), key=lambda pair: pair[1]):
+        if (own := results.mean(student, control)) is not None:
+            above = sum(own > mean for mean in means)
+            parts.append(f"{factor:g} times the steps {own:.2f} (above {above} of {len(means)} methods)")
+            rising = results.gain(student, control).verdict == "gain"
+    if not parts:
+        return []
+    plain = results.mean(student, results.reference) or 0
+    end = " It has not converged, so this says nothing about a student that has." if rising else ""
+    return [f"The student alone scores {plain:.2f}; trained for {named(parts)}, by the means.{end}"]
+
+
+def paragraph(results: Results, student: str, brief: bool = False) -> str:
+    """Whether distillation helps on one benchmark and student, how sure that is, and whether all has run;
+    ``brief``: without the words that the answer for another student has explained."""
+    standings, reference = results.standings(student, results.methods), results.reference
+    tested = {m: standings[m] for m in results.tested(results.methods) if standings[m].gain.paired.n}
+    place = f"{results.benchmark} with {student}"
+    rows = results.rows(student)
+    lacking = sum(not results.status(student, m).startswith(COMPLETE) for m in rows)
+    rest = f" Not finished: {lacking} of {len(rows)} rows lack trainings." if lacking else ""
+    if not tested:
+        return f"On {place}, no method has finished beside {reference} yet.{rest}"
+    best = max(tested, key=lambda m: results.mean(student, m) or 0.0)
+    gain, schedule = tested[best].gain, conditions.schedule(results, student)
+    if all(s.gain.paired.n == 1 for s in tested.values()):
+        return (
+            f"Not known yet. On {place}, {len(tested)} method{'s have' if len(tested) > 1 else ' has'} been "
+            "trained with one seed, and one seed cannot say how far another would move a score. The largest "
+            f"gain is that of {results.label(best)}, {gain.paired.mean:+.2f}. {schedule}{rest}"
+        )
+    seeds = " or ".join(str(n) for n in sorted({s.gain.paired.n for s in tested.values()}))
+    verdicts = [s.gain.verdict for s in tested.values()]
+    equal = [s.equal.verdict for s in tested.values() if s.equal.verdict]
+    better, worse = verdicts.count("gain"), verdicts.count("loss")
+    ahead, behind = equal.count("gain"), equal.count("loss")
+    least = statistics.smallest_p(max(s.gain.paired.n for s in tested.values()))
+    joint = sum(_above(stand) for stand in tested.values())
+    outcome = (
+        f"On {place} ({seeds} seeds), {better} of {len(tested)} methods {_are(better)} better than the "
+        f"student trained alone for the same steps and {worse} {_are(worse)} worse; at the same compute "
+        f"{ahead} of {len(equal)} {_are(ahead)} better and {behind} worse. The highest mean is that of "
+        f"{results.label(best)}, {_gain(gain)}."
+    )
+    if brief:
+        return f"{outcome} {schedule}{rest}"
+    sure = (
+        f"{joint} {_are(joint)} better by the max-T test, which has that correction."
+        if least <= conditions.ALPHA
+        else f"Exploratory: with so few seeds no test could reach p < {conditions.ALPHA:g} "
+        f"(smallest possible: {least:.2g})."
+    )
+    return (
+        f"{outcome} Better and worse mean that two 95 % intervals exclude 0, one over seeds and one over "
+        f"test images, without correction for testing {len(tested)} methods. {sure} {schedule} A gain after "
+        f"so few steps may be faster learning, not a better end.{rest}"
+    )
+
+
+def _above(stand: Standing) -> bool:
+    """Better by the test that allows for all methods together."""
+    return stand.p_max is not None and stand.p_max < conditions.ALPHA and (stand.gain.paired.mean or 0) > 0
+
+
+def named(names: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _gain(gain: Gain) -> str:
+    return f"{gain.paired.mean:+.2f} {between(gain.over_seeds)}"

@@ -1,0 +1,298 @@
+"""Under which conditions a benchmark was measured, what its numbers can show, and what has to be known before
+believing them; for the tables, the page and the README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipelines import config
+from pipelines.config import Params, metric_name
+from pipelines.reports import statistics
+from pipelines.reports.results import COMPLETE, FEWEST, SCORE, Results
+from pipelines.reports.table import between, number
+
+UNLEARNT = 1.0  # IoU in percent below which a class is not found at all
+LEAD = 3.0  # mIoU by which a teacher has to beat the student alone before a comparison says much
+ALPHA = 0.05  # of a test
+
+
+def warnings(results: Results) -> list[str]:
+    """What a reader has to know before believing a table of this benchmark."""
+    found = []
+    for student in results.students:
+        lead = results.lead(student)
+        if lead is None:
+            part = "the teacher" if results.teacher("val/miou") is None else f"{student} alone"
+            found.append(
+                f"the lead of the teacher over {student} is unknown, because {part} has no finished cell of "
+                "today's settings."
+            )
+        elif lead < LEAD:
+            found.append(
+                f"the teacher leads {student} alone by {lead:+.2f} mIoU on validation, "
+                f"less than {LEAD:g}: there is little to distil, so the differences say little about methods."
+            )
+        if lost := _unlearnt(results, student):
+            found.append(
+                f"with every method, {student} has barely learned {', '.join(lost)} (mean IoU below "
+                f"{UNLEARNT:g} %): it is far from the end of its training, and its mIoU rests on the other "
+                f"{len(results.classes()) - len(lost)} classes."
+            )
+    found += [
+        f"the last training of the teacher failed: {note}."
+        for cell, note in results.failures.items()
+        if cell.is_teacher
+    ]
+    if results.stale:
+        named = "; ".join(
+            f"{cell.path}: {', '.join(parts)}" for cell, parts in list(results.stale.items())[:5]
+        )
+        found.append(
+            f"{len(results.stale)} cells are left out, because their settings, data or teacher are not those "
+            f"of today ({named}); run `make repro`, or delete their folders in runs/."
+        )
+    for split in ("val", "test"):
+        if missing := results.absent(split):
+            found.append(
+                f"the split {split} has no pixel of {', '.join(missing)}: no score there; the mean is over "
+                "the other classes."
+            )
+    for tag, kind in (("data_sha256", "versions of the data"), ("teacher.sha256", "teachers")):
+        if len(results.distinct(f"tags.{tag}", students_only=True)) > 1:  # there is no record of the teacher
+            found.append(f"the cells were trained with different {kind}; run `make repro`.")
+    if results.untuned:
+        found.append(
+            f"the weights of {', '.join(map(results.label, results.untuned))} in params.yaml are not those "
+            "that were chosen; run `make tune`."
+        )
+    tested = results.tested(results.methods)  # the weights of the others are not to be searched
+    ran = [m for m in tested if any(results.by_seed(student, m) for student in results.students)]
+    others = [results.label(m) for m in ran if results.weights[m] and m not in results.trials]
+    if results.trials and others:
+        found.append(
+            f"{', '.join(others)}: not tuned, while the others had {max(results.trials.values())} trials; "
+            "put it into tuning.methods and run `make tune`."
+        )
+    if len({kind for kinds in results.machines.values() for kind in kinds}) > 1:
+        found.append(
+            "seeds ran on different machines: compare times in the CSV within a seed, as the tables do."
+        )
+    if results.elsewhere:
+        found.append(
+            f"rows whose status names another machine than that of {results.reference}: their gains hold a "
+            "difference of rounding, too, which moves a score as another seed of the noise would."
+        )
+    return found
+
+
+def _unlearnt(results: Results, student: str) -> list[str]:
+    """The classes that no method finds."""
+    methods, lost = (results.reference, *results.tested(results.methods)), []
+    for name in results.classes():
+        scores = [results.mean(student, m, f"test/iou/{metric_name(name)}") for m in methods]
+        known = [score for score in scores if score is not None]
+        if known and max(known) < UNLEARNT:
+            lost.append(name)
+    return lost
+
+
+def about(results: Results, params: Params) -> str:
+    """What a benchmark consists of, in one sentence."""
+    own = params.benchmark(results.benchmark)
+    module = config.dataset_module(own.data, results.benchmark)
+    size = own.data.get("size")
+    shape = f", at {size[0]}×{size[1]} pixels (height × width)" if size else ""
+    network = own.teacher.network
+    return (
+        f"{own.data['dataset']}: {module.ABOUT}{shape}. Teacher: {network.architecture} with "
+        f"{network.encoder.removeprefix('tu-')}."
+    )
+
+
+def facts(results: Results) -> list[tuple[str, str]]:
+    """Under which conditions a benchmark was measured; what the numbers mean is said in docs/tables.md."""
+    counts = sorted({len(results.by_seed(s, m)) for s in results.students for m in results.methods} - {0})
+    val, test = (number(results.teacher(metric), ".2f") for metric in ("val/miou", SCORE))
+    leads, reference = [], results.reference
+    controls = ", ".join(f"{factor:g}" for factor in results.controls.values()) or "no"
+    for student in results.students:
+        n = len(results.by_seed(student, reference, "val/miou"))
+        lead = results.lead(student)
+        leads.append(
+            f"over {student} alone: " + ("unknown" if lead is None else f"{lead:+.2f} (mean over n = {n})")
+        )
+    hashes = [value[:12] for value in results.distinct("tags.data_sha256")]
+    images = str(results.images or "unknown")
+    if results.images and results.images < FEWEST:
+        images += f", fewer than {FEWEST}: no interval over images, and no method is called better or worse"
+    found = [
+        ("benchmark", f"{results.benchmark}; data {', '.join(hashes) or 'unknown'}"),
+        ("test images", images),
+        ("teacher", "not run" if test == "–" else f"{val} validation / {test} test mIoU"),
+        ("lead of the teacher on validation", "; ".join(leads)),
+        ("seeds", "; ".join(map(power, counts)) or "none has finished"),
+        ("tests", " ".join(tests(results, results.methods)) or "none"),
+        (
+            "student alone",
+            f"{reference}; for the comparison at equal compute also {controls} times the steps",
+        ),
+        ("training", _training(results)),
+        ("tuning", tuning(results)),
+        ("machine of each seed", "; ".join(_machines(results)) or "unknown"),
+        ("latency", "; ".join(exported(results)) or "not measured"),
+    ]
+    lacking = [
+        f"{student}, {results.label(method)}: {status}"
+        for student in results.students
+        for method in dict.fromkeys((*results.rows(student), *results.shown(student)))
+        if not (status := results.status(student, method)).startswith(COMPLETE)
+    ]
+    if lacking:
+        found.append(("not complete", "; ".join(lacking)))
+    return found
+
+
+def schedule(results: Results, student: str) -> str:
+    """How long a student and its teacher were trained, and from which weights, in one sentence; nothing
+    without a record."""
+    own = [
+        r.run for r in results.finished if r.cell.student == student and r.cell.method not in results.controls
+    ]
+    taught = [r.run for r in results.finished if r.cell.is_teacher]
+    if not own or not taught:
+        return ""
+    (student_run, *_), (teacher_run, *_) = own, taught
+    return (
+        f"{student} starts from {_start(student_run)} weights and trains for {student_run['steps']} steps of "
+        f"{student_run['config']['training']['batch_size']} images; its teacher started from "
+        f"{_start(teacher_run)} weights and trained for {teacher_run['steps']}."
+    )
+
+
+def _start(run: Mapping[str, Any]) -> str:
+    return "random" if run["config"]["network"]["weights"] is None else "ImageNet"
+
+
+def _training(results: Results) -> str:
+    parts = []
+    for student in results.students:
+        for run in (r.run["config"] for r in results.finished if r.cell.student == student):
+            protocol, recipe = run["training"], run["network"].get("recipe") or {"optimizer": "sgd"}
+            values = protocol | recipe
+            size = "×".join(map(str, values["crop"]))
+            parts.append(
+                f"{schedule(results, student)} Optimiser: {recipe['optimizer']}, learning rate "
+                f"{values['lr']:g}, weight decay {values['weight_decay']:g}, crops of {size} pixels, "
+                f"{values['precision']}."
+            )
+            break
+    return " ".join(parts).strip() or "unknown"
+
+
+def tuning(results: Results) -> str:
+    if not results.trials:
+        return "no method was tuned."
+    how = results.tuning
+    text = f"{max(results.trials.values())} trials of {how.steps} steps for every method, on {how.student}"
+    text += "".join(f"; {results.label(m)}: {n} different ones" for m, n in results.different.items())
+    middle = sum(choice.middle for choice in results.choices.values())
+    text += (
+        f". {middle} of {len(results.choices)} methods keep the middle of their ranges: no trial led it by "
+        f"more than {how.margin:g} mIoU"
+    )
+    moved = (
+        f"{results.label(m)} {choice.score - choice.first:+.1f}"
+        for m, choice in results.choices.items()
+        if not choice.middle and choice.first is not None
+    )
+    text += f"; the others gained on it {', '.join(moved)}." if middle < len(results.choices) else "."
+    if ends := [results.label(m) for m, choice in results.choices.items() if choice.at_end]:
+        text += f" At an end of a range, beyond which there may be better: {', '.join(ends)}."
+    return text + _agreement(results)
+
+
+def _agreement(results: Results) -> str:
+    """Whether what scored well in the short trials of tuning scores well in the table."""
+    if results.benchmark != results.tuning.benchmark:
+        return ""
+    pairs = [
+        (choice.score, mean)
+        for method, choice in results.choices.items()
+        if (mean := results.mean(results.tuning.student, method)) is not None
+    ]
+    if len(pairs) < statistics.FEWEST_PAIRS:
+        return ""
+    rho, interval = statistics.rank_correlation(*zip(*pairs, strict=True))
+    return (
+        f" Between the validation mIoU of the chosen trials and the mean test mIoU of the table, over "
+        f"{len(pairs)} methods, Spearman's ρ is {rho:+.2f} {between(interval)}."
+    )
+
+
+def _machines(results: Results) -> list[str]:
+    """Which seeds of each student come from which kind of machine."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for (student, seed), kinds in results.machines.items():
+        for kind, methods in kinds.items():
+            named = f" ({', '.join(map(results.label, methods))})" if len(kinds) > 1 else ""
+            found.setdefault((student, kind, named), []).append(str(seed))
+    return [
+        f"{student}, seed {', '.join(seeds)}{named}: {kind}"
+        for (student, kind, named), seeds in found.items()
+    ]
+
+
+def exported(results: Results) -> list[str]:
+    """How the latencies of each student were measured."""
+    return [
+        f"{student}: seed {record['seed']}, {record['rounds']} rounds, "
+        f"{'×'.join(map(str, record['input']))} pixels, {record['hardware']['threads']} threads of "
+        f"{record['hardware']['processor']}, onnxruntime {record['versions']['onnxruntime']}"
+        for student, record in results.exports.items()
+    ]
+
+
+def power(n: int) -> str:
+    """What so few seeds can show at all."""
+    if n == 1:
+        return "n = 1: one seed, so nothing can be told apart"
+    text = f"n = {n}: the smallest p that a sign-flip test can reach is {statistics.smallest_p(n):.2g}"
+    return text + (", exploratory" if n < statistics.SEEDS_FOR_SIGNIFICANCE else "")
+
+
+def significance(results: Results, student: str, methods: Sequence[str]) -> str | None:
+    """Which methods of one table differ from the student alone after each adjustment, and whether any
+    could; None where nothing was tested."""
+    tested = {m: s for m, s in results.standings(student, methods).items() if s.p is not None}
+    if not tested:
+        return None
+
+    def below(name: str) -> str:
+        found = [results.label(m) for m, s in tested.items() if getattr(s, name) < ALPHA]
+        return f"{', '.join(found) if found else 'nothing'} below {ALPHA:g}"
+
+    n = max(s.gain.paired.n for s in tested.values())
+    first, least = min(1.0, len(tested) * statistics.smallest_p(n)), statistics.smallest_p(n)
+    how = f"smallest possible: {first:.2g}"
+    if first >= ALPHA:
+        how += f"; n = {statistics.seeds_needed(len(tested), ALPHA)} is needed"
+    return (
+        f"sign-flip tests of {len(tested)} method{'s' * (len(tested) > 1)}, n = {n}: {below('p_holm')} by "
+        f"Holm ({how}), {below('p_max')} by max-T (smallest possible: {least:.2g})"
+    )
+
+
+def tests(results: Results, methods: Sequence[str], *students: str) -> list[str]:
+    """What a table says about the tests of each student, and about rows that differ in their seeds."""
+    found = []
+    for student in students or results.students:
+        if text := significance(results, student, methods):
+            found.append(f"{student}, {text}.")
+        ranked = (results.reference, *results.tested(methods))
+        seeds = {tuple(s) for m in ranked if (s := results.by_seed(student, m))}
+        if len(seeds) > 1:
+            found.append(
+                f"{student}, the rows have different seeds: compare Δ {results.reference}, not the means."
+            )
+    return found
