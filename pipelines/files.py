@@ -61,6 +61,11 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "seal": seal(content)}
 
 
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON that :func:`unseal` accepts."""
+    write_bytes(path, json_bytes(sealed(content)))
+
+
 def unseal(content: bytes) -> dict[str, Any]:
     """What was sealed and written as JSON. ValueError unless it is whole and unchanged."""
     found = json.loads(content)

@@ -207,7 +207,7 @@ def test_the_log_says_which_chosen_weights_lie_at_an_end_of_their_range(place: P
     assert chosen["weights"] == f"weight={kd.high:g}" and chosen["note"] == "at an end of the range of weight"
     assert [row["note"] for row in rows(place) if not row["chosen"]] == [""] * 48
     found = budget.choices(params, place)["kd"]
-    assert found.at_end and not found.middle
+    assert found.at_end and found.outermost and not found.middle
 
 
 def test_a_diverged_trial_counts_and_is_never_chosen(place: Path, params: Params) -> None:

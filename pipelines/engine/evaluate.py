@@ -3,6 +3,8 @@ so every metric follows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,23 +43,27 @@ def predict(network: SegmentationNetwork, pixels: Tensor, training: Training) ->
         return slide(network, images, training.sliding) if training.sliding else network.predict(images)
 
 
-def slide(network: SegmentationNetwork, images: Tensor, sliding: Sliding) -> Tensor:
-    """Class of every pixel, (B, H, W) int64: argmax of the upsampled logits of all windows, averaged where
-    they overlap.
-
-    The last window in each direction ends at the border; one larger than the image is cut to it.
-    """
-    size = images.shape[-2:]
-    windows = [min(wanted, have) for wanted, have in zip(sliding.window, size, strict=True)]
+def windows(size: Sequence[int], sliding: Sliding) -> tuple[list[int], list[list[int]]]:
+    """Height and width of a window, cut to an image of ``size``, and where windows begin in each direction:
+    the last one ends at the border."""
+    own = [min(wanted, have) for wanted, have in zip(sliding.window, size, strict=True)]
     starts = [
         [*range(0, have - window, stride), have - window]
-        for have, window, stride in zip(size, windows, sliding.stride, strict=True)
+        for have, window, stride in zip(size, own, sliding.stride, strict=True)
     ]
+    return own, starts
+
+
+def slide(network: SegmentationNetwork, images: Tensor, sliding: Sliding) -> Tensor:
+    """Class of every pixel, (B, H, W) int64: argmax of the upsampled logits of all :func:`windows`, averaged
+    where they overlap."""
+    size = images.shape[-2:]
+    own, starts = windows(size, sliding)
     total, seen = None, images.new_zeros(size)
     for top in starts[0]:
         for left in starts[1]:
-            place = (..., slice(top, top + windows[0]), slice(left, left + windows[1]))
-            logits = upsample(network(images[place])["logits"].float(), (windows[0], windows[1]))
+            place = (..., slice(top, top + own[0]), slice(left, left + own[1]))
+            logits = upsample(network(images[place])["logits"].float(), (own[0], own[1]))
             if total is None:
                 total = logits.new_zeros(*logits.shape[:2], *size)
             total[place] += logits

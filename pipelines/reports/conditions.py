@@ -209,6 +209,8 @@ def tuning(results: Results) -> str:
     text += f"; the others gained on it {', '.join(moved)}." if middle < len(results.choices) else "."
     if ends := [results.label(m) for m, choice in results.choices.items() if choice.at_end]:
         text += f" At an end of a range, beyond which there may be better: {', '.join(ends)}."
+    if most := [results.label(m) for m, own in results.choices.items() if own.outermost and not own.at_end]:
+        text += f" At the largest or smallest value tried, beyond which nothing is known: {', '.join(most)}."
     return text + _agreement(results)
 
 

@@ -110,7 +110,7 @@ def update(results: Results, root: Path) -> None:
             except ConfigError as error:
                 log.warning("The panels of %s are not made: %s", results.benchmark, error)
     if (index := valid(results, root, choice)) is not None:
-        files.write_bytes(folder / INDEX, files.json_bytes(files.sealed(index)))
+        files.write_sealed(folder / INDEX, index)
     wanted = right(results, root)
     for path in folder.glob("*") if folder.is_dir() else ():
         if path not in wanted:
@@ -234,7 +234,7 @@ def _make(
         | {m: choice.cells[m].run["weights_sha256"] for m in methods},
         "files": {name: files.sha256(content) for name, content in sorted(contents.items())},
     }
-    files.write_bytes(folder / INDEX, files.json_bytes(files.sealed(index)))
+    files.write_sealed(folder / INDEX, index)
 
 
 def _predictions(record: Record, images: Sequence[Any]) -> list[np.ndarray]:

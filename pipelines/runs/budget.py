@@ -98,11 +98,13 @@ def choose(scores: Sequence[float | None], margin: float) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search chose for a method: the middle of its ranges, and whether a weight lies at an end; with
-    the validation mIoU of its trial and of the middle."""
+    """What the search chose for a method: the middle of its ranges, and whether a weight lies at an end of its
+    range, or is the largest or the smallest that was tried; with the validation mIoU of its trial and of the
+    middle."""
 
     middle: bool
     at_end: bool
+    outermost: bool
     score: float
     first: float | None
 
@@ -115,12 +117,23 @@ def choices(params: Params, root: Path = ROOT) -> dict[str, Choice]:
         row["method"]: Choice(
             middle=int(row["trial"]) == 0,
             at_end=bool(row["note"]),
+            outermost=_outermost(row, rows),
             score=float(row["val_miou"]),
             first=float(middle) if (middle := first.get(row["method"])) else None,
         )
         for row in rows
         if row["chosen"]
     }
+
+
+def _outermost(chosen: dict[str, str], rows: Sequence[dict[str, str]]) -> bool:
+    """Whether a chosen weight is the largest or the smallest that was tried."""
+    tried = [weights(row) for row in rows if row["method"] == chosen["method"]]
+    return any(
+        value in (min(values), max(values))
+        for name, value in weights(chosen).items()
+        if len(values := {other[name] for other in tried}) > 1
+    )
 
 
 def untuned(params: Params, root: Path = ROOT) -> dict[str, dict[str, Any]]:

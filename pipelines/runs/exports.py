@@ -61,7 +61,7 @@ def read(benchmark: str, student: str, root: Path = ROOT) -> dict[str, Any] | No
 def write(record: Mapping[str, Any], root: Path = ROOT) -> None:
     """Write a record whole, with its seal."""
     file = path(record["benchmark"], record["student"], root)
-    files.write_bytes(file, files.json_bytes(files.sealed(record)))
+    files.write_sealed(file, record)
 
 
 def timing(record: Mapping[str, Any], method: str, reference: str, runtime: str) -> Timing:

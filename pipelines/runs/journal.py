@@ -37,7 +37,7 @@ def add(
     with files.hold(root / ".scratch" / "locks" / f"{file.name}.lock", file.as_posix()):
         entries = [old for old in read(file, command, root) if key(old) != key(entry)] + [dict(entry)]
         content = {"entries": sorted(entries, key=key)}
-        files.write_bytes(root / file, files.json_bytes(files.sealed(content)))
+        files.write_sealed(root / file, content)
 
 
 def on_gpu(entry: Entry) -> bool:

@@ -196,7 +196,7 @@ def write(folder: Path, run: dict[str, Any], others: Mapping[str, bytes]) -> Non
     for name, content in others.items():
         files.write_bytes(folder / name, content)
     run = {**run, "files": {name: files.sha256(content) for name, content in sorted(others.items())}}
-    files.write_bytes(folder / "run.json", files.json_bytes(files.sealed(run)))
+    files.write_sealed(folder / "run.json", run)
 
 
 def _json(path: Path, root: Path) -> dict[str, Any]:

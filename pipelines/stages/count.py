@@ -45,7 +45,7 @@ def _count(params: Params, root: Path) -> None:
         "networks": found,
         "methods": {key: costs[key] | {"code": code} for key, code in wanted.items()},
     }
-    files.write_bytes(root / counts.COUNTS, files.json_bytes(files.sealed(content)))
+    files.write_sealed(root / counts.COUNTS, content)
 
 
 def measure(network: Network) -> list[dict[str, Any]]:

@@ -9,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipelines import files
+from pydantic import BaseModel, ValidationError
+
+from pipelines import config, files
 from pipelines.config import ROOT, ConfigError
 from pipelines.place import git, in_git
 
@@ -86,6 +88,37 @@ class Pipeline:
                     raise
                 raise _refused(error) from None
         raise ConfigError("Another dvc has been at work here for ten minutes: end it, then run this again.")
+
+
+class LockedFile(BaseModel):
+    """A file or folder in dvc.lock."""
+
+    path: str
+    md5: str
+
+
+class LockedStage(BaseModel):
+    """A stage in dvc.lock."""
+
+    deps: list[LockedFile] = []
+    outs: list[LockedFile] = []
+    params: dict[str, dict[str, Any]] = {}
+
+
+class _Lock(BaseModel):
+    """dvc.lock, as far as it is read here."""
+
+    stages: dict[str, LockedStage] = {}
+
+
+def locked(root: Path) -> dict[str, LockedStage]:
+    """The stages of dvc.lock, {} where there is none. ConfigError when it is damaged."""
+    path = root / "dvc.lock"
+    content = config.read_yaml(path) if path.is_file() else None
+    try:
+        return _Lock.model_validate(content or {}).stages
+    except ValidationError as error:
+        raise ConfigError(config.explain("", error, path.name) + " Restore it with git.") from None
 
 
 def heal(root: Path = ROOT) -> None:

@@ -198,12 +198,10 @@ def _windows(
     import torch
     from tqdm import tqdm
 
+    from pipelines.engine.evaluate import windows
+
     shape = image.shape[:2]
-    window = [min(wanted, have) for wanted, have in zip(sliding.window, shape, strict=True)]
-    starts = [
-        [*range(0, have - own, stride), have - own]
-        for have, own, stride in zip(shape, window, sliding.stride, strict=True)
-    ]
+    window, starts = windows(shape, sliding)
     side = max(1, int((BLOCK / classes) ** 0.5))
     blocks = [(top, left) for top in range(0, shape[0], side) for left in range(0, shape[1], side)]
     mask = np.empty(shape, np.uint8)

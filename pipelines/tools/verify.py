@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from pydantic import BaseModel, ValidationError
 
 from pipelines import config, files
 from pipelines.config import EXPORTS, OFFICIAL, ROOT, TEACHER, ConfigError, Params
@@ -31,6 +30,7 @@ from pipelines.runs.confusion import summary
 from pipelines.runs.fingerprint import outdated
 from pipelines.runs.records import RECORD_FILES, Record
 from pipelines.stages import report
+from pipelines.suite import dvc
 from pipelines.tools import readme
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def code_changes(root: Path = ROOT) -> list[str]:
     """Files of code that dvc.lock knows in another version: what they made can still be verified."""
     changed = {
         dep.path
-        for stage in _stages(root).values()
+        for stage in dvc.locked(root).values()
         for dep in stage.deps
         if dep.path.endswith(".py") and _md5(root / dep.path) != dep.md5
     }
@@ -235,7 +235,7 @@ def _planned(path: str, params: Params) -> bool:
 
 def _lock(everything: Sequence[Record], params: Params, root: Path) -> Iterator[str]:
     """Whether dvc.lock has every record, as it is now, made with the parameters that params.yaml has now."""
-    stages = _stages(root)
+    stages = dvc.locked(root)
     if not stages:
         if everything:
             yield "dvc.lock is missing or empty: restore it with git, or run `dvc commit`."
@@ -277,7 +277,7 @@ def _sizes(params: Params, root: Path) -> Iterator[str]:
     name = counts.COUNTS.as_posix()
     for network in counts.missing(params, root):
         yield f"{name} lacks {network}: run {counts.COMMAND}."
-    made = [out for stage in _stages(root).values() for out in stage.outs if out.path == name]
+    made = [out for stage in dvc.locked(root).values() for out in stage.outs if out.path == name]
     if not made or made[0].md5 != _md5(root / counts.COUNTS):
         yield f"{name} is not the file that dvc.lock has: run {counts.COMMAND}."
 
@@ -379,37 +379,6 @@ def _first_difference(found: str, wanted: str) -> str:
             shown = [text[start : start + 60] for text in (left, right)]
             return f"line {number}: has {shown[0]!r} where the records give {shown[1]!r}"
     return f"has {len(have)} lines where the records give {len(want)}"
-
-
-class File(BaseModel):
-    """A file or folder in dvc.lock."""
-
-    path: str
-    md5: str
-
-
-class Stage(BaseModel):
-    """A stage in dvc.lock."""
-
-    deps: list[File] = []
-    outs: list[File] = []
-    params: dict[str, dict[str, Any]] = {}
-
-
-class Lock(BaseModel):
-    """dvc.lock, as far as it is read here."""
-
-    stages: dict[str, Stage] = {}
-
-
-def _stages(root: Path) -> dict[str, Stage]:
-    """The stages of dvc.lock, {} where there is none. ConfigError when it is damaged."""
-    path = root / "dvc.lock"
-    content = config.read_yaml(path) if path.is_file() else None
-    try:
-        return Lock.model_validate(content or {}).stages
-    except ValidationError as error:
-        raise ConfigError(config.explain("", error, path.name) + " Restore it with git.") from None
 
 
 def _look_up(raw: Mapping[str, Any], key: str) -> Any:
