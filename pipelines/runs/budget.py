@@ -98,9 +98,9 @@ def choose(scores: Sequence[float | None], margin: float) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search chose for a method: the middle of its ranges, and whether a weight lies at an end of its
-    range, or is the largest or the smallest that was tried; with the validation mIoU of its trial and of the
-    middle."""
+    """What the search chose for a method: the middle of its ranges, and whether a weight lies at an end of
+    its range, or is the largest or the smallest that was tried; with the validation mIoU of its trial and of
+    the middle."""
 
     middle: bool
     at_end: bool
