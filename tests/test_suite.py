@@ -963,6 +963,31 @@ def test_other_data_is_trained_on_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert suite.ran == {"fetch@streets", "train_teacher@streets"}
 
 
+def test_no_pack_waits_for_a_busy_worker_while_another_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = config.Params.model_validate(tiny(read_params()))
+    cells = plan.suite_cells(params, "streets")[:6]
+    packs = [[cell] for cell in cells]
+
+    def training(_: object, pack: list[Cell]) -> work.Outcome:
+        if pack[0] == cells[0]:
+            until(lambda: len([*tmp_path.iterdir()]) == len(cells) - 1, 60)
+        (tmp_path / pack[0].path.replace("/", "-")).write_text(str(distributed.get_worker().name))
+        return work.Outcome(cells=dict.fromkeys(pack))
+
+    monkeypatch.setattr(work, "train", training)
+    monkeypatch.setattr(plan, "due", lambda *_: plan.Due("data", "teacher", False, cells))
+    monkeypatch.setattr(plan, "cut", lambda *_: packs)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False) as there:
+        with distributed.Client(there) as client:
+            needed = Needs(due={"streets": plan.due(params, "streets")})
+            suite = Suite(client, params, needed, 2, display.Display(), tmp_path)
+            suite.run()
+    first, *others = ((tmp_path / cell.path.replace("/", "-")).read_text() for cell in cells)
+    assert len({*others}) == 1 and first not in others
+
+
 def test_what_is_shown_without_a_terminal(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

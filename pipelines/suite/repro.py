@@ -25,6 +25,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
+import itertools  # noqa: E402
 import logging  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Collection, Iterator  # noqa: E402
@@ -39,6 +40,8 @@ from pipelines.runs.records import Cell, teacher_cell  # noqa: E402
 from pipelines.suite import cluster, dvc, plan, work  # noqa: E402
 
 log = logging.getLogger(__name__)
+
+LOOK = 5  # seconds between two looks for workers that have joined
 
 
 def stage_of(params: Params, cell: Cell) -> str:
@@ -96,6 +99,18 @@ def needs(params: Params, changed: set[str], stages: Collection[str], root: Path
     return found
 
 
+@dataclass(frozen=True)
+class Task:
+    """Something for a worker; ``then`` is called with what came of it, ``last`` goes behind all others."""
+
+    name: str
+    act: Any
+    arguments: tuple[Any, ...]
+    stage: str | None  # of dvc.yaml
+    then: Callable[[work.Outcome], None] | None
+    last: bool
+
+
 class Suite:
     """The head: hands out tasks as what they need is done."""
 
@@ -105,7 +120,9 @@ class Suite:
         self.client, self.params, self.needed, self.jobs = client, params, needed, jobs
         self.display, self.root = display, root
         self.expected = work.identity(str(root))
-        self.waiting: dict[Any, tuple[str, str | None, Callable[[work.Outcome], None] | None]] = {}
+        self.queue: list[Task] = []
+        self.waiting: dict[Any, Task] = {}  # by future: one a worker
+        self.numbers = itertools.count()
         self.failed: list[str] = []
         self.fetching = set(needed.weights)  # before they are there, nothing is trained
         self.held: list[str] = []  # benchmarks whose data is there before the weights
@@ -114,9 +131,6 @@ class Suite:
 
     def run(self) -> None:
         """Do all that is needed; ``failed`` are the sentences of what failed."""
-        from distributed import CancelledError, as_completed
-
-        self.sequence: Any = as_completed(loop=self.client.loop)
         for key in self.needed.weights:
             self._load(key)
         for benchmark in self.params.suite.benchmarks:
@@ -124,48 +138,62 @@ class Suite:
                 self._fetch(benchmark)
             else:
                 self._teach(benchmark)
-        if not self.waiting:
-            self._count()
-        for future in self.sequence:
-            name, stage, then = self.waiting.pop(future)
-            try:
-                outcome = future.result()
-            except CancelledError:  # nobody here cancels
-                raise ConfigError(
-                    "The scheduler of Dask is gone. What is trained is kept: run the same command again."
-                ) from None
-            except Exception as error:  # a worker that died again and again, a function that is not there
-                outcome = work.Outcome(failure=cluster.lost(error))
-            if outcome.failure is not None and not outcome.cells:
-                self._fail(name, outcome.failure)
-            elif not outcome.cells:
-                self.display.say(logging.INFO, f"{name} took {outcome.seconds:.0f} s.")
-            if stage is not None:
-                (self.ran if outcome.failure is None else self.broken).add(stage)
-            if then is not None:
-                then(outcome)
-            if not self.waiting:
-                self._count()
+        while self._hand_out():
+            for future in self._done():
+                self._end(self.waiting.pop(future), future)
 
     def _submit(
         self,
         name: str,
-        task: Any,
+        act: Any,
         *arguments: Any,
         stage: str | None = None,
-        then: Any = None,
-        priority: int = 0,
+        then: Callable[[work.Outcome], None] | None = None,
+        last: bool = False,
     ) -> None:
-        future = self.client.submit(
-            task,
-            self.expected,
-            *arguments,
-            pure=False,
-            key=f"{name}--{len(self.waiting)}-{id(then)}",
-            priority=priority,
-        )
-        self.waiting[future] = (name, stage, then)
-        self.sequence.add(future)
+        self.queue.append(Task(name, act, arguments, stage, then, last))
+        self.queue.sort(key=lambda task: task.last)
+
+    def _hand_out(self) -> bool:
+        """Give each free worker a task, and none to those that are busy: what waited at one of them might not
+        go to another that is free sooner. Whether there is still something to do."""
+        if not (self.queue or self.waiting):
+            self._count()
+        with _there():
+            free = max(0, sum(self.client.nthreads().values()) - len(self.waiting))
+            for task in self.queue[:free]:
+                key = f"{task.name}--{next(self.numbers)}"
+                future = self.client.submit(task.act, self.expected, *task.arguments, pure=False, key=key)
+                self.waiting[future] = task
+        del self.queue[:free]
+        return bool(self.queue or self.waiting)
+
+    def _done(self) -> set[Any]:
+        """What has ended; nothing after a while, so that workers that have joined get something to do."""
+        from distributed import wait
+
+        with _there(), contextlib.suppress(TimeoutError):
+            return set(wait([*self.waiting], LOOK, "FIRST_COMPLETED").done)
+        return set()
+
+    def _end(self, task: Task, future: Any) -> None:
+        from distributed import CancelledError
+
+        with _there():
+            try:
+                outcome = future.result()
+            except CancelledError:
+                raise
+            except Exception as error:  # a worker that died again and again, a function that is not there
+                outcome = work.Outcome(failure=cluster.lost(error))
+        if outcome.failure is not None and not outcome.cells:
+            self._fail(task.name, outcome.failure)
+        elif not outcome.cells:
+            self.display.say(logging.INFO, f"{task.name} took {outcome.seconds:.0f} s.")
+        if task.stage is not None:
+            (self.ran if outcome.failure is None else self.broken).add(task.stage)
+        if task.then is not None:
+            task.then(outcome)
 
     def _fail(self, name: str, why: str) -> None:
         self.failed.append(f"{name}: {why}")
@@ -248,7 +276,7 @@ class Suite:
         """The count of networks: not beside a teacher, which has all cores, and after all packs."""
         if self.needed.count:
             self.needed.count = False
-            self._submit("count of networks", work.count, stage="count", priority=-1)
+            self._submit("count of networks", work.count, stage="count", last=True)
 
     def _took(self, outcome: work.Outcome, pack: list[Cell]) -> None:
         self.ran |= {stage_of(self.params, cell) for cell in pack}
@@ -360,6 +388,19 @@ def run(options: argparse.Namespace, params: Params, needed: Needs, root: Path =
         suite = Suite(client, params, needed, workers, shown, root)
         suite.run()
     return suite
+
+
+@contextlib.contextmanager
+def _there() -> Iterator[None]:
+    """:class:`ConfigError` when the scheduler is not there any more."""
+    from distributed import CancelledError
+
+    try:
+        yield
+    except (CancelledError, OSError):  # nobody here cancels
+        raise ConfigError(
+            "The scheduler of Dask is gone. What is trained is kept: run the same command again."
+        ) from None
 
 
 @contextlib.contextmanager
