@@ -979,11 +979,11 @@ def test_no_pack_waits_for_a_busy_worker_while_another_is_free(
     monkeypatch.setattr(work, "train", training)
     monkeypatch.setattr(plan, "due", lambda *_: plan.Due("data", "teacher", False, cells))
     monkeypatch.setattr(plan, "cut", lambda *_: packs)
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False) as there:
-        with distributed.Client(there) as client:
-            needed = Needs(due={"streets": plan.due(params, "streets")})
-            suite = Suite(client, params, needed, 2, display.Display(), tmp_path)
-            suite.run()
+    usual = {"processes": False, "n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.Client(**usual) as client:
+        needed = Needs(due={"streets": plan.due(params, "streets")})
+        suite = Suite(client, params, needed, 2, display.Display(), tmp_path)
+        suite.run()
     first, *others = ((tmp_path / cell.path.replace("/", "-")).read_text() for cell in cells)
     assert len({*others}) == 1 and first not in others
 

@@ -142,7 +142,7 @@ def running(address: str) -> Iterator[Any]:
     _quiet()
     with dask.config.set({key: value for key, value in SETTINGS.items() if "timeouts" in key}):
         try:
-            client = Client(address, timeout=ANSWER, set_as_default=False)
+            client = Client(address, timeout=ANSWER)
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"No scheduler of Dask answers at {address} ({' '.join(str(error).split())[:150]}): start "
