@@ -931,6 +931,22 @@ def test_a_lost_task_says_why(error: Exception, said: str, place: Path) -> None:
     assert said in (records.failure(NONE, place) or "")
 
 
+def test_a_student_is_exported_where_its_weights_are_or_will_be(copy: Path) -> None:
+    stage = "export@streets-pspnet-resnet18"
+
+    def wanted(changed: set[str]) -> bool:
+        params = config.load(copy / "params.yaml")
+        return needs(params, changed, {stage}, copy).exports == [("streets", "pspnet-resnet18")]
+
+    assert wanted({stage}) and not wanted(set())
+    shutil.rmtree(replace(NONE, method="kd").folder(copy))  # is trained anew
+    assert wanted(set())
+    (NONE.folder(copy) / "weights.safetensors").unlink()  # as in a clone
+    assert not wanted({stage})
+    shutil.rmtree(NONE.folder(copy))
+    assert wanted(set())
+
+
 def test_a_cell_that_was_whole_before_its_pack_was_lost_has_not_failed(copy: Path) -> None:
     params = config.load(copy / "params.yaml")
     suite = Suite(None, params, needs(params, set(), set(), copy), 1, display.Display(), copy)
