@@ -495,9 +495,9 @@ def test_a_row_says_which_seeds_come_from_another_machine(root: Path) -> None:
     ):
         rewrite(cell.folder(root), run | changes)
         write_tables(params, root)
-        conditions = (root / "reports/streets/conditions.md").read_text(encoding="utf-8")
-        assert f"seed 1 (cwd): {table_module.escape_markdown(kind)}" in conditions
-        assert "rows whose status names another machine than that of none" in conditions
+        said = (root / "reports/streets/conditions.md").read_text(encoding="utf-8")
+        assert f"seed 1 (cwd): {table_module.escape_markdown(kind)}" in said
+        assert "seeds of cwd come from another kind of machine than those of none" in said
         [(old, new)] = (
             both for both in zip(before, table(root, "comparison"), strict=True) if both[0] != both[1]
         )

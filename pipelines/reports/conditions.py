@@ -78,10 +78,11 @@ def warnings(results: Results) -> list[str]:
         found.append(
             "seeds ran on different machines: compare times in the CSV within a seed, as the tables do."
         )
-    if results.elsewhere:
+    rows = {*results.methods, *results.variants}
+    if away := list(dict.fromkeys(method for _, method in results.elsewhere if method in rows)):
         found.append(
-            f"rows whose status names another machine than that of {results.reference}: their gains hold a "
-            "difference of rounding, too, which moves a score as another seed of the noise would."
+            f"seeds of {', '.join(map(results.label, away))} come from another kind of machine than those of "
+            f"{results.reference}: their gains hold a difference of rounding, too."
         )
     return found
 

@@ -61,7 +61,7 @@ def block(every: Sequence[Results], params: Params) -> str:
     tuned = params.tuning.methods if results.benchmark == wanted else []
     if left := [results.label(m) for m in tuned if not results.by_seed(student, m)]:
         lines += [f"Not trained yet: {escape_markdown(', '.join(left))}.", ""]
-    single = replace(results, students=[student])
+    single = replace(results, students=[student], variants=[])  # which are not in the table
     lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in conditions.warnings(single)]
     found = tables.comparison(results)
     own = [row for row in found.rows if row[0] == student]
