@@ -330,20 +330,6 @@ def test_the_cost_table_shows_the_record(suite: Path) -> None:
         assert found["onnxruntime_ms"].isna().all() and found["parameters"].notna().any()
 
 
-def test_the_claim_of_unchanged_cost_cites_it(suite: Path) -> None:
-    path = suite / "reports" / "claims.yaml"
-    raw = yaml.safe_load(path.read_text())
-    (own,) = (claim for claim in raw["claims"] if claim.get("kind") == "cost")
-    own["method"] = "kd"
-    path.write_text(yaml.safe_dump(raw))
-    tables(suite)
-    claims = pd.read_csv(suite / "reports" / "claims.csv").set_index("id")
-    assert claims.loc[own["id"], "verdict"] == "reproduced"
-    ratio = exports.timing(exports.read(BENCHMARK, STUDENT, suite) or {}, "kd", "none", "onnxruntime").ratio
-    assert f", {ratio:.2f} (" in claims.loc[own["id"], "reasons"]
-    assert "times its latency with onnxruntime" in claims.loc[own["id"], "reasons"]
-
-
 def reseal(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the record as someone would who knows its seal."""
     record = exports.read(BENCHMARK, STUDENT, root)
