@@ -34,11 +34,13 @@ from pipelines.reports import (
     published,
     ranks,
     readme,
+    spread_table,
     tables,
 )
 from pipelines.reports import table as table_module
 from pipelines.reports.results import COMPUTE, SCORE, Results, gather
 from pipelines.runs import tracking
+from pipelines.runs.budget import Choice
 from pipelines.runs.confusion import summary
 from pipelines.runs.fingerprint import fingerprint, settings
 from pipelines.runs.records import Cell, expected_cells, teacher_cell
@@ -543,6 +545,62 @@ def test_significance_is_said_after_holm_and_whether_it_could_be_reached(done: P
         "0.05 by max-T (smallest possible: 0.0078)"
     )
     assert "sign-flip tests of 3 methods" in (done / "reports/streets/comparison.md").read_text()
+
+
+def test_times_and_memory_are_compared_within_a_seed(root: Path) -> None:
+    """The seeds come from machines of very different speed."""
+    for seed, speed in zip(SEEDS, (1.0, 10.0, 100.0), strict=True):
+        for method, own in (("none", 1.0), ("cwd", 1.5)):
+            folder = Cell("streets", STUDENT, method, seed).folder(root)
+            run = json.loads((folder / "run.json").read_text())
+            seconds = run["seconds"] | {"step_median": own * speed}
+            rewrite(folder, run | {"seconds": seconds, "memory_peak_mb": 100 * own * speed})
+    write_tables(make_params(), root)
+    found = row(root, "cwd", "cost")
+    assert (float(found["step_ratio"]), float(found["memory_ratio"])) == (1.5, 1.5)
+    assert float(found["step_ms"]) == pytest.approx(15_000)
+
+
+def test_whether_short_trials_tell_what_long_trainings_do(done: Path) -> None:
+    results = read(done)
+    order = sorted(("kd", "cwd", "acfd-full", "none-x2"), key=lambda m: results.mean(STUDENT, m) or 0)
+    tuned = results.tuning.model_copy(update={"benchmark": "streets", "student": STUDENT})
+
+    def said(scores: list[float]) -> str:
+        chosen = {m: Choice(True, False, False, s, s) for m, s in zip(order, scores, strict=False)}
+        own = replace(results, tuning=tuned, choices=chosen, trials=dict.fromkeys(chosen, 6))
+        return dict(conditions.facts(own))["tuning"]
+
+    assert "over 4 methods, Spearman's ρ is +1.00 [" in said([1, 2, 3, 4])
+    assert "over 4 methods, Spearman's ρ is -0.80 [" in said([3, 4, 2, 1])
+    assert "Spearman" not in said([1, 2, 3])
+    assert "Spearman" not in dict(conditions.facts(replace(results, choices={})))["tuning"]
+
+
+def test_the_suite_that_made_the_records_is_said(done: Path) -> None:
+    lines = benchmark_table.overview(config.load(), [read(done)]).splitlines()
+    assert lines[-1] == (
+        f"`benchmarks: [streets], students: [{STUDENT}], seeds: [0, 1, 2], controls: [1.5, 2], "
+        "methods: [none, kd, cwd], variants: [full, afd]`."
+    )
+
+
+def test_a_repeat_stands_beside_the_record_of_another_machine(root: Path) -> None:
+    params, cell = make_params(), Cell("streets", STUDENT, "cwd", 1)
+    run = json.loads((cell.folder(root) / "run.json").read_text())
+    repeat = {"weights_sha256": "a", "val_miou": 20.0, "test_miou": 20.0, "training_s": 1.0}
+    entry = {"cell": run["cell"], "config": settings(params, cell), "kernels": []}
+    entry["repeats"] = {mode: [repeat, repeat] for mode in spread_table.MODES}
+    for hardware, modes in (
+        (run["hardware"], ["fast", "strict"]),
+        (run["hardware"] | {"processor": "B"}, ["fast", "strict", "in the tables"]),
+    ):
+        (root / spread_table.FILE).unlink(missing_ok=True)
+        spread_table.add(entry | {"hardware": hardware}, root)
+        found = spread_table.table(params, [read(root)], root)
+        assert [line["mode"] for line in found.data] == modes
+    assert found.data[-1]["test_miou"] == pytest.approx(miou(root, "cwd", 1), abs=1e-6)
+    assert found.data[-1]["device"].startswith("A Processor") and found.data[0]["device"].startswith("B,")
 
 
 def test_comparison_holds_what_the_methods_cost(done: Path) -> None:

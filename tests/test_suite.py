@@ -1004,6 +1004,19 @@ def test_no_pack_waits_for_a_busy_worker_while_another_is_free(
     assert len({*others}) == 1 and first not in others
 
 
+def test_tasks_wait_until_there_is_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them died, say, and are started again."""
+    params = config.Params.model_validate(tiny(read_params()))
+    monkeypatch.setattr(work, "count", lambda _: work.Outcome())
+    with distributed.Client(processes=False, n_workers=1, dashboard_address=None) as client:
+        there, looks = client.nthreads, [{}, {}]
+        monkeypatch.setattr(client, "nthreads", lambda: looks.pop() if looks else there())
+        suite = Suite(client, params, Needs(count=True, due={}), 1, display.Display(), tmp_path)
+        suite._count()
+        suite.run()
+    assert suite.ran == {"count"} and not looks
+
+
 def test_what_is_shown_without_a_terminal(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

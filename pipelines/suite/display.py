@@ -87,9 +87,9 @@ class Display:
         steps = sum(total - self.done.get(cell, 0) for cell, total in self.expected.items())
         return steps * (sum(rates) / len(rates)) / together
 
-    def say(self, level: int, text: str, *values: object) -> None:
+    def say(self, level: int, text: str) -> None:
         with tqdm.external_write_mode(file=sys.stderr):
-            log.log(level, text, *values) if values else log.log(level, "%s", text)
+            log.log(level, "%s", text)
 
     def close(self) -> None:
         for line in (*self.lines.values(), self.bar):

@@ -174,6 +174,9 @@ class Suite:
         """What has ended; nothing after a while, so that workers that have joined get something to do."""
         from distributed import wait
 
+        if not self.waiting:  # no worker is there: those that died come again
+            time.sleep(1)
+            return set()
         with _there(), contextlib.suppress(TimeoutError):
             return set(wait([*self.waiting], LOOK, "FIRST_COMPLETED").done)
         return set()
