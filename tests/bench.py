@@ -125,7 +125,7 @@ def suite(install: bool) -> None:
 def note(what: str, **found: Any) -> None:
     """Put what was measured into the record, beside what is there."""
     found = {name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}
-    journal.add(readme.BENCH, "`make bench`", {"what": what, **found}, itemgetter("what"), ROOT)
+    journal.add(readme.BENCH, "`make bench`", {"what": what, **found}, itemgetter("what", "processor"), ROOT)
 
 
 def packs(pair: str) -> None:

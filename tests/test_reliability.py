@@ -206,7 +206,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half(place: Path, limite
 
 OTHERS = {  # command: how it is called, a limit that it meets, what it makes
     "fetch": ("fetch.fetch(root / 'data', 'streets', params.benchmark('streets'))", 300, "data/streets"),
-    "tune": ("tune.tune(params, root)", 4_000, "reports/streets/tuning.csv"),
+    "tune": ("tune.tune(params, root)", 60, "reports/streets/tuning.csv"),
     "report": ("report.report(params, root)", 300, "reports/streets/comparison.md"),
     "count": ("count.count(params, root)", 300, "runs/networks.json"),
     "export": ("export.check('streets', 'pspnet-resnet18', params, root)", 300, "runs/streets/exports"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 LAYOUT = 1  # of the entries below: raise it when their names change, and every run is mirrored anew
 HISTORY = "history/"  # the metrics that have one value per logged step; all others have one value
 MOST = 50_000  # runs of an answer, of which MLflow gives no more
-BATCH = {"metrics": 1000, "params": 100, "tags": 100}  # the most that one call of log_batch takes
+BATCH = {"metrics": 800, "params": 100, "tags": 100}  # the most that one call of log_batch takes
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,11 @@ def collect(root: Path, records: Mapping[str, Sequence[Record]]) -> dict[str, pd
         client, found = connect(root), {}
         for benchmark, wanted in records.items():
             sync(client, root, benchmark, wanted)
-            if not query(client, benchmark).equals(direct[benchmark]):  # bits have flipped in its file
+            found[benchmark] = query(client, benchmark)
+            if not found[benchmark].equals(direct[benchmark]):  # bits have flipped in its file
                 log.warning("MLflow had other numbers of %s than the records: made anew.", benchmark)
                 sync(client, root, benchmark, wanted, anew=True)
-            found[benchmark] = query(client, benchmark)
+                found[benchmark] = query(client, benchmark)
             if not found[benchmark].equals(direct[benchmark]):
                 raise ValueError(f"it does not give back what was written for {benchmark}")
         return found
@@ -148,9 +150,8 @@ def sync(
     experiment = _experiment(client, root, benchmark)
     wanted = {record.cell.path: record for record in records}
     for run in _runs(client, experiment):
-        tags = run.data.tags
-        record = None if anew else wanted.get(tags["cell"])
-        if record is not None and run.info.status == "FINISHED" and tags.get("record") == digest(record):
+        record = None if anew else wanted.get(run.data.tags["cell"])
+        if record is not None and _holds(run, record):
             del wanted[record.cell.path]
         else:  # changed, no longer expected, a duplicate, or cut off in the middle of an earlier sync
             client.delete_run(run.info.run_id)
@@ -174,7 +175,7 @@ def publish(address: str, records: Iterable[Record]) -> str | None:
             experiment = found.experiment_id if found else client.create_experiment(record.cell.benchmark)
             same = f"tags.fingerprint = '{record.run['fingerprint']}'"
             known = list(client.search_runs([experiment], filter_string=same))
-            current = [run for run in known if run.data.tags.get("record") == digest(record)]
+            current = [run for run in known if _holds(run, record)]
             for run in known:
                 if run not in current[:1]:
                     client.delete_run(run.info.run_id)
@@ -218,10 +219,7 @@ def _write(client: MlflowClient, experiment: str, record: Record) -> None:
             if key != "step" and value is not None
         ]
     params = [Param(key, value) for key, value in item.params.items()]
-    # The digest goes last: a run without it is one that was cut off.
-    tags = [
-        RunTag(key, value) for key, value in sorted(item.tags.items(), key=lambda pair: pair[0] == "record")
-    ]
+    tags = [RunTag(key, value) for key, value in item.tags.items()]
 
     run = client.create_run(
         experiment, start_time=start, tags={"cell": record.cell.path}, run_name=record.cell.path
@@ -229,10 +227,17 @@ def _write(client: MlflowClient, experiment: str, record: Record) -> None:
     run_id = run.info.run_id
     for name in RECORD_FILES:
         client.log_artifact(run_id, str(record.folder / name))
-    for kind, values in (("params", params), ("metrics", points), ("tags", tags)):
-        for first in range(0, len(values), BATCH[kind]):
-            client.log_batch(run_id, **{kind: values[first : first + BATCH[kind]]})
+    values = {"params": params, "metrics": points, "tags": tags}
+    for call in range(max(math.ceil(len(values[kind]) / most) for kind, most in BATCH.items())):
+        client.log_batch(
+            run_id, **{kind: values[kind][call * most : (call + 1) * most] for kind, most in BATCH.items()}
+        )
     client.set_terminated(run_id, "FINISHED", end_time=end)
+
+
+def _holds(run: Run, record: Record) -> bool:
+    """Whether a run is a record's, whole."""
+    return run.info.status == "FINISHED" and run.data.tags.get("record") == digest(record)
 
 
 def _experiment(client: MlflowClient, root: Path, benchmark: str) -> str:

@@ -1,4 +1,4 @@
-"""``make repro``: train what is due, then one commit for DVC, then the report.
+"""``make repro``: train what is due, then the report, then one commit for DVC.
 
 What is due says the fingerprint of each record. The tasks run on a Dask cluster: data, then the teacher, then
 packs of cells, then the exports of students; each benchmark goes on as soon as it can. A cell that fails
@@ -355,14 +355,20 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
         for cell in _unfinished(params, benchmark, root)
     }
     whole = changed - late - broken - {"report"}
-    with _timed("the commit to DVC"):
-        pipeline.commit(name for name in pipeline.stages if name in whole)
+    trouble = None
     if needed.any or "report" in changed or not (root / "reports").is_dir():
         from pipelines.stages import report
 
-        with _timed("the report"):
-            report.report(params, root)
-        pipeline.commit(["report"])
+        try:
+            with _timed("the report"):
+                report.report(params, root)
+            whole.add("report")
+        except Exception as error:  # takes nothing from the commit
+            trouble = error
+    with _timed("the commit to DVC"):
+        pipeline.commit(name for name in pipeline.stages if name in whole)
+    if trouble is not None:
+        raise trouble
     return failed
 
 
