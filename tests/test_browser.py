@@ -109,7 +109,7 @@ def test_a_method_opens_by_mouse_and_by_keyboard(opened: Any) -> None:
     for part in (
         "Shu et al.",
         "tau² / (N * C)",
-        "Differences from the authors' code",
+        "Differences from published code",
         "weight: ",
         "Every seed",
     ):

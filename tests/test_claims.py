@@ -213,13 +213,13 @@ def test_a_claim_is_reproduced_when_the_interval_reaches_it(tmp_path: Path) -> N
             [-2.0, 3.0, 2.0, 5.0],
             68.0,
             "not reproduced",
-            "not decided with n = 4: -2.68 to +6.68 holds 0 and the claim",
+            "not decided with n = 4: -2.68 to +6.68 contains 0 and the claim",
         ),
         (
             [-2.0, 3.0, 2.0, 5.0],
             73.0,
             "not reproduced",
-            "the interval holds 0 and not the claim: -2.68 to +6.68",
+            "the interval contains 0 and not the claim: -2.68 to +6.68",
         ),
         (
             [-g for g in AROUND],
@@ -477,7 +477,7 @@ def test_a_gain_that_hangs_on_the_test_images_is_not_decided(tmp_path: Path) -> 
     found = results({"kd": AROUND})
     assert judge(tmp_path, found).word == "reproduced"
     verdict = judge(tmp_path, on_images(found, spread=5.0))
-    assert verdict.word == "not reproduced" and "the interval over images holds 0" in verdict.reasons[0]
+    assert verdict.word == "not reproduced" and "the interval over images contains 0" in verdict.reasons[0]
     found.__dict__["bootstraps"] = {}  # of a handful of images
     verdict = judge(tmp_path, found)
     assert verdict.word == "not reproduced" and "there is none over images" in verdict.reasons[0]
@@ -503,7 +503,7 @@ def test_an_order_is_set_beside_that_of_a_published_table(tmp_path: Path) -> Non
     assert order.rho == pytest.approx(rho)
     assert order.interval.low == pytest.approx(np.tanh(np.arctanh(rho) - half), abs=1e-6)
     assert order.interval.high == pytest.approx(np.tanh(np.arctanh(rho) + half), abs=1e-6)
-    assert "Beside 1 published table of" in orders.sentence([order])
+    assert "Against 1 published table of" in orders.sentence([order])
     assert orders.orders(found, [results({m: [1.0] * 4 for m in methods[:4]})]) == []
     assert orders.sentence([]) == ""
 
@@ -527,7 +527,7 @@ def test_sentences_count_the_verdicts_and_name_what_is_seen(
         "stated; the column why gives the reason."
     )
     assert claims.sentences(found, claims.judge_all(found, every, params), every, params) == [
-        "Of 5 published results of the methods of this suite (5 of them state a gain): 1 reproduced, "
+        "Of 5 published accuracies of the methods of this suite (5 of them state a gain): 1 reproduced, "
         "2 not reproduced, 2 not comparable, 0 not run. " + reason,
         "acfd's +5.79 (unit not stated) can be neither confirmed nor refuted here (data set not stated; unit "
         "of the gain not stated). The suite's reading of acfd gains +1.00 (n = 1) on roads, small.",
@@ -548,7 +548,7 @@ def test_sentences_count_the_verdicts_and_name_what_is_seen(
         "cases (method, benchmark, student) with several seeds, at equal steps; claims.md lists them."
     ]
     assert claims.sentences(found, claims.judge_all(found, [], params), [], params) == [
-        "Of 5 published results of the methods of this suite (5 of them state a gain): 0 reproduced, "
+        "Of 5 published accuracies of the methods of this suite (5 of them state a gain): 0 reproduced, "
         "0 not reproduced, 2 not comparable, 3 not run. " + reason,
         "acfd's +5.79 (unit not stated) can be neither confirmed nor refuted here (data set not stated; unit "
         "of the gain not stated).",

@@ -49,11 +49,9 @@ def test_the_answer_follows_from_the_table(done: Path) -> None:
     text = " ".join(others)
     rest = [name for name in rows if name not in better]
     assert first.endswith(f", {len(rest)} not clearly different." if rest else "worse.")
-    assert (
-        (f"trained longer, better: {listed(equal)}" in text)
-        if equal
-        else "no method is clearly better" in text
-    )
+    are = "is" if len(equal) < 2 else "are"
+    longer = f"trained longer, {len(equal) or 'none'} of 3 {are} clearly better{': ' * bool(equal)}"
+    assert longer + listed(equal) in text
     assert f"{float(rows[order[0]]['diff_mean']):+.2f} points of test mIoU ({order[0]})" in text
     assert "with 3 seeds the width of an interval is itself a matter of chance" in text
     assert "no method could pass a test at 5 % (smallest possible p: 0.25; one test needs 6 seeds, 3 " in text

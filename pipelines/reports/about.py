@@ -46,9 +46,15 @@ def about(method: str, params: Params) -> dict[str, Any]:
         "formula": _block(formula),
         "paper": marked(paper),
         "symbols": marked(symbols[:1].upper() + symbols[1:]),
-        "differences": [marked(part) for part in differences],
+        "differences": [marked(_differs(part)) for part in differences],
         "rest": Markup("").join(_block(part) for part in parts[1:] if part not in shown),
     }
+
+
+def _differs(text: str) -> str:
+    """A paragraph of differences without the words that stand in its heading."""
+    text = re.sub(r"^Differences from (?:the\s+authors'\s+code:\s+)?", "", text)
+    return text[:1].upper() + text[1:]
 
 
 def marked(text: str) -> Markup:

@@ -1,9 +1,9 @@
-"""Does distillation help? The answer for a student, computed: sentences for the page, a paragraph for the
-README."""
+"""Does distillation help? The answer for a student, computed: sentences for the page, and shorter ones
+for the README."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipelines.reports import conditions, statistics
 from pipelines.reports.results import COMPLETE, FEWEST, SCORE, Gain, Results, Standing
@@ -55,6 +55,7 @@ def sentences(results: Results, student: str) -> list[str]:
         first = f"At equal steps, {listed([*known])} is {word} than the student alone."
     found = [
         first,
+        _at_equal_compute(known, equal, behind, results),
         f"How sure: clearly means that two 95 % intervals of the gain exclude 0, one over {seeds} seeds, one "
         f"over {results.images} test images, which is too narrow where these are frames of the same videos.",
     ]
@@ -77,20 +78,26 @@ def sentences(results: Results, student: str) -> list[str]:
         found.append(f"Worse than the student alone, with the loss weights used here: {listed(worse)}.")
     if single:
         found.append(f"Not known, with one seed each: {listed(single)}.")
-    if any(s.equal.paired.n > 1 for s in known.values()):
-        lost = [m for m in known if known[m].equal.paired.n < 2]
-        found.append(
-            "At equal training compute, against the student alone trained longer, "
-            + (f"better: {listed(equal)}" if equal else "no method is clearly better")
-            + (f"; worse: {listed(behind)}." if behind else ".")
-            + (f" Not known for {listed(lost)}." if lost else "")
-        )
-    else:
-        found.append(
+    return [*found, *longer, highest, *schedule]
+
+
+def _at_equal_compute(
+    known: Mapping[str, Standing], better: Sequence[str], worse: Sequence[str], results: Results
+) -> str:
+    """The verdicts against the student alone, trained longer."""
+    decided = [m for m, s in known.items() if s.equal.paired.n > 1]
+    if not decided:
+        return (
             "At equal training compute: not known, because the student alone has not been trained longer "
             "with two seeds or more."
         )
-    return [*found, *longer, highest, *schedule]
+    names = named([results.label(m) for m in better])
+    lost = named([results.label(m) for m in known if m not in decided])
+    return (
+        f"At equal training compute, against the student alone trained longer, {len(better) or 'none'} of "
+        f"{len(decided)} {'is' if len(better) < 2 else 'are'} clearly better{': ' * bool(names)}{names}; "
+        f"{len(worse) or 'none'} clearly worse.{f' Not known for {lost}.' * bool(lost)}"
+    )
 
 
 def _longer(results: Results, student: str, methods: Sequence[str]) -> list[str]:
@@ -108,11 +115,10 @@ def _longer(results: Results, student: str, methods: Sequence[str]) -> list[str]
     return [f"The student alone scores {plain:.2f}; trained for {named(parts)}, by the means.{end}"]
 
 
-def paragraph(results: Results, student: str, brief: bool = False) -> str:
-    """Whether distillation helps on one benchmark and student, how sure that is, and whether all has run;
-    ``brief``: without the words that the answer for another student has explained."""
-    standings, reference = results.standings(student, results.methods), results.reference
-    tested = {m: standings[m] for m in results.tested(results.methods) if standings[m].gain.paired.n}
+def outcome(results: Results, student: str) -> str:
+    """Whether distillation helps on one benchmark and student, in one or two sentences, and whether all has
+    run."""
+    tested, reference = _tested(results, student), results.reference
     place = f"{results.benchmark} with {student}"
     rows = results.rows(student)
     lacking = sum(not results.status(student, m).startswith(COMPLETE) for m in rows)
@@ -120,39 +126,54 @@ def paragraph(results: Results, student: str, brief: bool = False) -> str:
     if not tested:
         return f"On {place}, no method has finished beside {reference} yet.{rest}"
     best = max(tested, key=lambda m: results.mean(student, m) or 0.0)
-    gain, schedule = tested[best].gain, conditions.schedule(results, student)
+    gain = tested[best].gain
     if all(s.gain.paired.n == 1 for s in tested.values()):
         return (
             f"Not known yet. On {place}, {len(tested)} method{'s have' if len(tested) > 1 else ' has'} been "
             "trained with one seed, and one seed cannot say how far another would move a score. The largest "
-            f"gain is that of {results.label(best)}, {gain.paired.mean:+.2f}. {schedule}{rest}"
+            f"gain is that of {results.label(best)}, {gain.paired.mean:+.2f}.{rest}"
         )
     seeds = " or ".join(str(n) for n in sorted({s.gain.paired.n for s in tested.values()}))
     verdicts = [s.gain.verdict for s in tested.values()]
     equal = [s.equal.verdict for s in tested.values() if s.equal.verdict]
     better, worse = verdicts.count("gain"), verdicts.count("loss")
     ahead, behind = equal.count("gain"), equal.count("loss")
-    least = statistics.smallest_p(max(s.gain.paired.n for s in tested.values()))
-    joint = sum(_above(stand) for stand in tested.values())
-    outcome = (
+    return (
         f"On {place} ({seeds} seeds), {better} of {len(tested)} methods {_are(better)} better than the "
         f"student trained alone for the same steps and {worse} {_are(worse)} worse; at the same compute "
         f"{ahead} of {len(equal)} {_are(ahead)} better and {behind} worse. The highest mean is that of "
-        f"{results.label(best)}, {_gain(gain)}."
+        f"{results.label(best)}, {_gain(gain)}.{rest}"
     )
-    if brief:
-        return f"{outcome} {schedule}{rest}"
-    sure = (
-        f"{joint} {_are(joint)} better by the max-T test, which has that correction."
-        if least <= conditions.ALPHA
-        else f"Exploratory: with so few seeds no test could reach p < {conditions.ALPHA:g} "
-        f"(smallest possible: {least:.2g})."
-    )
-    return (
-        f"{outcome} Better and worse mean that two 95 % intervals exclude 0, one over seeds and one over "
-        f"test images, without correction for testing {len(tested)} methods. {sure} {schedule} A gain after "
-        f"so few steps may be faster learning, not a better end.{rest}"
-    )
+
+
+def caveats(results: Results, students: Sequence[str]) -> str:
+    """How sure the outcomes for ``students`` are, and after what training."""
+    found = []
+    for student in students:
+        tested = _tested(results, student)
+        if not any(s.gain.paired.n > 1 for s in tested.values()):
+            continue
+        least = statistics.smallest_p(max(s.gain.paired.n for s in tested.values()))
+        joint = sum(_above(stand) for stand in tested.values())
+        found.append(
+            f"With {student}, {joint} of {len(tested)} {_are(joint)} better by the max-T test, which "
+            "corrects for testing them all."
+            if least <= conditions.ALPHA
+            else f"With {student} this is exploratory: with so few seeds no test could reach "
+            f"p < {conditions.ALPHA:g} (smallest possible: {least:.2g})."
+        )
+    if found:
+        meaning = "Better and worse mean that two 95 % intervals exclude 0, one over seeds and one over test "
+        found.insert(0, meaning + "images, without correction for the number of methods.")
+    if schedules := [text for student in students if (text := conditions.schedule(results, student))]:
+        found += [*schedules, "A gain after so few steps may mean faster learning, not a better final score."]
+    return " ".join(found)
+
+
+def _tested(results: Results, student: str) -> dict[str, Standing]:
+    """The methods that have a gain over the student alone."""
+    standings = results.standings(student, results.methods)
+    return {m: standings[m] for m in results.tested(results.methods) if standings[m].gain.paired.n}
 
 
 def _above(stand: Standing) -> bool:

@@ -275,7 +275,7 @@ def sentences(
     words, stated = [verdicts[c.id].word for c in gains], sum(c.claimed is not None for c in gains)
     counts = [f"{words.count(word)} {word}" for word in VERDICTS]
     found = [
-        f"Of {len(words)} published results of the methods of this suite ({stated} of them state a gain): "
+        f"Of {len(words)} published accuracies of the methods of this suite ({stated} of them state a gain): "
         f'{", ".join(counts)}. "{NOT_COMPARABLE}" says that the published setting differs from every '
         "benchmark here or is not fully stated; the column why gives the reason."
     ]
@@ -337,8 +337,11 @@ def write(claims: Claims, every: Sequence[Results], params: Params, folder: Path
     lines = [
         "# Published against measured",
         "",
-        escape_markdown(" ".join(sentences(claims, verdicts, every, params))),
-        "",
+        *(
+            line
+            for text in sentences(claims, verdicts, every, params)
+            for line in (escape_markdown(text), "")
+        ),
         "## Does the direction hold?",
         "",
         *_markdown(outline),
@@ -397,13 +400,15 @@ def _outcome(measured: Measured, claimed: float) -> tuple[str, str]:
     text = f"{interval.low:+.2f} to {interval.high:+.2f}"
     if interval.excludes_zero and measured.direction == UNDECIDED:
         images = (
-            "the interval over images holds 0" if measured.gain.over_images else "there is none over images"
+            "the interval over images contains 0"
+            if measured.gain.over_images
+            else "there is none over images"
         )
         return NOT_REPRODUCED, f"not decided: {text} over seeds, but {images}"
     if not interval.excludes_zero:
         if interval.contains(claimed):
-            return NOT_REPRODUCED, f"not decided with n = {measured.n}: {text} holds 0 and the claim"
-        return NOT_REPRODUCED, f"the interval holds 0 and not the claim: {text}"
+            return NOT_REPRODUCED, f"not decided with n = {measured.n}: {text} contains 0 and the claim"
+        return NOT_REPRODUCED, f"the interval contains 0 and not the claim: {text}"
     low, high, wanted = interval.low, interval.high, claimed
     if claimed < 0:  # a claimed loss: the same rule, mirrored
         low, high, wanted = -interval.high, -interval.low, -claimed

@@ -17,8 +17,8 @@ LEAD = 3.0  # mIoU by which a teacher has to beat the student alone before a com
 ALPHA = 0.05  # of a test
 
 
-def warnings(results: Results) -> list[str]:
-    """What a reader has to know before believing a table of this benchmark."""
+def warnings(results: Results, times: bool = True) -> list[str]:
+    """What a reader has to know before believing a table of this benchmark, which may show ``times``."""
     found = []
     for student in results.students:
         lead = results.lead(student)
@@ -74,10 +74,8 @@ def warnings(results: Results) -> list[str]:
             f"{', '.join(others)}: not tuned, while the others had {max(results.trials.values())} trials; "
             "put it into tuning.methods and run `make tune`."
         )
-    if len({kind for kinds in results.machines.values() for kind in kinds}) > 1:
-        found.append(
-            "seeds ran on different machines: compare times in the CSV within a seed, as the tables do."
-        )
+    if times and len({kind for kinds in results.machines.values() for kind in kinds}) > 1:
+        found.append("seeds ran on different machines: compare times only within a seed, as the tables do.")
     rows = {*results.methods, *results.variants}
     if away := list(dict.fromkeys(method for _, method in results.elsewhere if method in rows)):
         found.append(
@@ -191,11 +189,17 @@ def _training(results: Results) -> str:
     return " ".join(parts).strip() or "unknown"
 
 
-def tuning(results: Results) -> str:
+def trials(results: Results) -> str:
     if not results.trials:
-        return "no method was tuned."
+        return "no method was tuned"
     how = results.tuning
-    text = f"{max(results.trials.values())} trials of {how.steps} steps for every method, on {how.student}"
+    return f"{max(results.trials.values())} trials of {how.steps} steps for every method, on {how.student}"
+
+
+def tuning(results: Results) -> str:
+    text, how = trials(results), results.tuning
+    if not results.trials:
+        return f"{text}."
     text += "".join(f"; {results.label(m)}: {n} different ones" for m, n in results.different.items())
     middle = sum(choice.middle for choice in results.choices.values())
     text += (
@@ -250,10 +254,14 @@ def exported(results: Results) -> list[str]:
     """How the latencies of each student were measured."""
     return [
         f"{student}: seed {record['seed']}, {record['rounds']} rounds, "
-        f"{'×'.join(map(str, record['input']))} pixels, {record['hardware']['threads']} threads of "
+        f"{'×'.join(map(str, record['input']))} pixels, {_threads(record['hardware']['threads'])} of "
         f"{record['hardware']['processor']}, onnxruntime {record['versions']['onnxruntime']}"
         for student, record in results.exports.items()
     ]
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' * (number > 1)}"
 
 
 def power(n: int) -> str:

@@ -29,7 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from pipelines.config import OFFICIAL, metric_name
 from pipelines.reports import statistics
-from pipelines.reports.looks import looks
+from pipelines.reports.looks import Look, looks
 from pipelines.reports.ranks import Ranks
 from pipelines.reports.results import COMPUTE, SCORE, Results, label
 from pipelines.runs.tracking import digest
@@ -60,7 +60,7 @@ def write(results: Results, folder: Path) -> None:
 def write_ranks(found: Ranks, every: Sequence[Results], folder: Path) -> None:
     """Draw the critical-difference diagram of all benchmarks and students."""
     with plt.rc_context(STYLE):
-        _save(critical_difference(found), folder / "ranks.png", source(every))
+        _save(critical_difference(found, looks(every[0])), folder / "ranks.png", source(every))
 
 
 def source(every: Sequence[Results]) -> str:
@@ -196,7 +196,7 @@ def compute(results: Results) -> Figure:
     return figure
 
 
-def critical_difference(found: Ranks) -> Figure:
+def critical_difference(found: Ranks, look: Mapping[str, Look]) -> Figure:
     """Mean ranks, the best first, one line a method; a bar joins methods that are not told apart."""
     methods, last = list(found.ranks), len(found.ranks)
     height = 0.27 * last + 1.3
@@ -204,7 +204,7 @@ def critical_difference(found: Ranks) -> Figure:
     for y, method in enumerate(methods):
         rank = found.ranks[method]
         axis.hlines(y, 1, rank, color="0.85", linewidth=1, zorder=1)
-        axis.scatter(rank, y, s=40, color="0.25", zorder=3)
+        axis.scatter(rank, y, s=40, color=look[method].colour, marker=look[method].marker, zorder=3)
     for level, group in enumerate(found.cliques):
         places = [methods.index(method) for method in group]
         x = last + 0.6 + 0.35 * level
@@ -213,7 +213,7 @@ def critical_difference(found: Ranks) -> Figure:
     axis.set_ylim(last - 0.4, -0.6)
     axis.set_xlim(0.5, last + 1 + 0.35 * len(found.cliques))
     axis.set_xlabel(f"mean rank over {len(found.blocks)} blocks (1 is the best)")
-    axis.set_title(f"Critical difference {found.critical_difference:.1f} (Nemenyi, 5 %)")
+    axis.set_title("Place among the methods; a bar joins those that are not told apart")
     return figure
 
 

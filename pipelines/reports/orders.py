@@ -106,13 +106,13 @@ def sentence(found: Sequence[Order]) -> str:
     agree = sum(order.interval.low > 0 for order in found)
     against = sum(order.interval.high < 0 for order in found)
     return (
-        f"Does the order of the methods hold? Beside {len(found)} published table{'s' * (len(found) > 1)} of "
-        f"{FEWEST} methods or more, Spearman's rank correlation with the means here lies between {low:+.2f} "
-        f"and {high:+.2f}; "
+        f"Does the order of the methods hold? Against {len(found)} published table{'s' * (len(found) > 1)} "
+        f"of {FEWEST} methods or more, Spearman's rank correlation with the means here lies between "
+        f"{low:+.2f} and {high:+.2f}; "
         + (
             f"its 95 % interval lies above 0 in {agree} and below 0 in {against} of them."
             if agree or against
-            else "each 95 % interval holds 0: with so few methods a table says little either way."
+            else "every 95 % interval contains 0: with so few methods a table says little either way."
         )
     )
 

@@ -152,6 +152,7 @@ def _board(
         "rows": rows,
         "families": list(dict.fromkeys(r["family"] for r in rows)),
         "students": results.students,
+        "first": params.tuning.student,  # the others are behind the filter
         "axes": {"scores": Markup(svg.axis(scores)), "gains": Markup(svg.axis(gains))},
     }
 

@@ -57,17 +57,19 @@ def block(every: Sequence[Results], params: Params) -> str:
     students = results.students
     student = params.tuning.student if params.tuning.student in students else students[0]
     folder = f"reports/{results.benchmark}"
-    lines = [escape_markdown(answer.paragraph(results, student)), ""]
+    ordered = [student, *(name for name in students if name != student)]
+    outcomes = [escape_markdown(answer.outcome(results, name)) for name in ordered]
+    lines = [*(f"- {text}" for text in outcomes), ""] if len(outcomes) > 1 else [*outcomes, ""]
     tuned = params.tuning.methods if results.benchmark == wanted else []
     if left := [results.label(m) for m in tuned if not results.by_seed(student, m)]:
         lines += [f"Not trained yet: {escape_markdown(', '.join(left))}.", ""]
-    single = replace(results, students=[student], variants=[])  # which are not in the table
-    lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in conditions.warnings(single)]
+    shown = replace(results, variants=[])
+    lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in conditions.warnings(shown, times=False)]
     found = tables.comparison(results)
     own = [row for row in found.rows if row[0] == student]
-    shown = _chosen(results, student)
+    chosen = _chosen(results, student)
     kept = [i for i, name in enumerate(found.columns) if name != "student"]
-    order = {results.label(method): place for place, method in enumerate(shown)}
+    order = {results.label(method): place for place, method in enumerate(chosen)}
     rows = sorted((row for row in own if row[1] in order), key=lambda row: order[row[1]])
     head, *rows = ([line[i] for i in kept] for line in (found.columns, *rows))
     lines += markdown(head, rows, [found.right[i] for i in kept])
@@ -85,8 +87,8 @@ def block(every: Sequence[Results], params: Params) -> str:
         f"*Mean gain against the FLOPs of the training, both relative to {results.reference}; dotted: the "
         "student alone, trained longer.*",
     ]
-    for other in (name for name in students if name != student):
-        lines += ["", escape_markdown(answer.paragraph(results, other, brief=True))]
+    if text := answer.caveats(results, ordered):
+        lines += ["", escape_markdown(text)]
     if (ROOT / published.FILE).is_file():
         known = published.load()
         said = (claims.paper(known, every, params), orders.sentence(orders.orders(known, every)))

@@ -269,7 +269,8 @@ class Results:
         parts = [f"{len(done & planned)} of {len(planned)}"] if why else [COMPLETE]
         parts += [f"seed {seed}: {why[seed]}" for seed in sorted(why)]
         if away := self.elsewhere.get((student, method)):
-            parts.append(f"seed {', '.join(map(str, away))}: another machine than {self.reference}")
+            named = f"seed{'s' * (len(away) > 1)} {', '.join(map(str, away))}"
+            parts.append(f"{named} on another kind of machine than {self.reference}")
         return "; ".join(parts)
 
     @cached_property

@@ -178,7 +178,9 @@ def _deployed_note(results: Results) -> str:
 
 
 def _trials_note(results: Results) -> str:
-    return f"A step: teacher and method included. Tuning: {conditions.tuning(results)}"
+    return (
+        f"A step: teacher and method included. Tuning: {conditions.trials(results)}; more in conditions.md."
+    )
 
 
 def _score_columns(results: Results) -> list[str]:

@@ -7,10 +7,12 @@ for (const table of document.querySelectorAll("table.sortable")) {
     columnDefs: [{ targets: "more", visible: false }],
   });
   const bar = document.querySelector(`[data-bar="${table.id}"]`);
+  const pick = ({ name, value }) => api.column(`.${name}`).search(value, { exact: value !== "" }).draw();
+  for (const select of bar.querySelectorAll("select")) if (select.value) pick(select);
   bar.hidden = false;
   bar.addEventListener("input", ({ target }) => {
     if (target.type === "checkbox") api.columns(".more").visible(target.checked);
     else if (target.type === "search") api.search(target.value).draw();
-    else api.column(`.${target.name}`).search(target.value, { exact: target.value !== "" }).draw();
+    else pick(target);
   });
 }
