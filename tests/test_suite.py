@@ -749,7 +749,17 @@ def test_packs_are_cut_by_the_seconds_that_steps_took(tmp_path: Path) -> None:
             other = replace(cell, seed=3)
             records.write(other.folder(tmp_path), run, dict.fromkeys(records.RECORD_FILES[:3], b"{}"))
     (replace(cells[6], seed=3).folder(tmp_path) / "metrics.json").write_bytes(b"{ }")
-    assert [len(own) for own in plan.cut(cells, params, 2, tmp_path)] == [2, 6]
+    assert [len(own) for own in plan.cut(cells, params, 2, tmp_path)] == [7, 1]
+
+
+def test_a_long_control_leaves_no_worker_idle(tmp_path: Path) -> None:
+    params = suite_of(methods=4, seeds=1, pack=8, controls=[1.5, 2, 3])
+    cells = plan.suite_cells(params, "streets")
+    loads = [
+        sum(params.schedule("streets", c.method).steps for c in p)
+        for p in plan.cut(cells, params, 2, tmp_path)
+    ]
+    assert len(loads) == 2 and max(loads) <= 1.15 * sum(loads) / 2
 
 
 def test_what_is_due(place: Path) -> None:

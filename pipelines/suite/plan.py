@@ -90,7 +90,8 @@ def restore_teachers(params: Params, root: Path = ROOT) -> None:
 
 def cut(cells: Sequence[Cell], params: Params, workers: int, root: Path = ROOT) -> list[list[Cell]]:
     """Cut cells into packs of one seed and at most ``suite.pack`` trainees, so that ``workers`` are busy to
-    the end: equal parts of the whole work, cut between cells and between seeds.
+    the end: equal parts of the whole work, cut between cells and between seeds. Of a seed the longest cells
+    come first: the shorter the cells at a cut, the more equal are the parts.
 
     The work of a cell is its number of steps, times the seconds that a step of its method took with another
     seed where that is on record. Every cut costs one more pass of the teacher.
@@ -105,6 +106,8 @@ def cut(cells: Sequence[Cell], params: Params, workers: int, root: Path = ROOT) 
     }
     rounds = -(-len(cells) // (workers * params.suite.pack))
     parts = workers * rounds
+    blocks = list(dict.fromkeys((cell.benchmark, cell.seed) for cell in cells))
+    cells = sorted(cells, key=lambda cell: (blocks.index((cell.benchmark, cell.seed)), -work[cell]))
     share = sum(work.values()) / parts
     packs: list[list[Cell]] = []
     spent, key = 0.0, None
