@@ -218,8 +218,9 @@ def critical_difference(found: Ranks, look: Mapping[str, Look]) -> Figure:
 
 
 def sentence(name: str, results: Results) -> str:
-    """What there is to see in a figure, from the same numbers."""
-    return " ".join(_SENTENCES[name](results, student) for student in results.students)
+    """What there is to see in a figure, from the same numbers, and how to read it."""
+    seen = [_SENTENCES[name](results, student) for student in results.students]
+    return " ".join([*seen, _READ[name].format(results.reference)])
 
 
 def _say_scores(results: Results, student: str) -> str:
@@ -231,13 +232,12 @@ def _say_scores(results: Results, student: str) -> str:
     clear = [m for m, own in tested.items() if min(own.values()) > max(alone.values())]
     if len(alone) == 1:
         return (
-            f"{student}: {len(above)} of {len(tested)} methods score above {results.reference} (dotted line) "
-            "with the one seed that there is."
+            f"{student}: {len(above)} of {len(tested)} methods score above {results.reference} with the one "
+            "seed that there is."
         )
     return (
-        f"{student}: {len(above)} of {len(tested)} methods have a higher mean than {results.reference} "
-        f"(dotted line); for {len(clear)} of them, every seed is above every seed of {results.reference}. A "
-        "point is a seed, a bar the mean."
+        f"{student}: {len(above)} of {len(tested)} methods have a higher mean than {results.reference}; for "
+        f"{len(clear)} of them, every seed is above every seed of {results.reference}."
     )
 
 
@@ -253,8 +253,7 @@ def _say_compute(results: Results, student: str) -> str:
     outside = ", ".join(results.label(m) for m in rivals if m not in inside)
     return (
         f"{student}: by the mean, {len(over)} of {len(inside)} methods {'lies' if len(over) == 1 else 'lie'} "
-        "above the dotted curve, which is the student alone trained longer; below it, longer training gains "
-        "more than the method." + f" Beyond the ends of the curve: {outside}." * bool(outside)
+        "above the dotted curve." + f" Beyond its ends: {outside}." * bool(outside)
     )
 
 
@@ -273,7 +272,7 @@ def _say_classes(results: Results, student: str) -> str:
         value = found[name, method]
         if (value > 0) == (pick is max):
             parts.append(f"{word} {value:+.1f} ({results.label(method)} on {name})")
-    return f"{student}: {'; '.join(parts)}. Blue is better than {results.reference}, red worse."
+    return f"{student}: {'; '.join(parts)}."
 
 
 def _average(values: Mapping[int, float]) -> float:
@@ -371,3 +370,8 @@ def pixels(image: Image.Image) -> str:
 
 NAMES = {draw.__name__: draw for draw in (scores, compute, per_class)}
 _SENTENCES = {"scores": _say_scores, "compute": _say_compute, "per_class": _say_classes}
+_READ = {
+    "scores": "A point is a seed, a bar the mean, the dotted line the mean of {}.",
+    "compute": "The dotted curve is {} trained longer; below it, longer training gains more than the method.",
+    "per_class": "Blue is better than {}, red worse.",
+}

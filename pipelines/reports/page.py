@@ -223,10 +223,11 @@ def _curve(results: Results, student: str, method: str) -> Markup:
     return Markup(svg.curves(lines, label))
 
 
-def _ranks(found: Ranks | None, root: Path) -> dict[str, str] | None:
+def _ranks(found: Ranks | None, root: Path) -> dict[str, Any] | None:
     if found is None:
         return None
-    return {"picture": _picture(root / "reports" / "ranks.png"), "sentence": ranks.sentence(found)}
+    picture = _picture(root / "reports" / "ranks.png")
+    return {"picture": picture, "sentence": ranks.sentence(found), "warnings": ranks.warnings(found)}
 
 
 def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, Any] | None:
