@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from pipelines import config
+from pipelines.config import ROOT
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.browser,
@@ -99,6 +102,18 @@ def test_heads_sort_and_filters_choose_rows(opened: Any) -> None:
     every = verdicts.count()
     opened.get_by_role("combobox", name="Data set").select_option("camvid")
     assert 0 < verdicts.count() < every
+
+
+def test_the_leaderboard_opens_with_the_tuned_student(browser: Any) -> None:
+    """On the committed page, which has two students."""
+    page = browser.new_page()
+    page.goto(f"file://{ROOT}/reports/index.html")
+    board, params = page.locator("#board-camvid-half tbody tr"), config.load()
+    tuned, every = board.filter(has_text=params.tuning.student), board.count()
+    assert every == tuned.count() > len(params.methods)
+    page.locator("[data-bar=board-camvid-half]").get_by_role("combobox", name="Student").select_option("")
+    assert board.count() > every == tuned.count()
+    page.close()
 
 
 def test_a_method_opens_by_mouse_and_by_keyboard(opened: Any) -> None:

@@ -39,7 +39,7 @@ def test_the_answer_follows_from_the_table(done: Path) -> None:
         return sorted(found, key=lambda name: -float(rows[name][mean]))
 
     def listed(names: list[str]) -> str:
-        return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+        return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
     first, *others = answer.sentences(read(done), STUDENT)
     better, equal = apart(""), apart("equal_")

@@ -66,8 +66,10 @@ from pipelines.engine.machine import cores
 from pipelines.reports.results import label
 from pipelines.runs import records
 from pipelines.runs.records import Cell, teacher_cell
+from pipelines.stages import report
 from pipelines.suite import cluster, display, plan, work
 from pipelines.suite import dvc as pipeline
+from pipelines.suite import repro as head
 from pipelines.suite.repro import Needs, Suite, main, needs, run, stage_of
 from pipelines.tools import keep
 
@@ -939,6 +941,21 @@ def test_a_lost_task_says_why(error: Exception, said: str, place: Path) -> None:
     suite = Suite(None, params, needs(params, set(), set(), place), 1, display.Display(), place)
     suite._took(work.Outcome(failure=cluster.lost(error)), [NONE])
     assert said in (records.failure(NONE, place) or "")
+
+
+def test_a_report_that_fails_takes_nothing_from_the_commit(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes before the commit, which is made all the same; the report itself is still to be made."""
+    (copy / "dvc.lock").unlink()
+    monkeypatch.setattr(head, "needs", lambda *_: Needs())
+    monkeypatch.setattr(report, "report", lambda *_: 1 / 0)
+    monkeypatch.chdir(copy)
+    with pytest.raises(ZeroDivisionError):
+        head.repro(argparse.Namespace(), copy)
+    stages = pipeline.locked(copy)
+    assert {"train_teacher@streets", "distill@streets-pspnet-resnet18-kd-0"} <= stages.keys()
+    assert "report" not in stages
 
 
 def test_a_student_is_exported_where_its_weights_are_or_will_be(copy: Path) -> None:

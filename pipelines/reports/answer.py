@@ -12,8 +12,7 @@ from pipelines.reports.table import between
 
 def sentences(results: Results, student: str) -> list[str]:
     """Whether distillation helps a student here, how sure that is, and on what, in plain sentences."""
-    stand, tested = results.standings(student, results.methods), results.tested(results.methods)
-    known = {m: stand[m] for m in tested if stand[m].gain.paired.n}
+    known = _tested(results, student)
     if not known:
         return [f"Not known yet: no seed of {student} has finished with a method and without one."]
     n, seeds = len(known), max(s.gain.paired.n for s in known.values())

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 LAYOUT = 1  # of the entries below: raise it when their names change, and every run is mirrored anew
 HISTORY = "history/"  # the metrics that have one value per logged step; all others have one value
 MOST = 50_000  # runs of an answer, of which MLflow gives no more
-BATCH = {"metrics": 800, "params": 100, "tags": 100}  # the most that one call of log_batch takes
+BATCH = {"metrics": 800, "params": 100, "tags": 100}  # of a call of log_batch, which takes 1000 in all
 
 
 @dataclass(frozen=True)
