@@ -104,7 +104,7 @@ def test_heads_sort_and_filters_choose_rows(opened: Any) -> None:
     assert 0 < verdicts.count() < every
 
 
-def test_the_leaderboard_opens_with_the_tuned_student(browser: Any) -> None:
+def test_the_committed_page_opens_with_the_tuned_student_and_fits_paper(browser: Any) -> None:
     """On the committed page, which has two students."""
     page = browser.new_page()
     page.goto(f"file://{ROOT}/reports/index.html")
@@ -113,6 +113,9 @@ def test_the_leaderboard_opens_with_the_tuned_student(browser: Any) -> None:
     assert every == tuned.count() > len(params.methods)
     page.locator("[data-bar=board-camvid-half]").get_by_role("combobox", name="Student").select_option("")
     assert board.count() > every == tuned.count()
+    page.set_viewport_size({"width": 1046, "height": 718})  # A4, landscape, without its margins
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     page.close()
 
 
