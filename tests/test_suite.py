@@ -1056,7 +1056,8 @@ def test_what_is_shown_without_a_terminal(
 
     def tell(cell: str, step: int, after: float) -> None:
         now[0] += after
-        shown.event((0, {"cell": cell, "step": step, "steps": 100, "loss": 1.5, "who": "node 7"}))
+        about = {"cell": cell, "step": step, "steps": 100, "loss": 1.5, "done": {cell: step}}
+        shown.event((0, about | {"who": "node 7"}))
 
     tell("a", 10, 0)
     assert shown.left(now[0]) is None and not caplog.text

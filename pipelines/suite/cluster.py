@@ -38,6 +38,12 @@ SETTINGS = {
     "distributed.scheduler.allowed-failures": 5,
     "distributed.scheduler.worker-ttl": "30 minutes",  # a step may hold the interpreter for long
     "distributed.admin.low-level-log-length": 100,
+    # What Dask does many times a second beside the training, in each process.
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "1 minute",
+    "distributed.scheduler.active-memory-manager.start": False,
+    "distributed.scheduler.work-stealing": False,
+    "distributed.worker.profile.enabled": False,
 }
 
 

@@ -43,12 +43,13 @@ class Display:
         if "text" in content:
             self.say(content["level"], content["text"])
             return
-        now, cell, worker = time.monotonic(), content["cell"], content["who"]
+        now, worker = time.monotonic(), content["who"]
         with self.guard:
-            self.began.setdefault(cell, (now, content["step"]))
-            self.done[cell] = content["step"]
+            for cell, step in content["done"].items():
+                self.began.setdefault(cell, (now, step))
+            self.done |= content["done"]
             at = f"step {content['step']} of {content['steps']}, loss {content['loss']:.3f}"
-            text = f"  {worker}: {cell}, {at}"
+            text = f"  {worker}: {content['cell']}, {at}"
             if self.interactive:
                 if worker not in self.lines:
                     place = len(self.lines) + 1

@@ -23,7 +23,7 @@ from pipelines.runs.records import Cell
 TOPIC = "acfd"
 LIBRARIES = ("torch", "timm", "segmentation-models-pytorch", "numpy", "distributed")
 CODE = ("pipelines", "baselines", "acfd")
-TELL_EVERY = 1.0  # seconds between two reports of a cell's progress
+TELL_EVERY = 1.0  # seconds between two reports of a pack's progress
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,15 @@ def train(expected: Identity, cells: Sequence[Cell]) -> Outcome:
     from pipelines.engine.pack import run_pack
 
     def act(params: config.Params, root: Path, outcome: Outcome) -> None:
-        told: dict[str, float] = {}
+        done: dict[str, int] = {}  # steps by cell
+        told = 0.0
 
         def tell(cell: str, step: int, steps: int, loss: float) -> None:
-            now = time.monotonic()
-            if step == steps or now - told.get(cell, 0.0) > TELL_EVERY:
-                told[cell] = now
-                _event({"cell": cell, "step": step, "steps": steps, "loss": loss})
+            nonlocal told
+            done[cell], now = step, time.monotonic()
+            if step == steps or now - told > TELL_EVERY:
+                told = now
+                _event({"cell": cell, "step": step, "steps": steps, "loss": loss, "done": dict(done)})
 
         found = run_pack(cells, params, root, tell)
         outcome.cells = {cell: None if error is None else _sentence(error) for cell, error in found.items()}
