@@ -316,7 +316,12 @@ def _of_the_paper(claim: Claim, verdict: Verdict, every: Sequence[Results]) -> s
     text += f" The suite's reading of {PAPER} gains {named}."
     known = [own for own in found if own.interval is not None]
     if claim.claimed is not None and known:
-        within = [own.student for own in known if own.interval and own.interval.contains(claim.claimed)]
+        once = len({own.student for own in known}) == len(known)
+        within = [
+            own.student if once else f"{own.student} on {own.benchmark}"
+            for own in known
+            if own.interval and own.interval.contains(claim.claimed)
+        ]
         where = f"within the interval of {' and '.join(within)}" if within else "in none of these intervals"
         text += f" Taken as points of mIoU, {claim.claimed:+.2f} lies {where}."
     return text
