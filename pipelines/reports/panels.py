@@ -159,7 +159,7 @@ def shown(results: Results, root: Path) -> dict[str, Any] | None:
     for method, record in choice.cells.items():
         if method in sheets:
             name = TEACHER if method == TEACHER else results.label(method)
-            rows.append((method, name, [float(scores(record)[place]) for place in choice.places]))
+            rows.append((method, name, scores(record)[choice.places].tolist()))
     return {
         "choice": choice,
         "best": results.label(choice.best),
