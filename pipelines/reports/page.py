@@ -120,11 +120,14 @@ def _board(
     # an interval of two seeds may be a hundred points wide: the axis ends where most of them do
     limit = max([1.0, *map(abs, means), *spread[: int(0.9 * len(spread))]])
     gains = svg.scale([-limit, limit])
-    costs = {(line["student"], line["method"]): line for line in tables.cost(results).data}
-    classes, look = tables.per_class(results).data, looks(results)
+    look = looks(results)
     for student in results.students:
         compared = methods if not name else [results.reference, *results.shown(student)]
         stand = results.standings(student, compared)
+        classes = {m: tables.classes(results, student, m) for m in {*results.methods, *results.variants}}
+        apart = [abs(c["diff_mean"]) for own in classes.values() for c in own if c["diff_mean"] is not None]
+        limit = max(apart, default=1.0)
+        differences = svg.scale([-limit, limit])  # one for both boards, wider than that of the gains
         for row in (r for r in rows if r["student"] == student):
             key = row["key"]
             row |= _row(results, row, stand[key], scores, gains, look[key].colour)
@@ -133,17 +136,17 @@ def _board(
                 "family": family(results, key, taps.get(key, ())),
                 "rank": tables.rank_text(row),
                 "id": re.sub(r"\W+", "-", "-".join(filter(None, (results.benchmark, name, student, key)))),
-                "costs": costs.get((student, results.label(key))),
+                "costs": tables.costs(results, student, key),
                 "about": about(key, params),
                 "weights": results.weights[key],
                 "trials": results.trials.get(key),
                 "tuning": tuning(results, key),
                 "left_out": results.left_out(student, key),
                 "classes": [
-                    c | {"bar": _drawn(c["diff_mean"], Gain(), gains, look[key].colour)}
-                    for c in classes
-                    if (c["student"], c["method"]) == (student, results.label(key))
+                    c | {"bar": _drawn(c["diff_mean"], Gain(), differences, look[key].colour)}
+                    for c in classes[key]
                 ],
+                "class_axis": Markup(svg.axis(differences)),
                 "curve": _curve(results, student, key),
             }
     return {

@@ -57,8 +57,8 @@ def cost(results: Results) -> Table:
     data, text = [], []
     for student in results.students:
         for method in results.rows(student):
-            row = {"student": student, "method": results.label(method)} | _deployed(results, student, method)
-            row |= _costs(results, student, method) | {"status": results.status(student, method)}
+            row = {"student": student, "method": results.label(method)} | costs(results, student, method)
+            row |= {"status": results.status(student, method)}
             data.append(row)
             text.append([student, results.label(method), *_cost_text(row)])
     columns = ["student", "method", "parameters (M)", "GFLOPs", f"latency (× {results.reference})"]
@@ -94,31 +94,23 @@ def ablation(results: Results) -> Table:
 def per_class(results: Results) -> Table:
     """IoU of every class, mean ± sd over the seeds: the teacher's, that of the student alone, and those of
     the methods with the highest and the lowest mean; the CSV has all methods."""
-    names = {f"test/iou/{metric_name(name)}": name for name in results.classes()} | {SCORE: "mean (mIoU)"}
-    data, text, reference = [], [], results.reference
+    data: list[dict[str, Any]] = []
+    text, reference, metrics = [], results.reference, _class_metrics(results)
     for student in results.students:
-        for metric, name in names.items():
+        rows = {method: classes(results, student, method) for method in results.rows(student)}
+        for place, (metric, name) in enumerate(metrics.items()):
+            known = {method: own[place] for method, own in rows.items()}
+            data += known.values()
+            known = {method: row for method, row in known.items() if row["n"]}
             line = [student, name, number(results.teacher(metric), ".2f")]
-            known: dict[str, tuple[float, str, str]] = {}  # mean, as text, difference as text
-            for method in results.rows(student):
-                values, paired = (
-                    results.by_seed(student, method, metric).values(),
-                    results.paired(student, method, metric),
-                )
-                mean, sd = statistics.mean(values), statistics.sd(values)
-                row = {"student": student, "method": results.label(method), "class": name, "n": len(values)}
-                difference = None if method == reference else paired.mean
-                data.append(row | rounded({"iou_mean": mean, "iou_sd": sd, "diff_mean": difference}))
-                if mean is not None:
-                    known[method] = mean, plus_minus(mean, sd), number(difference, "+.2f")
-            line.append(known[reference][1] if reference in known else "–")
-            tested = [method for method in results.tested(results.methods) if method in known]
+            line.append(_iou_text(known[reference]) if reference in known else "–")
+            tested = [known[method] for method in results.tested(results.methods) if method in known]
             for choose in (max, min):
-                method = choose(tested, key=lambda m: known[m][0], default="")
-                found = known.get(method)
-                line += [f"{results.label(method)}, {found[1]}", found[2]] if found else ["–", "–"]
+                row = choose(tested, key=lambda own: own["iou_mean"], default={})
+                line.append(f"{row['method']}, {_iou_text(row)}" if row else "–")
+                line.append(number(row.get("diff_mean"), "+.2f"))
             text.append(line)
-    for metric, name in names.items():
+    for metric, name in metrics.items():
         score = results.teacher(metric)
         row = {"student": TEACHER, "method": "", "class": name, "n": int(score is not None)}
         data.append(row | rounded({"iou_mean": score, "iou_sd": None, "diff_mean": None}))
@@ -130,6 +122,27 @@ def per_class(results: Results) -> Table:
         "luck.",
     ]
     return Table("per_class", "IoU per class", data, columns, text, notes, _wide(results))
+
+
+def classes(results: Results, student: str, method: str) -> list[dict[str, Any]]:
+    """The lines of a row in the CSV of the classes."""
+    found = []
+    for metric, name in _class_metrics(results).items():
+        values, known = results.by_seed(student, method, metric).values(), method != results.reference
+        row = {"student": student, "method": results.label(method), "class": name, "n": len(values)}
+        difference = results.paired(student, method, metric).mean if known else None
+        scores = {"iou_mean": statistics.mean(values), "iou_sd": statistics.sd(values)}
+        found.append(row | rounded(scores | {"diff_mean": difference}))
+    return found
+
+
+def _class_metrics(results: Results) -> dict[str, str]:
+    """The name of every class by its metric, and of their mean."""
+    return {f"test/iou/{metric_name(name)}": name for name in results.classes()} | {SCORE: "mean (mIoU)"}
+
+
+def _iou_text(row: Mapping[str, Any]) -> str:
+    return plus_minus(row["iou_mean"], row["iou_sd"])
 
 
 def write(results: Results, folder: Path) -> None:
@@ -230,8 +243,8 @@ def _compute(results: Results, student: str, method: str) -> dict[str, Any]:
     )
 
 
-def _costs(results: Results, student: str, method: str) -> dict[str, Any]:
-    """What the training of a row cost."""
+def costs(results: Results, student: str, method: str) -> dict[str, Any]:
+    """What the deployed student of a row costs, and what its training cost."""
 
     def values(metric: str) -> list[float]:
         return list(results.by_seed(student, method, metric).values())
@@ -243,7 +256,7 @@ def _costs(results: Results, student: str, method: str) -> dict[str, Any]:
         return statistics.median([own[seed] / alone[seed] for seed in own.keys() & alone.keys()])
 
     step = statistics.median(values("seconds/step_median"))
-    return rounded(
+    return _deployed(results, student, method) | rounded(
         {
             "steps": _whole(values("steps")),
             "step_flops": _whole(values("compute/step_flops")),
