@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipelines.reports import conditions, statistics
-from pipelines.reports.results import COMPLETE, FEWEST, SCORE, Gain, Results, Standing
+from pipelines.reports.results import FEWEST, SCORE, Gain, Results, Standing
 from pipelines.reports.table import between
 
 
@@ -120,7 +120,7 @@ def outcome(results: Results, student: str) -> str:
     tested, reference = _tested(results, student), results.reference
     place = f"{results.benchmark} with {student}"
     rows = results.rows(student)
-    lacking = sum(not results.status(student, m).startswith(COMPLETE) for m in rows)
+    lacking = sum(not results.by_seed(student, m).keys() >= {*results.seeds.get(student, ())} for m in rows)
     rest = f" Not finished: {lacking} of {len(rows)} rows lack trainings." if lacking else ""
     if not tested:
         return f"On {place}, no method has finished beside {reference} yet.{rest}"

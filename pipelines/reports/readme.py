@@ -43,7 +43,7 @@ def update(path: Path, markers: tuple[str, str], text: str) -> bool:
     return True
 
 
-def block(every: Sequence[Results], params: Params) -> str:
+def block(every: Sequence[Results], params: Params, root: Path = ROOT) -> str:
     """The answer in one sentence, eight rows and a figure: of the benchmark that the methods were tuned on,
     else of the first that has results."""
     wanted = params.tuning.benchmark
@@ -89,8 +89,8 @@ def block(every: Sequence[Results], params: Params) -> str:
     ]
     if text := answer.caveats(results, ordered):
         lines += ["", escape_markdown(text)]
-    if (ROOT / published.FILE).is_file():
-        known = published.load()
+    if (root / published.FILE).is_file():
+        known = published.load(root / published.FILE)
         said = (claims.paper(known, every, params), orders.sentence(orders.orders(known, every)))
         lines += [line for text in said if text for line in ("", escape_markdown(text))]
     return "\n".join(lines)

@@ -36,8 +36,11 @@ class Table:
 
     @property
     def right(self) -> list[bool]:
-        """Which columns hold numbers."""
-        return [all(NUMBER.fullmatch(row[i]) for row in self.rows) for i in range(len(self.columns))]
+        """Which columns hold numbers; a status may begin with one."""
+        return [
+            name != "status" and all(NUMBER.fullmatch(row[i]) for row in self.rows)
+            for i, name in enumerate(self.columns)
+        ]
 
     @property
     def csv(self) -> bytes:

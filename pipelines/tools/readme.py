@@ -33,7 +33,7 @@ def write(params: Params, root: Path, target: Path) -> None:
     found = {name: records for name, records in report.finished(params, root).items() if name in own}
     every = report.gather_all(params, root, found)
     texts: tuple[tuple[str, tuple[str, str], Callable[[], str]], ...] = (
-        ("README.md", readme.RESULTS, lambda: readme.block(every, params)),
+        ("README.md", readme.RESULTS, lambda: readme.block(every, params, root)),
         ("README.md", readme.MINUTES, lambda: readme.minutes(root)),
         ("docs/benchmarks.md", readme.PLANS, lambda: benchmark_table.overview(params, every, root)),
         ("docs/tables.md", readme.RULES, readme.rules),
