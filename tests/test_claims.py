@@ -447,21 +447,15 @@ def test_directions_hold_the_published_range_and_the_measured_word(tmp_path: Pat
         results({"kd": AROUND, "skd": [-g for g in AROUND]}),
         results({"kd": [-2.0, 3.0, 2.0, 5.0], "skd": [1.0]}, "more"),
     ]
-    rows = claims.directions(found, every).data
-    assert [(row["method"], row["benchmark"], row["n"], row["direction"]) for row in rows] == [
-        ("kd", BENCHMARK, 4, "gain"),
-        ("kd", "more", 4, "undecided"),
-        ("skd", BENCHMARK, 4, "loss"),
-        ("skd", "more", 1, "undecided"),
-        ("acfd-full", None, 0, "not run"),
-    ]
-    assert (rows[0]["published_low"], rows[0]["published_high"]) == (-0.5, 5.25)
-    assert (rows[0]["claims"], rows[0]["sources"]) == (3, 2)
-    assert rows[0]["measured_gain"] == 2.1
-    assert rows[3]["measured_low"] is None
-    assert rows[4]["published_low"] is None  # 5.79 of an unknown unit are not points
     shown = claims.directions(found, every).rows
-    assert shown[0][1:] == [
+    assert [(row[0], *row[3:5], *row[6:]) for row in shown[1:]] == [
+        ("kd", f"more, {STUDENT}", "4", "-2.68 to +6.68", "undecided"),
+        ("skd", f"{BENCHMARK}, {STUDENT}", "4", "-2.62 to -1.58", "loss"),
+        ("skd", f"more, {STUDENT}", "1", "–", "undecided"),
+        ("acfd", "–", "0", "–", "not run"),
+    ]
+    assert shown[0] == [
+        "kd",
         "-0.50 to +5.25",
         "3 (2)",
         f"{BENCHMARK}, {STUDENT}",
