@@ -56,6 +56,7 @@ def write(params: Params, every: Sequence[Results], folder: Path, root: Path) ->
         keep_trailing_newline=True,
     )
     environment.filters |= {"number": _number, "between": _between, "named": answer.named}
+    environment.filters["picture"] = _picture
     content = environment.get_template("page.html.j2").render(
         benchmarks=[_benchmark(results, params, root) for results in every],
         reference=params.suite.reference,
@@ -246,15 +247,11 @@ def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, A
     over = svg.scale([0, *gains])
     for row, text in zip(rows, judged.rows, strict=True):
         texts = dict(zip(judged.columns, text, strict=True))
-        interval = None
-        if row["measured_low"] is not None:
-            interval = statistics.Interval(row["measured_low"], row["measured_high"])
+        interval = table.interval(row, "measured")
         colour, claimed = VERDICT_COLOURS.get(row["verdict"], "#7a7a7a"), row["gain"] if row["unit"] else None
         drawn = ""
-        if row["measured_gain"] is not None:
+        if row["measured_gain"] is not None or claimed is not None:
             drawn = svg.bar(row["measured_gain"], interval, None, over, colour, claimed)
-        elif claimed is not None:
-            drawn = svg.claim(claimed, over)
         source = found.sources[row["source"]]
         row |= {
             "method": label(row["method"]),
