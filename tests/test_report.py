@@ -900,7 +900,7 @@ def test_a_lead_that_is_small_or_missing_is_a_warning(cut: str, tmp_path: Path) 
     results = gather(params, "streets", tracking.frame(map(tracking.entry, records)), tmp_path)
     tables.write(results, tmp_path / "reports/streets")
     (tmp_path / "README.md").write_text("<!-- results:begin --><!-- results:end -->", encoding="utf-8")
-    assert readme.update(tmp_path / "README.md", readme.RESULTS, readme.block([results], params))
+    assert readme.update(tmp_path / "README.md", "results", readme.block([results], params))
     wanted = {
         "small": f"the teacher leads {STUDENT} alone by ",
         "teacher": f"the lead of the teacher over {STUDENT} is unknown, because the teacher has no finished "
@@ -1157,7 +1157,7 @@ def test_every_figure_names_the_records_it_was_drawn_from(done: Path, tmp_path: 
 def test_a_readme_without_markers_stays_as_it_is(root: Path) -> None:
     for text in ("# plain\n", "<!-- results:end --> <!-- results:begin -->"):
         (root / "README.md").write_text(text, encoding="utf-8")
-        assert readme.update(root / "README.md", readme.RESULTS, "new") is False
+        assert readme.update(root / "README.md", "results", "new") is False
         assert (root / "README.md").read_text(encoding="utf-8") == text
 
 
