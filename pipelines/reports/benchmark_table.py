@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from pipelines import config
 from pipelines.config import OFFICIAL, ROOT, Params, Training
 from pipelines.reports import speed_table
@@ -110,7 +108,7 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
             time = f"{spent:.1f} h measured for {len(records)} trainings, one after the other ({devices})"
         elif found := speed_table.hours(name, params, root):
             time = f"{_hours(found[0])} GPU hours, from measured steps ({found[1]})"
-        elif pd.isna(planned[name]):
+        elif planned[name] is None:
             time = "not known"
         else:
             time = f"{_cost(planned[name], rate)} GPU hours"

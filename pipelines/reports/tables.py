@@ -83,9 +83,8 @@ def ablation(results: Results) -> Table:
             row |= _compute(results, student, method) | {"status": results.status(student, method)}
             data.append(row)
             named = (f"{name.removeprefix('weight_')} {own[name]:g}" for name in weights if own.get(name))
-            score, place, gain, equal, _ = _score_text(row)
-            text.append([student, variant(method), ", ".join(named) or "–", score, place, gain, equal])
-            text[-1].append(row["status"])
+            scores = _score_text(row)[:-1]
+            text.append([student, variant(method), ", ".join(named) or "–", *scores, row["status"]])
     columns = ["student", "variant", "terms and weights", *_score_columns(results)[:-1], "status"]
     notes = [_lead(results), " ".join(tests)]
     return Table("ablation", f"ablation of {PAPER}", data, columns, text, notes, _wide(results))
@@ -294,12 +293,6 @@ def _whole(values: Iterable[float]) -> int | None:
     return next((int(value) for value in values), None)
 
 
-def _ratio_text(row: Mapping[str, Any], runtime: str = "onnxruntime") -> str:
-    if row[f"{runtime}_ratio"] is None:
-        return "–"
-    return f"{row[f'{runtime}_ratio']:.2f} {between(interval(row, f'{runtime}_ratio'), '.2f')}"
-
-
 def _score_text(row: dict[str, Any]) -> list[str]:
     return [
         score_text(row),
@@ -344,10 +337,13 @@ def _gain_text(row: Mapping[Any, Any], mean: str, over_seeds: str, verdict: str)
 
 
 def _cost_text(row: dict[str, Any]) -> list[str]:
+    latency = number(row["onnxruntime_ratio"], ".2f")
+    if found := interval(row, "onnxruntime_ratio"):
+        latency += f" {between(found, '.2f')}"
     return [
         number(None if row["parameters"] is None else row["parameters"] / 1e6, ".2f"),
         number(None if row["flops"] is None else row["flops"] / 1e9, ".2f"),
-        _ratio_text(row),
+        latency,
         number(None if row["step_flops"] is None else row["step_flops"] / 1e9, ".1f"),
         number(row["step_ratio"], ".2f"),
         number(row["memory_ratio"], ".2f"),
