@@ -12,7 +12,8 @@ from conftest import ROOT
 from test_report import SEEDS, STUDENT, make_params, make_record, make_root, read, row, write_texts
 
 from pipelines import config
-from pipelines.reports import answer, figures, page
+from pipelines.config import metric_name
+from pipelines.reports import answer, figures, page, svg, tables
 from pipelines.reports.about import about
 from pipelines.reports.looks import looks
 from pipelines.runs import counts
@@ -151,6 +152,34 @@ def test_the_page_asks_for_nothing(done: Path) -> None:
     ours = {name.removeprefix("../") for name in led if not name.startswith("https://")}
     assert "baselines/kd.py" in ours and [name for name in ours if not (ROOT / name).is_file()] == []
     assert str(done) not in text and all(figures.sentence(name, read(done)) for name in figures.NAMES)
+
+
+def test_a_variant_has_its_costs_and_classes(done: Path) -> None:
+    params, results = make_params(), read(done)
+    boards = page._benchmark(results, params, done)["boards"]
+    rows = {r["key"]: r for board in boards for r in board["rows"]}
+    assert list(rows) == ["none", "none-x1.5", "none-x2", "kd", "cwd", "acfd-full", "acfd-afd"]
+    own = [results.by_seed(STUDENT, m, "seconds/step_median")[0] for m in ("acfd-afd", "none")]
+    assert rows["acfd-afd"]["costs"]["step_ratio"] == pytest.approx(own[0] / own[1], abs=1e-6)
+    classes = {c["class"]: c for c in rows["acfd-afd"]["classes"]}
+    assert list(classes) == [*results.classes(), "mean (mIoU)"]
+    assert classes["mean (mIoU)"]["iou_mean"] == rows["acfd-afd"]["miou_mean"]
+    assert "acfd-afd" not in {line["method"] for line in tables.cost(results).data}
+    assert "acfd-afd" not in {line["method"] for line in tables.per_class(results).data}
+
+
+def test_the_bars_of_the_classes_are_on_an_axis_that_holds_them_all(done: Path) -> None:
+    """That of the gains is too narrow for the largest difference of a class."""
+    results = read(done)
+    metric = f"test/iou/{metric_name(results.classes()[0])}"
+    far = results.cells[metric].where(results.cells["method"] != "cwd", 200.0)
+    results = replace(results, cells=results.cells.assign(**{metric: far}))
+    board = page._benchmark(results, make_params(), done)["boards"][0]
+    drawn = [c for r in board["rows"] for c in r["classes"] if c["diff_mean"] is not None]
+    order = sorted(drawn, key=lambda c: c["diff_mean"])
+    places = [float(re.search(r'<circle cx="([\d.]+)"', c["bar"])[1]) for c in order]
+    assert places == sorted(places) and places[-1] < svg.WIDTH - svg.MARGIN
+    assert order[-1]["diff_mean"] > 100
 
 
 def test_a_name_is_no_markup(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -51,9 +52,12 @@ def test_panels_are_kept_without_weights_and_left_out_when_their_records_change(
     assert (copy / "reports/index.html").read_bytes() == page
     best = json.loads(before["panels.json"])["chosen"]["best"]  # by which the images were chosen
     damaged, gone = [key for key in ("cwd", "at", "kd") if key != best and f"{key}.webp" in before][:2]
-    (copy / f"reports/streets/panels/{damaged}.webp").write_bytes(b"another picture")
+    for method in ("none", damaged):
+        (copy / f"reports/streets/panels/{method}.webp").write_bytes(b"another picture")
     shutil.rmtree(copy / f"runs/streets/{TINY_STUDENT}/{gone}/0")
     report.report(params, copy)
     left = {path.stem for path in (copy / "reports/streets/panels").glob("*.webp")}
-    assert not {damaged, gone} & left and best in left
-    assert f"as their weights are not here: {damaged}" in (copy / "reports/index.html").read_text()
+    assert not {"none", damaged, gone} & left and best in left
+    text = (copy / "reports/index.html").read_text()
+    assert f"as their weights are not here: none and {damaged}" in text
+    assert {*re.findall(r'id="show-streets-([\w-]+)"', text)} == left - {"photos", "truth", "teacher"}

@@ -429,6 +429,7 @@ def test_equal_compute_is_never_extrapolated_nor_taken_from_other_seeds(done: Pa
     assert (list(gain.paired.by_seed), reason) == ([0, 2], "without none ×2 (seed 1)")
     alone = replace(results, controls={})
     assert alone.at_equal_compute(STUDENT, "cwd")[1] == "no controls"
+    assert dict(conditions.facts(alone))["student alone"] == "none, not trained longer"
 
 
 def test_the_compute_figure_has_the_curve_of_the_student_alone(done: Path) -> None:
@@ -458,6 +459,8 @@ def test_official_weights_stand_beside_their_method_and_are_not_tested(done: Pat
     assert names == ["none", "none ×1.5", "none ×2", "kd", "kd (official weight)", "cwd", "acfd"]
     found = row(tmp_path, "kd (official weight)")
     assert found["status"] == "complete" and float(found["equal_over_seeds_low"]) > 0
+    suite = benchmark_table.overview(config.load(), [read(tmp_path, params)]).splitlines()[-1]
+    assert "methods: [none, kd, cwd], official: [kd], variants: [full, afd]" in suite
     assert {found[key] for key in ("p", "p_holm", "p_max_t", "rank_low")} == {""}
     for name, line in before.items():  # the family is the same, and so are the ranks
         kept = ("p_holm", "p_max_t", "rank_low", "rank_high")
@@ -577,11 +580,19 @@ def test_whether_short_trials_tell_what_long_trainings_do(done: Path) -> None:
     assert "Spearman" not in dict(conditions.facts(replace(results, choices={})))["tuning"]
 
 
+def test_what_was_chosen_beside_a_middle_that_failed_has_no_gain(done: Path) -> None:
+    failed = Choice(middle=False, at_end=False, outermost=False, score=60.0, first=None)
+    results = replace(read(done), trials={"kd": 6, "cwd": 6}, choices={"kd": failed})
+    assert conditions.tuning(results).endswith("mIoU.")
+    both = replace(results, choices={"kd": failed, "cwd": replace(failed, first=58.0)})
+    assert conditions.tuning(both).endswith("mIoU; the others gained on it cwd +2.0.")
+
+
 def test_the_suite_that_made_the_records_is_said(done: Path) -> None:
     lines = benchmark_table.overview(config.load(), [read(done)]).splitlines()
     assert lines[-1] == (
         f"`benchmarks: [streets], students: [{STUDENT}], seeds: [0, 1, 2], controls: [1.5, 2], "
-        "methods: [none, kd, cwd], variants: [full, afd]`."
+        "methods: [none, kd, cwd], official: [], variants: [full, afd]`."
     )
 
 
@@ -889,7 +900,7 @@ def test_a_lead_that_is_small_or_missing_is_a_warning(cut: str, tmp_path: Path) 
     results = gather(params, "streets", tracking.frame(map(tracking.entry, records)), tmp_path)
     tables.write(results, tmp_path / "reports/streets")
     (tmp_path / "README.md").write_text("<!-- results:begin --><!-- results:end -->", encoding="utf-8")
-    assert readme.update(tmp_path / "README.md", readme.RESULTS, readme.block([results], params))
+    assert readme.update(tmp_path / "README.md", "results", readme.block([results], params))
     wanted = {
         "small": f"the teacher leads {STUDENT} alone by ",
         "teacher": f"the lead of the teacher over {STUDENT} is unknown, because the teacher has no finished "
@@ -994,6 +1005,25 @@ def test_the_readme_shows_eight_rows_of_the_benchmark_of_tuning(done: Path, tmp_
     assert "On camvid-half with" in readme.block(every, params)
 
 
+def test_the_readme_has_the_claims_of_its_own_checkout(done: Path) -> None:
+    """Which is one without a claims.yaml."""
+    assert "can be neither confirmed" in readme.block([read(done)], make_params(), ROOT)
+    assert "can be neither confirmed" not in (done / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_row_whose_later_training_failed_lacks_none(root: Path) -> None:
+    note = Cell("streets", STUDENT, "cwd", 1).scratch(root) / "failure.txt"
+    write_bytes(note, b"It stopped.\n")
+    results = read(root)
+    assert results.status(STUDENT, "cwd").startswith("3 of 3; seed 1: an earlier record")
+    assert answer.outcome(results, STUDENT).endswith("Not finished: 1 of 6 rows lack trainings.")  # kd
+
+
+def test_a_status_is_no_number(done: Path) -> None:
+    own = replace(tables.comparison(read(done)), rows=[["a", *[""] * 6, "1 of 3; seed 1: not run"]])
+    assert own.right == [False, *[True] * 6, False]
+
+
 def test_sentences_follow_the_scores(tmp_path: Path) -> None:
     """Planted: kd better than none and than longer training, cwd worse, acfd as good as none."""
     root, params = tmp_path, make_params(seeds=list(range(6)))
@@ -1030,6 +1060,16 @@ def test_classes_that_nobody_learns_are_a_warning(done: Path) -> None:
     (text,) = (text for text in conditions.warnings(lost) if "far from the end" in text)
     assert f"has barely learned {results.classes()[1]} (mean IoU below 1 %)" in text
     assert f"rests on the other {len(results.classes()) - 1} classes" in text
+    record, none = results.finished[0], {results.classes()[4]: None}  # a class without a pixel is in no mean
+    test = record.metrics["test"]
+    test = test | {"iou": test["iou"] | none}
+    record = replace(record, metrics=record.metrics | {"test": test})
+    (text,) = (
+        text
+        for text in conditions.warnings(replace(lost, finished=[record, *lost.finished[1:]]))
+        if "far from the end" in text
+    )
+    assert f"rests on the other {len(results.classes()) - 2} classes" in text
     one = lost.cells[metric].where(lost.cells["method"] != "kd", 1.1)  # a single method finds it
     found = replace(lost, cells=lost.cells.assign(**{metric: one}))
     assert not [text for text in conditions.warnings(found) if "far from the end" in text]
@@ -1117,7 +1157,7 @@ def test_every_figure_names_the_records_it_was_drawn_from(done: Path, tmp_path: 
 def test_a_readme_without_markers_stays_as_it_is(root: Path) -> None:
     for text in ("# plain\n", "<!-- results:end --> <!-- results:begin -->"):
         (root / "README.md").write_text(text, encoding="utf-8")
-        assert readme.update(root / "README.md", readme.RESULTS, "new") is False
+        assert readme.update(root / "README.md", "results", "new") is False
         assert (root / "README.md").read_text(encoding="utf-8") == text
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipelines.reports import conditions, statistics
-from pipelines.reports.results import COMPLETE, FEWEST, SCORE, Gain, Results, Standing
+from pipelines.reports.results import FEWEST, SCORE, Results, Standing
 from pipelines.reports.table import between
 
 
@@ -120,7 +120,7 @@ def outcome(results: Results, student: str) -> str:
     tested, reference = _tested(results, student), results.reference
     place = f"{results.benchmark} with {student}"
     rows = results.rows(student)
-    lacking = sum(not results.status(student, m).startswith(COMPLETE) for m in rows)
+    lacking = sum(not results.by_seed(student, m).keys() >= {*results.seeds.get(student, ())} for m in rows)
     rest = f" Not finished: {lacking} of {len(rows)} rows lack trainings." if lacking else ""
     if not tested:
         return f"On {place}, no method has finished beside {reference} yet.{rest}"
@@ -141,7 +141,7 @@ def outcome(results: Results, student: str) -> str:
         f"On {place} ({seeds} seeds), {better} of {len(tested)} methods {_are(better)} better than the "
         f"student trained alone for the same steps and {worse} {_are(worse)} worse; at the same compute "
         f"{ahead} of {len(equal)} {_are(ahead)} better and {behind} worse. The highest mean is that of "
-        f"{results.label(best)}, {_gain(gain)}.{rest}"
+        f"{results.label(best)}, {gain.paired.mean:+.2f} {between(gain.over_seeds)}.{rest}"
     )
 
 
@@ -187,7 +187,3 @@ def named(names: Sequence[str]) -> str:
 
 def _are(count: int) -> str:
     return "is" if count == 1 else "are"
-
-
-def _gain(gain: Gain) -> str:
-    return f"{gain.paired.mean:+.2f} {between(gain.over_seeds)}"

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from pipelines import config
-from pipelines.config import ROOT, Params, Training
+from pipelines.config import OFFICIAL, ROOT, Params, Training
 from pipelines.reports import speed_table
 from pipelines.reports.results import HEADLINE, Results, variant
 from pipelines.reports.table import Table, number, render
@@ -110,7 +108,7 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
             time = f"{spent:.1f} h measured for {len(records)} trainings, one after the other ({devices})"
         elif found := speed_table.hours(name, params, root):
             time = f"{_hours(found[0])} GPU hours, from measured steps ({found[1]})"
-        elif pd.isna(planned[name]):
+        elif planned[name] is None:
             time = "not known"
         else:
             time = f"{_cost(planned[name], rate)} GPU hours"
@@ -139,12 +137,14 @@ def _made_with(results: Results, student: str) -> str:
     """The lists of ``suite`` that give the finished cells of a student."""
     cells = [record.cell for record in results.finished if record.cell.student == student]
     done = {cell.method for cell in cells}
+    own = [m for m in results.methods if m in done - {HEADLINE, *results.controls}]
     lists: dict[str, Sequence[Any]] = {
         "benchmarks": [results.benchmark],
         "students": [student],
         "seeds": sorted({cell.seed for cell in cells}),
         "controls": [f"{factor:g}" for key, factor in results.controls.items() if key in done],
-        "methods": [m for m in results.methods if m in done - {HEADLINE, *results.controls}],
+        "methods": [m for m in own if not m.endswith(OFFICIAL)],
+        "official": [m.removesuffix(OFFICIAL) for m in own if m.endswith(OFFICIAL)],
         "variants": [variant(key) for key in results.variants if key in done],
     }
     return ", ".join(f"{name}: [{', '.join(map(str, values))}]" for name, values in lists.items())

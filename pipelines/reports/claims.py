@@ -173,7 +173,8 @@ def table(claims: Claims, verdicts: Mapping[str, Verdict]) -> Table:
             "measured_benchmark": measured.benchmark if measured else None,
             "measured_student": measured.student if measured else None,
             "measured_n": measured.n if measured else 0,
-            **_columns(measured),
+            "measured_gain": measured.mean if measured else None,
+            **ends("measured", measured.interval if measured else None),
             "gap": verdict.gap,
             "note": claim.note,
         }
@@ -217,27 +218,11 @@ def table(claims: Claims, verdicts: Mapping[str, Verdict]) -> Table:
 
 def directions(claims: Claims, every: Sequence[Results]) -> Table:
     """Per method, benchmark and student: the published gains, the measured gain and its direction."""
-    data, text = [], []
+    text = []
     for item in _directions(claims, every):
-        measured, gains = item.measured, item.gains
+        measured = item.measured
         interval = None if measured is None else measured.interval
         sources = {claim.source for claim in item.claims}
-        data.append(
-            rounded(
-                {
-                    "method": item.method,
-                    "claims": len(item.claims),
-                    "sources": len(sources),
-                    "published_low": min(gains, default=None),
-                    "published_high": max(gains, default=None),
-                    "benchmark": measured.benchmark if measured else None,
-                    "student": measured.student if measured else None,
-                    "n": measured.n if measured else 0,
-                    **_columns(measured),
-                    "direction": item.word,
-                }
-            )
-        )
         text.append(
             [
                 label(item.method),
@@ -264,7 +249,7 @@ def directions(claims: Claims, every: Sequence[Results]) -> Table:
         f"here: {GAIN} or {LOSS} if the intervals over seeds and over images leave 0 out, else {UNDECIDED}.",
         "published gain: lowest to highest over all data sets, networks and schedules of the claims.",
     ]
-    return Table("directions", "directions", data, columns, text, notes)
+    return Table("directions", "directions", [], columns, text, notes)
 
 
 def sentences(
@@ -316,7 +301,12 @@ def _of_the_paper(claim: Claim, verdict: Verdict, every: Sequence[Results]) -> s
     text += f" The suite's reading of {PAPER} gains {named}."
     known = [own for own in found if own.interval is not None]
     if claim.claimed is not None and known:
-        within = [own.student for own in known if own.interval and own.interval.contains(claim.claimed)]
+        once = len({own.student for own in known}) == len(known)
+        within = [
+            own.student if once else f"{own.student} on {own.benchmark}"
+            for own in known
+            if own.interval and own.interval.contains(claim.claimed)
+        ]
         where = f"within the interval of {' and '.join(within)}" if within else "in none of these intervals"
         text += f" Taken as points of mIoU, {claim.claimed:+.2f} lies {where}."
     return text
@@ -365,8 +355,8 @@ def _judge_cost(claim: Claim, every: Sequence[Results], params: Params) -> Verdi
     for results in every:
         for student in results.students:
             pairs = [
-                [_cost(results, student, method, column) for method in (claim.method, results.reference)]
-                for column in COST
+                [{*results.by_seed(student, m, column).values()} for m in (claim.method, results.reference)]
+                for column in COST  # their different values over the cells
             ]
             if not all(here and there for here, there in pairs):
                 continue
@@ -381,11 +371,6 @@ def _judge_cost(claim: Claim, every: Sequence[Results], params: Params) -> Verdi
     if equal:
         return Verdict(REPRODUCED, [f"equal on {place}" for place in equal])
     return Verdict(NOT_RUN, [f"no finished cells of both {claim.method} and {params.suite.reference}"])
-
-
-def _cost(results: Results, student: str, method: str, column: str) -> set[float]:
-    """The different values of a cost over the cells of a row."""
-    return set(results.by_seed(student, method, column).values())
 
 
 def _numbers(values: Iterable[float]) -> str:
@@ -546,15 +531,6 @@ def _why(verdict: Verdict) -> str:
 
 def _place(measured: Measured) -> str:
     return f"{measured.benchmark}, {measured.student}"
-
-
-def _columns(measured: Measured | None) -> dict[str, float | None]:
-    """What the CSV tables say of a measured gain."""
-    interval = measured.interval if measured else None
-    return {
-        "measured_gain": measured.mean if measured else None,
-        **ends("measured", interval),
-    }
 
 
 def _measured_text(measured: Measured) -> str:

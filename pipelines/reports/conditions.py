@@ -37,7 +37,7 @@ def warnings(results: Results, times: bool = True) -> list[str]:
             found.append(
                 f"with every method, {student} has barely learned {', '.join(lost)} (mean IoU below "
                 f"{UNLEARNT:g} %): it is far from the end of its training, and its mIoU rests on the other "
-                f"{len(results.classes()) - len(lost)} classes."
+                f"{len({*results.classes()} - {*lost, *results.absent('test')})} classes."
             )
     found += [
         f"the last training of the teacher failed: {note}."
@@ -114,7 +114,8 @@ def facts(results: Results) -> list[tuple[str, str]]:
     counts = sorted({len(results.by_seed(s, m)) for s in results.students for m in results.methods} - {0})
     val, test = (number(results.teacher(metric), ".2f") for metric in ("val/miou", SCORE))
     leads, reference = [], results.reference
-    controls = ", ".join(f"{factor:g}" for factor in results.controls.values()) or "no"
+    controls = ", ".join(f"{factor:g}" for factor in results.controls.values())
+    longer = f"for the comparison at equal compute also {controls} times the steps"
     for student in results.students:
         n = len(results.by_seed(student, reference, "val/miou"))
         lead = results.lead(student)
@@ -132,10 +133,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
         ("lead of the teacher on validation", "; ".join(leads)),
         ("seeds", "; ".join(map(power, counts)) or "none has finished"),
         ("tests", " ".join(tests(results, results.methods)) or "none"),
-        (
-            "student alone",
-            f"{reference}; for the comparison at equal compute also {controls} times the steps",
-        ),
+        ("student alone", f"{reference}; {longer}" if controls else f"{reference}, not trained longer"),
         ("training", _training(results)),
         ("tuning", tuning(results)),
         ("machine of each seed", "; ".join(_machines(results)) or "unknown"),
@@ -206,12 +204,12 @@ def tuning(results: Results) -> str:
         f". {middle} of {len(results.choices)} methods keep the middle of their ranges: no trial led it by "
         f"more than {how.margin:g} mIoU"
     )
-    moved = (
+    moved = [
         f"{results.label(m)} {choice.score - choice.first:+.1f}"
         for m, choice in results.choices.items()
-        if not choice.middle and choice.first is not None
-    )
-    text += f"; the others gained on it {', '.join(moved)}." if middle < len(results.choices) else "."
+        if not choice.middle and choice.first is not None  # that of the middle may have failed
+    ]
+    text += f"; the others gained on it {', '.join(moved)}." if moved else "."
     if ends := [results.label(m) for m, choice in results.choices.items() if choice.at_end]:
         text += f" At an end of a range, beyond which there may be better: {', '.join(ends)}."
     if most := [results.label(m) for m, own in results.choices.items() if own.outermost and not own.at_end]:

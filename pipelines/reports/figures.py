@@ -228,7 +228,8 @@ def _say_scores(results: Results, student: str) -> str:
     tested = {m: own for m in results.tested(results.methods) if (own := results.by_seed(student, m))}
     if not tested or not alone:
         return f"{student}: nothing to compare yet."
-    above = [m for m, own in tested.items() if (statistics.mean(own.values()) or 0) > _average(alone)]
+    mean = results.mean(student, results.reference) or 0
+    above = [m for m in tested if (results.mean(student, m) or 0) > mean]
     clear = [m for m, own in tested.items() if min(own.values()) > max(alone.values())]
     if len(alone) == 1:
         return (
@@ -273,10 +274,6 @@ def _say_classes(results: Results, student: str) -> str:
         if (value > 0) == (pick is max):
             parts.append(f"{word} {value:+.1f} ({results.label(method)} on {name})")
     return f"{student}: {'; '.join(parts)}."
-
-
-def _average(values: Mapping[int, float]) -> float:
-    return statistics.mean(values.values()) or 0.0
 
 
 def _gains(results: Results, student: str) -> dict[str, tuple[float, float]]:

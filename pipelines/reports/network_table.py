@@ -10,18 +10,12 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from pipelines import config
-from pipelines.config import ROOT, ConfigError, Model, Network, Params, Positive, Size
+from pipelines.config import ROOT, ConfigError, Model, Params, Positive, Size
+from pipelines.reports.published import Source
 from pipelines.reports.table import Table, number, render
 from pipelines.runs import counts
 
 PUBLISHED = Path("reports") / "networks.yaml"
-
-
-class Source(Model):
-    """A publication and the place where its numbers were read."""
-
-    cite: str
-    where: str
 
 
 class Count(Model):
@@ -82,11 +76,10 @@ def table(published: Published, params: Params, root: Path = ROOT) -> Table:
         base = _at(own, *counts.SIZES[0])
         row: dict[str, Any] = {"network": key, "used_as": "; ".join(uses)}
         row |= {"parameters": base.get("parameters"), "macs": base.get("macs")}
-        beside = [
-            _beside(entry, count, own) | {"differences": _explained(entry)}
-            for entry, count in _of(published, network)
-        ]
-        data += [row | more for more in beside or [dict.fromkeys((*BESIDE, "differences"))]]
+        same = (network.architecture, counts.encoder_name(network))
+        entries = [entry for entry in published.networks if (entry.architecture, entry.encoder) == same]
+        beside = [_beside(entry, count, own) for entry in entries for count in entry.counts]
+        data += [row | more for more in beside or [{}]]
     size = "×".join(map(str, counts.SIZES[0][0]))
     columns = ["network", "used as", "parameters (M)", f"GMACs, {size}", "published by", "input, classes"]
     columns += ["published / here (M)", "published / here (GMACs)"]
@@ -106,21 +99,8 @@ def write(published: Published, params: Params, folder: Path, root: Path = ROOT)
     render(table(published, params, root), folder, "all networks", warnings=warnings)
 
 
-BESIDE = (
-    "source",
-    "published_size",
-    "published_classes",
-    "published_parameters_m",
-    "parameters_there",
-    "parameters_with_differences",
-    "published_gmacs",
-    "macs_there",
-    "macs_with_differences",
-)
-
-
 def _beside(entry: Publication, count: Count, own: list[dict[str, Any]]) -> dict[str, Any]:
-    """The columns ``BESIDE`` of a published count."""
+    """The columns of a published count, and of the suite's own at its size."""
     size = count.size
     same = next((row for row in own if row["classes"] == count.classes), {})
     here, parameters = (_at(own, size, count.classes) if size else {}), same.get("parameters")
@@ -129,32 +109,22 @@ def _beside(entry: Publication, count: Count, own: list[dict[str, Any]]) -> dict
         area = size[0] * size[1]
         extra = here["macs"] + sum(d.parameters * area // d.stride**2 for d in entry.differences if d.stride)
     more = sum(difference.parameters for difference in entry.differences)
-    values = (
-        entry.source,
-        "×".join(map(str, size)) if size else None,
-        count.classes,
-        entry.parameters,
-        parameters,
-        None if parameters is None else parameters + more,
-        count.gmacs,
-        here.get("macs"),
-        extra,
-    )
-    return dict(zip(BESIDE, values, strict=True))
+    return {
+        "source": entry.source,
+        "published_size": "×".join(map(str, size)) if size else None,
+        "published_classes": count.classes,
+        "published_parameters_m": entry.parameters,
+        "parameters_there": parameters,
+        "parameters_with_differences": None if parameters is None else parameters + more,
+        "published_gmacs": count.gmacs,
+        "macs_there": here.get("macs"),
+        "macs_with_differences": extra,
+        "differences": "; ".join(f"{d.what} ({d.parameters / 1e6:+.2f} M)" for d in entry.differences),
+    }
 
 
 def _at(own: list[dict[str, Any]], size: tuple[int, int], classes: int) -> dict[str, Any]:
     return next((row for row in own if tuple(row["size"]) == size and row["classes"] == classes), {})
-
-
-def _of(published: Published, network: Network) -> list[tuple[Publication, Count]]:
-    same = (network.architecture, counts.encoder_name(network))
-    entries = [entry for entry in published.networks if (entry.architecture, entry.encoder) == same]
-    return [(entry, count) for entry in entries for count in entry.counts]
-
-
-def _explained(entry: Publication) -> str:
-    return "; ".join(f"{d.what} ({d.parameters / 1e6:+.2f} M)" for d in entry.differences)
 
 
 def _cells(row: dict[str, Any]) -> Iterator[str]:
@@ -165,14 +135,13 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
     yield row["used_as"]
     yield scaled("parameters", 1e6, ".2f")
     yield scaled("macs", 1e9, ".1f")
-    yield row["source"] or "–"
-    if row["source"]:
-        yield f"{row['published_size'] or 'not stated'}, {row['published_classes']}"
-    else:
-        yield "–"
+    if "source" not in row:  # nothing was published
+        yield from ["–"] * 4
+        return
+    yield row["source"]
+    yield f"{row['published_size'] or 'not stated'}, {row['published_classes']}"
     for published, own, unit, form in (
         ("published_parameters_m", "parameters_with_differences", 1e6, ".2f"),
         ("published_gmacs", "macs_with_differences", 1e9, ".1f"),
     ):
-        known = row[published] is not None
-        yield f"{number(row[published], '.1f')} / {scaled(own, unit, form)}" if known else "–"
+        yield f"{row[published]:.1f} / {scaled(own, unit, form)}"

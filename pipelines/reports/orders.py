@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipelines.reports import statistics
 from pipelines.reports.published import Claim, Claims
 from pipelines.reports.results import Results, label
-from pipelines.reports.table import Table, between, ends, rounded
+from pipelines.reports.table import Table, between
 
 FEWEST = 5  # methods of a table, below which an order says little
 
@@ -54,22 +54,6 @@ def orders(claims: Claims, every: Sequence[Results]) -> list[Order]:
 
 def table(found: Sequence[Order]) -> Table:
     """One line a published table and student."""
-    lines = [
-        rounded(
-            {
-                "source": order.source,
-                "setting": order.setting,
-                "protocol": order.protocol,
-                "benchmark": order.benchmark,
-                "student": order.student,
-                "methods": " ".join(order.scores),
-                "n": len(order.scores),
-                "rho": order.rho,
-                **ends("rho", order.interval),
-            }
-        )
-        for order in found
-    ]
     rows = [
         [
             order.source,
@@ -95,7 +79,7 @@ def table(found: Sequence[Order]) -> Table:
         f"Tables with {FEWEST} methods or more that were measured here; the interval takes the methods for a "
         "sample (Bonett and Wright 2000).",
     ]
-    return Table("orders", "orders", lines, columns, rows, notes)
+    return Table("orders", "orders", [], columns, rows, notes)
 
 
 def sentence(found: Sequence[Order]) -> str:

@@ -56,6 +56,7 @@ def write(params: Params, every: Sequence[Results], folder: Path, root: Path) ->
         keep_trailing_newline=True,
     )
     environment.filters |= {"number": _number, "between": _between, "named": answer.named}
+    environment.filters["picture"] = _picture
     content = environment.get_template("page.html.j2").render(
         benchmarks=[_benchmark(results, params, root) for results in every],
         reference=params.suite.reference,
@@ -120,11 +121,14 @@ def _board(
     # an interval of two seeds may be a hundred points wide: the axis ends where most of them do
     limit = max([1.0, *map(abs, means), *spread[: int(0.9 * len(spread))]])
     gains = svg.scale([-limit, limit])
-    costs = {(line["student"], line["method"]): line for line in tables.cost(results).data}
-    classes, look = tables.per_class(results).data, looks(results)
+    look = looks(results)
     for student in results.students:
         compared = methods if not name else [results.reference, *results.shown(student)]
         stand = results.standings(student, compared)
+        classes = {m: tables.classes(results, student, m) for m in {*results.methods, *results.variants}}
+        apart = [abs(c["diff_mean"]) for own in classes.values() for c in own if c["diff_mean"] is not None]
+        limit = max(apart, default=1.0)
+        differences = svg.scale([-limit, limit])  # one for both boards, wider than that of the gains
         for row in (r for r in rows if r["student"] == student):
             key = row["key"]
             row |= _row(results, row, stand[key], scores, gains, look[key].colour)
@@ -133,17 +137,17 @@ def _board(
                 "family": family(results, key, taps.get(key, ())),
                 "rank": tables.rank_text(row),
                 "id": re.sub(r"\W+", "-", "-".join(filter(None, (results.benchmark, name, student, key)))),
-                "costs": costs.get((student, results.label(key))),
+                "costs": tables.costs(results, student, key),
                 "about": about(key, params),
                 "weights": results.weights[key],
                 "trials": results.trials.get(key),
                 "tuning": tuning(results, key),
                 "left_out": results.left_out(student, key),
                 "classes": [
-                    c | {"bar": _drawn(c["diff_mean"], Gain(), gains, look[key].colour)}
-                    for c in classes
-                    if (c["student"], c["method"]) == (student, results.label(key))
+                    c | {"bar": _drawn(c["diff_mean"], Gain(), differences, look[key].colour)}
+                    for c in classes[key]
                 ],
+                "class_axis": Markup(svg.axis(differences)),
                 "curve": _curve(results, student, key),
             }
     return {
@@ -243,15 +247,11 @@ def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, A
     over = svg.scale([0, *gains])
     for row, text in zip(rows, judged.rows, strict=True):
         texts = dict(zip(judged.columns, text, strict=True))
-        interval = None
-        if row["measured_low"] is not None:
-            interval = statistics.Interval(row["measured_low"], row["measured_high"])
+        interval = table.interval(row, "measured")
         colour, claimed = VERDICT_COLOURS.get(row["verdict"], "#7a7a7a"), row["gain"] if row["unit"] else None
         drawn = ""
-        if row["measured_gain"] is not None:
+        if row["measured_gain"] is not None or claimed is not None:
             drawn = svg.bar(row["measured_gain"], interval, None, over, colour, claimed)
-        elif claimed is not None:
-            drawn = svg.claim(claimed, over)
         source = found.sources[row["source"]]
         row |= {
             "method": label(row["method"]),

@@ -9,7 +9,6 @@ long as both sums hold; what is neither is removed, and the page says so.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import io
 import logging
@@ -158,15 +157,12 @@ def shown(results: Results, root: Path) -> dict[str, Any] | None:
     rows: list[tuple[str, str, list[float]]] = []
     for method, record in choice.cells.items():
         if method in sheets:
-            name = TEACHER if method == TEACHER else results.label(method)
-            rows.append((method, name, [float(scores(record)[place]) for place in choice.places]))
+            rows.append((method, results.label(method), scores(record)[choice.places].tolist()))
     return {
         "choice": choice,
         "best": results.label(choice.best),
         "index": index,
-        "sheets": {name: _address(folder / f"{name}.webp") for name in (PHOTOS, TRUTH, *sheets)}
-        if index
-        else {},
+        "sheets": {name: folder / f"{name}.webp" for name in _files(index)},
         "rows": rows,
         "left_out": [results.label(m) for m in choice.cells if m not in sheets and m != TEACHER],
     }
@@ -179,12 +175,10 @@ def _make(
     from pipelines.datasets.folder import Split
 
     split, meta = data_folder.load(data, "test"), data_folder.describe(data)
-    samples = []
-    for place in choice.places:
-        image, label = (
-            (split.images[place], split.labels[place]) if isinstance(split, Split) else split.read(place)
-        )
-        samples.append((image, label))
+    samples = [
+        (split.images[place], split.labels[place]) if isinstance(split, Split) else split.read(place)
+        for place in choice.places
+    ]
     seen = {method: _predictions(choice.cells[method], [image for image, _ in samples]) for method in methods}
     truth = [label.numpy() for _, label in samples]
     palette = np.zeros((256, 4), np.uint8)
@@ -212,8 +206,7 @@ def _make(
             made[TRUTH] = _webp(Image.fromarray(column([palette[label] for label in truth])), lossless=True)
         return made
 
-    before = kept["files"] if kept else {}
-    old = {name: (folder / f"{name}.webp").read_bytes() for name in before if name in _files(kept)}
+    old = {name: (folder / f"{name}.webp").read_bytes() for name in _files(kept)}
     for side in (kept["side"],) if kept else SIDES:
         contents = old | draw(side)
         if sum(map(len, contents.values())) <= MOST:
@@ -289,7 +282,3 @@ def _files(index: Mapping[str, Any] | None) -> list[str]:
 
 def _sum(path: Path) -> str | None:
     return files.sha256(path.read_bytes()) if path.is_file() else None
-
-
-def _address(path: Path) -> str:
-    return f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode()}"

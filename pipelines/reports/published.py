@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, ValidationError
 
 from pipelines import config
-from pipelines.config import ROOT, ConfigError, Key, Model, Positive, Size
+from pipelines.config import ConfigError, Key, Model, Positive, Size
 
 FILE = Path("reports") / "claims.yaml"
 
@@ -97,9 +97,8 @@ class Claims(Entry):
     claims: list[Claim]
 
 
-def load(path: Path | None = None) -> Claims:
+def load(path: Path) -> Claims:
     """Read and check claims.yaml. Raises ConfigError, one sentence that says what to correct."""
-    path = path or ROOT / FILE
     return _load(path, path.read_bytes() if path.is_file() else b"")
 
 

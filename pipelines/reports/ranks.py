@@ -47,13 +47,11 @@ def rank(every: Sequence[Results]) -> Ranks | None:
     }
     reference = every[0].reference if every else ""
     scores = {block: own for block, own in scores.items() if reference in own and len(own) > 1}
-    order = list(dict.fromkeys(m for own in rows.values() for m in own))
-    methods = [m for m in order if all(m in own for own in scores.values())]
+    means = {block: {m: float(np.mean(own[m])) for m in own} for block, own in scores.items()}
+    ranks = dict(sorted(statistics.mean_ranks(means).items(), key=lambda pair: pair[1]))
+    methods = list(ranks)
     if len(scores) < 2 or len(methods) < 2:
         return None
-    means = {block: {m: float(np.mean(own[m])) for m in methods} for block, own in scores.items()}
-    ranks = statistics.mean_ranks(means)
-    ranks = {m: ranks[m] for m in sorted(methods, key=lambda m: (ranks[m], methods.index(m)))}
     cd = statistics.critical_difference(len(methods), len(scores))
     seeds = {m: min(len(own[m]) for own in scores.values()) for m in methods}
     improvement: dict[str, tuple[float, Interval | None]] = {}
@@ -103,10 +101,11 @@ def table(found: Ranks) -> Table:
     columns = ["method", "seeds (fewest)", "mean rank", f"probability of improvement on {found.reference}"]
     p = "unknown" if found.friedman_p is None else f"p = {found.friedman_p:.2g}"
     blocks = "; ".join(", ".join(block) for block in found.blocks)
+    groups = "; ".join(", ".join(map(label, group)) for group in found.cliques) or "none"
     notes = [
         sentence(found),
         f"Blocks: {blocks}. Friedman's test that the methods do not differ: {p}. Mean ranks closer than "
-        f"{found.critical_difference:.2f} (Nemenyi, 5 %) are not told apart: {_groups(found)}.",
+        f"{found.critical_difference:.2f} (Nemenyi, 5 %) are not told apart: {groups}.",
     ]
     return Table("ranks", "mean ranks", data, columns, text, notes)
 
@@ -142,7 +141,3 @@ def sentence(found: Ranks) -> str:
 def write(found: Ranks, folder: Path) -> None:
     """Write ``folder/ranks.{md,csv,tex}``."""
     render(table(found), folder, "all benchmarks and students", warnings=warnings(found))
-
-
-def _groups(found: Ranks) -> str:
-    return "; ".join(", ".join(map(label, group)) for group in found.cliques) or "none"

@@ -14,36 +14,32 @@ from pipelines.config import ROOT, ConfigError, Params
 from pipelines.reports import answer, claims, conditions, orders, published, tables
 from pipelines.reports.method_table import PAPERS, compares
 from pipelines.reports.results import HEADLINE, Results
-from pipelines.reports.table import escape_markdown, markdown
+from pipelines.reports.table import escape_markdown
 from pipelines.runs import counts, journal
 
-RESULTS = ("<!-- results:begin -->", "<!-- results:end -->")
-PLANS = ("<!-- benchmarks:begin -->", "<!-- benchmarks:end -->")
-RULES = ("<!-- claims:begin -->", "<!-- claims:end -->")
-METHODS = ("<!-- methods:begin -->", "<!-- methods:end -->")
-MINUTES = ("<!-- minutes:begin -->", "<!-- minutes:end -->")
-SPEED = ("<!-- speed:begin -->", "<!-- speed:end -->")
 BENCH = Path("runs") / "bench.json"  # by `make bench`
 FIGURE = "compute"
 ROWS, LOWEST = 8, 2  # of the table in the README, and how many of them are the lowest
 
 
-def update(path: Path, markers: tuple[str, str], text: str) -> bool:
-    """Put ``text`` between two markers of a README. Where there are none: change nothing, return False."""
+def update(path: Path, name: str, text: str) -> bool:
+    """Put ``text`` between ``<!-- name:begin -->`` and ``<!-- name:end -->``. Where these are not: change
+    nothing, return False."""
     try:
         content = path.read_text(encoding="utf-8") if path.is_file() else ""
     except UnicodeDecodeError:
         raise ConfigError(f"{path.name} is damaged, it is no UTF-8 text: restore it with git.") from None
-    begin, end = (content.find(marker) for marker in markers)
-    if begin < 0 or end < begin:
+    before, begin, rest = content.partition(f"<!-- {name}:begin -->")
+    _, end, after = rest.partition(f"<!-- {name}:end -->")
+    if not end:
         return False
-    new = content[: begin + len(markers[0])] + "\n" + text + "\n" + content[end:]
+    new = f"{before}{begin}\n{text}\n{end}{after}"
     if new != content:
         files.write_bytes(path, new.encode())
     return True
 
 
-def block(every: Sequence[Results], params: Params) -> str:
+def block(every: Sequence[Results], params: Params, root: Path = ROOT) -> str:
     """The answer in one sentence, eight rows and a figure: of the benchmark that the methods were tuned on,
     else of the first that has results."""
     wanted = params.tuning.benchmark
@@ -68,11 +64,9 @@ def block(every: Sequence[Results], params: Params) -> str:
     found = tables.comparison(results)
     own = [row for row in found.rows if row[0] == student]
     chosen = _chosen(results, student)
-    kept = [i for i, name in enumerate(found.columns) if name != "student"]
     order = {results.label(method): place for place, method in enumerate(chosen)}
     rows = sorted((row for row in own if row[1] in order), key=lambda row: order[row[1]])
-    head, *rows = ([line[i] for i in kept] for line in (found.columns, *rows))
-    lines += markdown(head, rows, [found.right[i] for i in kept])
+    lines += replace(found, rows=rows, wide=frozenset({"student"})).narrow().markdown
     most = max(results.controls.values(), default=0)
     longer = f"; ×{most:g}: trained for {most:g} times as many steps" if most else ""
     lines += [
@@ -89,8 +83,8 @@ def block(every: Sequence[Results], params: Params) -> str:
     ]
     if text := answer.caveats(results, ordered):
         lines += ["", escape_markdown(text)]
-    if (ROOT / published.FILE).is_file():
-        known = published.load()
+    if (root / published.FILE).is_file():
+        known = published.load(root / published.FILE)
         said = (claims.paper(known, every, params), orders.sentence(orders.orders(known, every)))
         lines += [line for text in said if text for line in ("", escape_markdown(text))]
     return "\n".join(lines)

@@ -8,15 +8,13 @@ records.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from pipelines.config import OFFICIAL, PAPER, TEACHER, Params, Tuning
@@ -310,7 +308,9 @@ class Results:
         for student in self.students if (self.images or 0) >= FEWEST else ():
             own = [r for r in self.finished if r.cell.student == student]
             if own and len({(r.run["data_sha256"], tuple(r.test_names())) for r in own}) == 1:
-                found[student] = statistics.image_bootstrap(_Counts(own), RESAMPLES, RESAMPLING_SEED)
+                # read one by one: those of a large set would not fit into memory together
+                counts = (((r.cell.method, r.cell.seed), r.confusion("test")) for r in own)
+                found[student] = statistics.image_bootstrap(counts, RESAMPLES, RESAMPLING_SEED)
         return found
 
     @property
@@ -334,18 +334,10 @@ class Results:
         return {m: (1 + better[m], len(rows) - worse[m]) for m in rows}
 
     def standings(self, student: str, methods: Sequence[str]) -> dict[str, Standing]:
-        """As :meth:`_stand`, which is called once for each table."""
-        key = (student, *methods)
-        if key not in self._stands:
-            self._stands[key] = self._stand(student, methods)
-        return self._stands[key]
-
-    @cached_property
-    def _stands(self) -> dict[tuple[str, ...], dict[str, Standing]]:
-        return {}
-
-    def _stand(self, student: str, methods: Sequence[str]) -> dict[str, Standing]:
-        """How every row of one table stands; the family of the tests is :meth:`tested` of ``methods``."""
+        """How every row of one table stands, computed once; the family of the tests is :meth:`tested` of
+        ``methods``."""
+        if known := self._standings.get((student, *methods)):
+            return known
         family = self.tested(methods)
         scores = {m: self.by_seed(student, m) for m in methods}
         gains = {m: self.gain(student, m) for m in methods if m != self.reference}
@@ -366,24 +358,12 @@ class Results:
                 why=why,
                 rank=ranks.get(method),
             )
+        self._standings[student, *methods] = found
         return found
 
-
-class _Counts(Mapping[tuple[str, int], np.ndarray]):
-    """The test counts of records by method and seed, read when asked for: those of a large set would
-    not fit into memory together."""
-
-    def __init__(self, own: Sequence[Record]) -> None:
-        self.own = {(record.cell.method, record.cell.seed): record for record in own}
-
-    def __getitem__(self, key: tuple[str, int]) -> np.ndarray:
-        return self.own[key].confusion("test")
-
-    def __iter__(self) -> Iterator[tuple[str, int]]:
-        return iter(self.own)
-
-    def __len__(self) -> int:
-        return len(self.own)
+    @cached_property
+    def _standings(self) -> dict[tuple[str, ...], dict[str, Standing]]:
+        return {}
 
 
 def gather(
@@ -408,7 +388,7 @@ def gather(
         key: {
             name: value
             for name, value in params.method_values(key).items()
-            if re.fullmatch("weight(_.*)?", name)
+            if name == "weight" or name.startswith("weight_")
         }
         for key in params.method_keys
     }

@@ -7,7 +7,7 @@ There is one entry for a benchmark, student, device and batch size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +108,11 @@ def sustained(params: Params, root: Path = ROOT) -> tuple[float, str] | None:
     work: dict[str, list[float]] = {}
     for entry in read(root):
         if on_gpu(entry) and is_current(entry, params):
-            for row in _measured(entry["rows"].values()):
+            for row in (row for row in entry["rows"].values() if row["status"] == "measured"):
                 total = work.setdefault(device(entry), [0.0, 0.0])
                 total[0] += row["step_flops"]
                 total[1] += _step(row)
     return max(((flops / seconds, name) for name, (flops, seconds) in work.items()), default=None)
-
-
-def _measured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if row["status"] == "measured"]
 
 
 def table(params: Params, root: Path = ROOT) -> Table:

@@ -69,7 +69,8 @@ def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
         own = seeds.get(cell.benchmark) if current else None
         over_seeds = statistics.sd(own.by_seed(cell.student, cell.method).values()) if own else None
         trained = {mode: (entry, entry["repeats"][mode]) for mode in MODES}
-        if (record := _elsewhere(entry, own)) is not None:
+        cells = [r for r in own.finished if r.cell == cell] if own else []
+        if record := next((r for r in cells if device(r.run) != device(entry)), None):
             trained[TABLES] = (record.run, [outcome(record)])
         for mode, (run, repeats) in trained.items():
             scores = [repeat["test_miou"] for repeat in repeats]
@@ -95,19 +96,13 @@ def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
         f"By {COMMAND}: one cell, the same seed, trained again and again on one machine. What differs is the "
         "arithmetic of the device alone.",
     ]
-    if apart := rounding(params, root):
+    if apart := rounding(params, entries):
         notes.append(f"What rounding alone does to a score on a CPU, from one mode to the other: {apart}.")
     if any(row["mode"] == TABLES for row in data):
         notes[0] += f' "{TABLES}": the record of the same cell and seed, from another kind of machine.'
     if not any(on_gpu(entry) for entry in entries):
         notes[0] += " No GPU has been measured yet."
     return Table("spread", "trainings repeated", data, COLUMNS, text, notes, WIDE)
-
-
-def _elsewhere(entry: Mapping[str, Any], own: Results | None) -> Record | None:
-    """The record of the cell in the tables, if another kind of machine trained it."""
-    cells = [r for r in own.finished if r.cell == _cell(entry)] if own else []
-    return next((r for r in cells if device(r.run) != device(entry)), None)
 
 
 def outcome(record: Record) -> dict[str, Any]:
@@ -120,10 +115,10 @@ def outcome(record: Record) -> dict[str, Any]:
     }
 
 
-def rounding(params: Params, root: Path = ROOT) -> str:
+def rounding(params: Params, entries: Sequence[Mapping[str, Any]]) -> str:
     """How far apart the two modes scored on a CPU, for each cell of today's settings: mIoU, test."""
     found = []
-    for entry in read(root):
+    for entry in entries:
         if is_current(entry, params) and not on_gpu(entry):
             fast, strict = (
                 statistics.mean([repeat["test_miou"] for repeat in entry["repeats"][mode]]) or 0.0
@@ -150,5 +145,5 @@ def _text(row: Mapping[str, Any]) -> list[str]:
 
 def write(params: Params, every: Sequence[Results], folder: Path, root: Path = ROOT) -> None:
     """Write ``folder/spread.{md,csv,tex}``, if anything was measured."""
-    if read(root):
-        render(table(params, every, root), folder, "all benchmarks")
+    if (found := table(params, every, root)).rows:
+        render(found, folder, "all benchmarks")

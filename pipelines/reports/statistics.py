@@ -25,7 +25,7 @@ LEVEL = 0.95  # of every interval
 SEEDS_FOR_SIGNIFICANCE = 6  # below this, no two-sided sign-flip test over paired seeds can reach p < 0.05
 EXACT = 16  # differences up to which all 2^n sign flips are enumerated
 FLIPS = 2**16 - 1  # random ones beyond; no p is then below 2^-16, which is smallest_p(EXACT + 1)
-TIE = 1e-9  # of the sum of |differences|: two sums that are closer differ by rounding only
+TIE = 1e-9  # of the length of the differences: two sums that are closer differ by rounding only
 FEWEST_PAIRS = 4  # of which a rank correlation says anything
 CHUNK = 1000  # resamples at a time: their image weights and sums are all that has to fit into memory
 
@@ -74,10 +74,6 @@ class ImageBootstrap:
 
     scores: dict[tuple[str, int], np.ndarray]  # by method and seed: float64 (resamples,), percent
 
-    def score(self, method: str) -> np.ndarray:
-        """Mean over the method's seeds, float64 (resamples,), percent. ValueError if it has no cell."""
-        return self._mean(method, self._seeds(method))
-
     def difference(self, a: str, b: str) -> Interval | None:
         """95 % percentile interval of ``a - b`` (Efron and Tibshirani 1993, chapter 13); None without a seed.
 
@@ -98,8 +94,6 @@ class ImageBootstrap:
         return {seed for name, seed in self.scores if name == method}
 
     def _mean(self, method: str, seeds: set[int]) -> np.ndarray:
-        if not seeds:
-            raise ValueError(f"No cell of {method} was resampled.")
         return np.mean([self.scores[method, seed] for seed in sorted(seeds)], axis=0)
 
 
@@ -147,15 +141,7 @@ def sign_flip_p(differences: Sequence[float]) -> float | None:
     exact for differences that are symmetric about 0. Beyond ``EXACT`` differences a seeded sample of
     assignments, with the observed one counted in (Phipson and Smyth 2010). ValueError if one is not finite.
     """
-    _check_finite(differences)
-    values = np.asarray(differences, dtype=np.float64)
-    n = len(values)
-    if n == 0:
-        return None
-    signs, observed = _signs(n)
-    sums = np.abs(signs @ values)
-    reached = int((sums >= abs(values.sum()) - TIE * np.abs(values).sum()).sum())
-    return (reached + observed) / (len(sums) + observed)
+    return max_t({"": dict(enumerate(differences))}).get("")
 
 
 def smallest_p(n: int) -> float:
@@ -187,7 +173,7 @@ def max_t(differences: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
     if not names:
         return {}
     seeds = sorted(set().union(*(differences[name] for name in names)))
-    values = np.array([[differences[name].get(seed, 0.0) for name in names] for seed in seeds])
+    values = np.array([[float(differences[name].get(seed, 0.0)) for name in names] for seed in seeds])
     _check_finite(list(values.ravel()))
     length = np.sqrt((values**2).sum(axis=0))
     values = np.divide(values, length, out=np.zeros_like(values), where=length > 0)
@@ -232,18 +218,18 @@ def holm(mapping: Mapping[str, float]) -> dict[str, float]:
 
 
 def image_bootstrap(
-    counts: Mapping[tuple[str, int], np.ndarray], resamples: int, seed: int
+    counts: Iterable[tuple[tuple[str, int], np.ndarray]], resamples: int, seed: int
 ) -> ImageBootstrap:
     """Score every cell on resamples of the test images, the same ones for all cells (Efron 1979).
 
-    ``counts``: by method and seed, integer confusion counts (images, C, C) in the convention of
+    ``counts``: of each method and seed, integer confusion counts (images, C, C) in the convention of
     :mod:`pipelines.runs.confusion`, the images in the same order for all. The score of a resample is the
     mIoU of its summed matrix, in percent: the mean over the classes in the ground truth of the whole split,
     without those that no image of the resample has (NaN if it has none). ValueError when there is no cell,
     when cells differ in the number of images or classes, and when no pixel of a cell carries a label.
     """
     sums, shapes = {}, set[tuple[int, ...]]()
-    for cell, array in counts.items():  # one at a time: a mapping may read them from files
+    for cell, array in counts:  # one at a time: they may be read from files
         shapes.add(array.shape)
         if len(shapes) > 1:
             raise ValueError(

@@ -52,7 +52,7 @@ def dots(scores: Sequence[float], mean: float, reference: float | None, over: Sc
 
 
 def bar(
-    mean: float,
+    mean: float | None,
     seeds: Interval | None,
     images: Interval | None,
     over: Scale,
@@ -60,22 +60,20 @@ def bar(
     claimed: float | None = None,
 ) -> str:
     """A mean with its interval over seeds (thick) and over images (thin below), an arrow where one goes on
-    beyond the axis; a claim is a tick."""
+    beyond the axis; a claim is a tick, alone where nothing was measured."""
     parts = [_line(MARGIN, WIDTH - MARGIN, HEIGHT / 2, "rail"), _stroke(over.at(0), 1, HEIGHT - 1, "dashed")]
     for interval, y, kind in ((images, HEIGHT - 4, "thin"), (seeds, HEIGHT / 2, "thick")):
         if interval is not None:
             parts.append(_line(over.at(interval.low), over.at(interval.high), y, kind, colour))
-            parts += (_arrow(over, y, end, colour) for end in (-1, 1) if _beyond(interval, over, end))
-    parts.append(f'<circle cx="{over.at(mean)}" cy="{HEIGHT / 2:g}" r="4" fill="{colour}" class="ring"/>')
+            if interval.low < over.low:
+                parts.append(_arrow(over, y, -1, colour))
+            if interval.high > over.high:
+                parts.append(_arrow(over, y, 1, colour))
+    if mean is not None:
+        parts.append(f'<circle cx="{over.at(mean)}" cy="{HEIGHT / 2:g}" r="4" fill="{colour}" class="ring"/>')
     if claimed is not None:
         parts.append(_stroke(over.at(claimed), 1, HEIGHT - 1, "claim"))
     return _svg(WIDTH, HEIGHT, "".join(parts))
-
-
-def claim(claimed: float, over: Scale) -> str:
-    """A claim that nothing was measured for."""
-    rail, tick = _line(MARGIN, WIDTH - MARGIN, HEIGHT / 2, "rail"), _stroke(over.at(claimed), 1, 21, "claim")
-    return _svg(WIDTH, HEIGHT, rail + _stroke(over.at(0), 1, HEIGHT - 1, "dashed") + tick)
 
 
 def curves(lines: Sequence[tuple[Sequence[tuple[float, float]], str, bool]], label: str) -> str:
@@ -97,28 +95,18 @@ def curves(lines: Sequence[tuple[Sequence[tuple[float, float]], str, bool]], lab
         (f"step {x.high:g}", width - 6, height - 4, "end"),
     ):
         parts.append(f'<text x="{left}" y="{top}" text-anchor="{side}">{text}</text>')
-    drawn = "".join(parts)
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        f'aria-label="{escape(label)}" class="chart">{drawn}</svg>'
-    )
+    return _svg(width, height, "".join(parts), "chart", f'role="img" aria-label="{escape(label)}"')
 
 
-def _svg(width: float, height: float, content: str, kind: str = "") -> str:
+def _svg(width: float, height: float, content: str, kind: str = "", role: str = 'aria-hidden="true"') -> str:
     look = f' class="{kind}"' if kind else ""
-    return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" aria-hidden="true"'
-        f"{look}>{content}</svg>"
-    )
+    size = f'width="{width:g}" height="{height:g}"'
+    return f'<svg viewBox="0 0 {width:g} {height:g}" {size} {role}{look}>{content}</svg>'
 
 
 def _line(left: float | str, right: float | str, y: float, kind: str, colour: str = "") -> str:
     stroke = f' stroke="{colour}"' if colour else ""
     return f'<line x1="{left}" x2="{right}" y1="{y:g}" y2="{y:g}" class="{kind}"{stroke}/>'
-
-
-def _beyond(interval: Interval, over: Scale, end: int) -> bool:
-    return interval.low < over.low if end < 0 else interval.high > over.high
 
 
 def _arrow(over: Scale, y: float, end: int, colour: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,11 @@ class Table:
 
     @property
     def right(self) -> list[bool]:
-        """Which columns hold numbers."""
-        return [all(NUMBER.fullmatch(row[i]) for row in self.rows) for i in range(len(self.columns))]
+        """Which columns hold numbers; a status may begin with one."""
+        return [
+            name != "status" and all(NUMBER.fullmatch(row[i]) for row in self.rows)
+            for i, name in enumerate(self.columns)
+        ]
 
     @property
     def csv(self) -> bytes:
@@ -48,7 +51,9 @@ class Table:
     @property
     def markdown(self) -> list[str]:
         """The lines of the table alone."""
-        return markdown(self.columns, self.rows, self.right)
+        head, *lines = (" | ".join(map(escape_markdown, row)) for row in (self.columns, *self.rows))
+        rule = "|".join("--:" if own else "---" for own in self.right)
+        return [f"| {head} |", f"|{rule}|", *(f"| {line} |" for line in lines)]
 
     def narrow(self) -> Table:
         """What TeX prints."""
@@ -92,12 +97,6 @@ def render(
         if kind == "tex" and any(character > "\u024f" and character.isalpha() for character in content):
             content = f"{SCRIPTS}\n{content}"
         files.write_bytes(folder / f"{table.name}.{kind}", content.encode())
-
-
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[bool]) -> list[str]:
-    """The lines of a table in Markdown; ``right`` are the columns to align there."""
-    lines = ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in (columns, *rows)]
-    return [lines[0], "|" + "|".join("--:" if own else "---" for own in right) + "|", *lines[1:]]
 
 
 def plus_minus(mean: float | None, sd: float | None) -> str:

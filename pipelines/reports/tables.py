@@ -57,8 +57,8 @@ def cost(results: Results) -> Table:
     data, text = [], []
     for student in results.students:
         for method in results.rows(student):
-            row = {"student": student, "method": results.label(method)} | _deployed(results, student, method)
-            row |= _costs(results, student, method) | {"status": results.status(student, method)}
+            row = {"student": student, "method": results.label(method)} | costs(results, student, method)
+            row |= {"status": results.status(student, method)}
             data.append(row)
             text.append([student, results.label(method), *_cost_text(row)])
     columns = ["student", "method", "parameters (M)", "GFLOPs", f"latency (× {results.reference})"]
@@ -83,9 +83,8 @@ def ablation(results: Results) -> Table:
             row |= _compute(results, student, method) | {"status": results.status(student, method)}
             data.append(row)
             named = (f"{name.removeprefix('weight_')} {own[name]:g}" for name in weights if own.get(name))
-            score, place, gain, equal, _ = _score_text(row)
-            text.append([student, variant(method), ", ".join(named) or "–", score, place, gain, equal])
-            text[-1].append(row["status"])
+            scores = _score_text(row)[:-1]
+            text.append([student, variant(method), ", ".join(named) or "–", *scores, row["status"]])
     columns = ["student", "variant", "terms and weights", *_score_columns(results)[:-1], "status"]
     notes = [_lead(results), " ".join(tests)]
     return Table("ablation", f"ablation of {PAPER}", data, columns, text, notes, _wide(results))
@@ -94,31 +93,23 @@ def ablation(results: Results) -> Table:
 def per_class(results: Results) -> Table:
     """IoU of every class, mean ± sd over the seeds: the teacher's, that of the student alone, and those of
     the methods with the highest and the lowest mean; the CSV has all methods."""
-    names = {f"test/iou/{metric_name(name)}": name for name in results.classes()} | {SCORE: "mean (mIoU)"}
-    data, text, reference = [], [], results.reference
+    data: list[dict[str, Any]] = []
+    text, reference, metrics = [], results.reference, _class_metrics(results)
     for student in results.students:
-        for metric, name in names.items():
+        rows = {method: classes(results, student, method) for method in results.rows(student)}
+        for place, (metric, name) in enumerate(metrics.items()):
+            known = {method: own[place] for method, own in rows.items()}
+            data += known.values()
+            known = {method: row for method, row in known.items() if row["n"]}
             line = [student, name, number(results.teacher(metric), ".2f")]
-            known: dict[str, tuple[float, str, str]] = {}  # mean, as text, difference as text
-            for method in results.rows(student):
-                values, paired = (
-                    results.by_seed(student, method, metric).values(),
-                    results.paired(student, method, metric),
-                )
-                mean, sd = statistics.mean(values), statistics.sd(values)
-                row = {"student": student, "method": results.label(method), "class": name, "n": len(values)}
-                difference = None if method == reference else paired.mean
-                data.append(row | rounded({"iou_mean": mean, "iou_sd": sd, "diff_mean": difference}))
-                if mean is not None:
-                    known[method] = mean, plus_minus(mean, sd), number(difference, "+.2f")
-            line.append(known[reference][1] if reference in known else "–")
-            tested = [method for method in results.tested(results.methods) if method in known]
+            line.append(_iou_text(known[reference]) if reference in known else "–")
+            tested = [known[method] for method in results.tested(results.methods) if method in known]
             for choose in (max, min):
-                method = choose(tested, key=lambda m: known[m][0], default="")
-                found = known.get(method)
-                line += [f"{results.label(method)}, {found[1]}", found[2]] if found else ["–", "–"]
+                row = choose(tested, key=lambda own: own["iou_mean"], default={})
+                line.append(f"{row['method']}, {_iou_text(row)}" if row else "–")
+                line.append(number(row.get("diff_mean"), "+.2f"))
             text.append(line)
-    for metric, name in names.items():
+    for metric, name in metrics.items():
         score = results.teacher(metric)
         row = {"student": TEACHER, "method": "", "class": name, "n": int(score is not None)}
         data.append(row | rounded({"iou_mean": score, "iou_sd": None, "diff_mean": None}))
@@ -130,6 +121,27 @@ def per_class(results: Results) -> Table:
         "luck.",
     ]
     return Table("per_class", "IoU per class", data, columns, text, notes, _wide(results))
+
+
+def classes(results: Results, student: str, method: str) -> list[dict[str, Any]]:
+    """The lines of a row in the CSV of the classes."""
+    found = []
+    for metric, name in _class_metrics(results).items():
+        values, known = results.by_seed(student, method, metric).values(), method != results.reference
+        row = {"student": student, "method": results.label(method), "class": name, "n": len(values)}
+        difference = results.paired(student, method, metric).mean if known else None
+        scores = {"iou_mean": statistics.mean(values), "iou_sd": statistics.sd(values)}
+        found.append(row | rounded(scores | {"diff_mean": difference}))
+    return found
+
+
+def _class_metrics(results: Results) -> dict[str, str]:
+    """The name of every class by its metric, and of their mean."""
+    return {f"test/iou/{metric_name(name)}": name for name in results.classes()} | {SCORE: "mean (mIoU)"}
+
+
+def _iou_text(row: Mapping[str, Any]) -> str:
+    return plus_minus(row["iou_mean"], row["iou_sd"])
 
 
 def write(results: Results, folder: Path) -> None:
@@ -230,8 +242,8 @@ def _compute(results: Results, student: str, method: str) -> dict[str, Any]:
     )
 
 
-def _costs(results: Results, student: str, method: str) -> dict[str, Any]:
-    """What the training of a row cost."""
+def costs(results: Results, student: str, method: str) -> dict[str, Any]:
+    """What the deployed student of a row costs, and what its training cost."""
 
     def values(metric: str) -> list[float]:
         return list(results.by_seed(student, method, metric).values())
@@ -243,7 +255,7 @@ def _costs(results: Results, student: str, method: str) -> dict[str, Any]:
         return statistics.median([own[seed] / alone[seed] for seed in own.keys() & alone.keys()])
 
     step = statistics.median(values("seconds/step_median"))
-    return rounded(
+    return _deployed(results, student, method) | rounded(
         {
             "steps": _whole(values("steps")),
             "step_flops": _whole(values("compute/step_flops")),
@@ -279,12 +291,6 @@ def _deployed(results: Results, student: str, method: str) -> dict[str, Any]:
 def _whole(values: Iterable[float]) -> int | None:
     """The number that all seeds of a row share."""
     return next((int(value) for value in values), None)
-
-
-def _ratio_text(row: Mapping[str, Any], runtime: str = "onnxruntime") -> str:
-    if row[f"{runtime}_ratio"] is None:
-        return "–"
-    return f"{row[f'{runtime}_ratio']:.2f} {between(interval(row, f'{runtime}_ratio'), '.2f')}"
 
 
 def _score_text(row: dict[str, Any]) -> list[str]:
@@ -331,10 +337,13 @@ def _gain_text(row: Mapping[Any, Any], mean: str, over_seeds: str, verdict: str)
 
 
 def _cost_text(row: dict[str, Any]) -> list[str]:
+    latency = number(row["onnxruntime_ratio"], ".2f")
+    if found := interval(row, "onnxruntime_ratio"):
+        latency += f" {between(found, '.2f')}"
     return [
         number(None if row["parameters"] is None else row["parameters"] / 1e6, ".2f"),
         number(None if row["flops"] is None else row["flops"] / 1e9, ".2f"),
-        _ratio_text(row),
+        latency,
         number(None if row["step_flops"] is None else row["step_flops"] / 1e9, ".1f"),
         number(row["step_ratio"], ".2f"),
         number(row["memory_ratio"], ".2f"),

@@ -32,17 +32,17 @@ def write(params: Params, root: Path, target: Path) -> None:
     own = committed(params, root)
     found = {name: records for name, records in report.finished(params, root).items() if name in own}
     every = report.gather_all(params, root, found)
-    texts: tuple[tuple[str, tuple[str, str], Callable[[], str]], ...] = (
-        ("README.md", readme.RESULTS, lambda: readme.block(every, params)),
-        ("README.md", readme.MINUTES, lambda: readme.minutes(root)),
-        ("docs/benchmarks.md", readme.PLANS, lambda: benchmark_table.overview(params, every, root)),
-        ("docs/tables.md", readme.RULES, readme.rules),
-        ("docs/methods.md", readme.METHODS, lambda: readme.methods(params, root)),
-        ("docs/how-it-works.md", readme.SPEED, lambda: readme.speed(root)),
+    texts: tuple[tuple[str, str, Callable[[], str]], ...] = (
+        ("README.md", "results", lambda: readme.block(every, params, root)),
+        ("README.md", "minutes", lambda: readme.minutes(root)),
+        ("docs/benchmarks.md", "benchmarks", lambda: benchmark_table.overview(params, every, root)),
+        ("docs/tables.md", "claims", readme.rules),
+        ("docs/methods.md", "methods", lambda: readme.methods(params, root)),
+        ("docs/how-it-works.md", "speed", lambda: readme.speed(root)),
     )
-    for page, markers, text in texts:
+    for page, name, text in texts:
         if (target / page).is_file():
-            readme.update(target / page, markers, text())
+            readme.update(target / page, name, text())
 
 
 def main() -> None:
