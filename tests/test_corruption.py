@@ -7,6 +7,8 @@ A few cases run with the other tests; with ACFD_TORTURE every file is damaged at
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import logging
 import random
 import re
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, TALLY, read_params, write_params
 from suites import TORTURE, lockfile, varied
 
@@ -250,6 +253,22 @@ def interrupted(root: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(KeyboardInterrupt):
             run_cell(KD, params, root)
     return state.read_bytes()
+
+
+def test_a_resume_file_of_other_libraries_is_deleted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which name a tensor otherwise: the next run starts from step 0."""
+    params = checked(config.load(root / "params.yaml"))
+    content, file = interrupted(root, params, monkeypatch), KD.scratch(root) / "state.pt"
+    state = torch.load(io.BytesIO(content[checkpoint.HEAD :]), weights_only=True)
+    state["student"]["renamed"] = state["student"].pop(next(iter(state["student"])))
+    saved = io.BytesIO()
+    torch.save(state, saved)
+    body = content[checkpoint.SUM : checkpoint.HEAD] + saved.getvalue()
+    file.write_bytes(hashlib.sha256(body).digest() + body)
+    with pytest.raises(ConfigError, match="other versions of the libraries and is deleted"):
+        run_cell(KD, params, root)
+    run_cell(KD, params, root)
+    assert records.read(KD, root) is not None
 
 
 @pytest.mark.parametrize("what", ["teacher", *(["params", "data", "code"] if TORTURE else ["code"])])

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from conftest import ROOT, read_params, write_params
 from torch import nn
 
+from baselines import kd
 from pipelines import config, files
 from pipelines.config import ConfigError, Network, Params
 from pipelines.networks import SegmentationNetwork
@@ -116,6 +118,32 @@ def test_a_network_is_counted_once_and_again_by_other_code(tmp_path: Path) -> No
     file.write_text(json.dumps(files.sealed(first | {"mark": "of other code"})))
     count.count(params, tmp_path)
     assert next(iter(json.loads(file.read_text())["networks"].values()))[0]["parameters"] == 12_052_435
+
+
+def test_the_committed_counts_are_of_this_code() -> None:
+    """Else everybody who adds a method counts all of them again."""
+    have = counts.read()
+    if have["versions"] == {name: version(name) for name in count.LIBRARIES}:
+        assert have["mark"] == count._mark(), "run `dvc repro -s -f count` and commit runs/networks.json"
+
+
+def test_a_method_that_looks_at_values_is_not_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains all the same, so its neighbours are counted and the table says why it has no row."""
+
+    def losses(_: Any, student: dict[str, torch.Tensor], *__: Any) -> dict[str, torch.Tensor]:
+        positive = student["logits"] > 0
+        return {"kd": student["logits"][positive].mean()}
+
+    monkeypatch.setattr(kd.Method, "losses", losses)
+    have = counts.read(root)
+    found = have["methods"] | count.measure_methods(load(root), ["kd", "cwd"])
+    assert found["cwd"] == {k: v for k, v in have["methods"]["cwd"].items() if k != "code"}
+    assert set(found["kd"]) == {"failure"}
+    files.write_sealed(root / counts.COUNTS, have | {"methods": found})
+    report.write_texts(load(root), [], root, root)
+    text = (root / "reports" / "methods.md").read_text()
+    assert "kd cannot be counted, as its loss looks at values" in text
+    assert "| cwd |" in text and "| kd |" not in text
 
 
 @pytest.fixture

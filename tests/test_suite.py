@@ -948,6 +948,8 @@ def test_a_report_that_fails_takes_nothing_from_the_commit(
 ) -> None:
     """It comes before the commit, which is made all the same; the report itself is still to be made."""
     (copy / "dvc.lock").unlink()
+    weights = NONE.folder(copy) / "weights.safetensors"
+    own = weights.stat().st_ino
     monkeypatch.setattr(head, "needs", lambda *_: Needs())
     monkeypatch.setattr(report, "report", lambda *_: 1 / 0)
     monkeypatch.chdir(copy)
@@ -956,6 +958,7 @@ def test_a_report_that_fails_takes_nothing_from_the_commit(
     stages = pipeline.locked(copy)
     assert {"train_teacher@streets", "distill@streets-pspnet-resnet18-kd-0"} <= stages.keys()
     assert "report" not in stages
+    assert weights.stat().st_ino == own  # a kill in the commit leaves it there
 
 
 def test_a_student_is_exported_where_its_weights_are_or_will_be(copy: Path) -> None:
@@ -1004,6 +1007,47 @@ def test_other_data_is_trained_on_at_once(tmp_path: Path, monkeypatch: pytest.Mo
         shown.close()
     assert ran.read_text() == "streets/teacher"
     assert suite.ran == {"fetch@streets", "train_teacher@streets"}
+
+
+def test_students_are_exported_beside_the_packs_of_later_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first seed they are, and of it the last pack need not be handed out first."""
+    ran = tmp_path / "ran"  # tasks are pickled
+    params = config.Params.model_validate(tiny(read_params()))
+    first, later = (replace(plan.suite_cells(params, "streets")[0], seed=seed) for seed in (0, 1))
+    assert params.suite.seeds[0] == 0
+
+    def note(what: str) -> None:
+        with ran.open("a") as file:
+            file.write(f"{what} ")
+
+    def training(_: object, pack: list[Cell]) -> work.Outcome:
+        note(str(pack[0].seed))
+        if pack[0].seed == 1:
+            until(lambda: "export" in ran.read_text(), 60)
+        return work.Outcome(cells=dict.fromkeys(pack))
+
+    monkeypatch.setattr(work, "train", training)
+    monkeypatch.setattr(work, "export", lambda *_: note("export") or work.Outcome())
+    monkeypatch.setattr(plan, "due", lambda *_: plan.Due("data", "teacher", False, [first, later]))
+    monkeypatch.setattr(plan, "cut", lambda *_: [[later], [first]])
+    usual = {"processes": False, "n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.Client(**usual) as client:
+        exports = [("streets", params.suite.students[0])]
+        needed = Needs(due={"streets": plan.due(params, "streets")}, exports=exports)
+        suite = Suite(client, params, needed, 2, display.Display(), tmp_path)
+        suite.run()
+    assert sorted(ran.read_text().split()) == ["0", "1", "export"] and not suite.failed
+
+
+def test_a_worker_with_threads_trains_nothing(tmp_path: Path) -> None:
+    """Packs side by side in one process would draw from the same generator of random numbers."""
+    head = work.identity(str(tmp_path))
+    usual = {"processes": False, "n_workers": 1, "dashboard_address": None}
+    with distributed.Client(threads_per_worker=2, **usual) as client:
+        outcome = client.submit(work.train, head, [NONE], pure=False).result()
+    assert outcome.failure is not None and "start it with `--nthreads 1`" in outcome.failure
 
 
 def test_no_pack_waits_for_a_busy_worker_while_another_is_free(

@@ -8,6 +8,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipelines.files import write_bytes
 
 SUM = 32  # bytes of a sha256
@@ -18,20 +20,17 @@ log = logging.getLogger(__name__)
 
 def save(path: Path, mark: str, state: dict[str, Any]) -> None:
     """Replace the resume file in one step, so that a kill at any moment leaves the old or the new one."""
-    import torch
-
     content = io.BytesIO()
-    content.write(_mark(mark))
+    content.write(bytes(SUM) + _mark(mark))
     torch.save(state, content)
-    # the sum goes first: torch does not notice every flipped bit
-    write_bytes(path, hashlib.sha256(content.getbuffer()).digest() + content.getvalue())
+    with content.getbuffer() as view:  # the sum goes first: torch does not notice every flipped bit
+        view[:SUM] = hashlib.sha256(view[SUM:]).digest()
+        write_bytes(path, view)
 
 
 def load(path: Path, mark: str) -> dict[str, Any] | None:
     """The state to resume from; None, with a message, when there is none that belongs to exactly this
     training."""
-    import torch
-
     if not path.is_file():
         return None
     try:

@@ -20,7 +20,11 @@ PAPERS = {  # how a text names a paper, and where that is
 def table(params: Params, root: Path = ROOT) -> Table:
     """One row a method of params.yaml that was counted."""
     known, (size, classes) = counts.read(root)["methods"], counts.SIZES[0]
-    shown = [key for key in counts.methods(params) if key in known and not key.endswith("-official")]
+    shown = [
+        key
+        for key in counts.methods(params)
+        if "flops" in known.get(key, {}) and not key.endswith("-official")
+    ]
     data: list[dict[str, Any]] = [
         {"method": key} | known[key] | {"taps": " ".join(known[key].get("taps", ()))} for key in shown
     ]
@@ -50,6 +54,10 @@ def compares(taps: Collection[str]) -> str:
 
 def write(params: Params, folder: Path, root: Path = ROOT) -> None:
     """Write ``folder/methods.{md,csv,tex}``."""
-    absent = [key for key in counts.methods(params) if key not in counts.read(root)["methods"]]
-    warnings = [f"not counted yet, run {counts.COMMAND}: {', '.join(absent)}."] if absent else []
+    known, warnings = counts.read(root)["methods"], []
+    if absent := [key for key in counts.methods(params) if key not in known]:
+        warnings.append(f"not counted yet, run {counts.COMMAND}: {', '.join(absent)}.")
+    for key in counts.methods(params):
+        if why := known.get(key, {}).get("failure"):
+            warnings.append(f"{key} cannot be counted, as its loss looks at values: {why}.")
     render(table(params, root), folder, "all methods", warnings=warnings)

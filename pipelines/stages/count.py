@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipelines import cli, config, files
-from pipelines.config import ROOT, Network, Params
+from pipelines.config import ROOT, ConfigError, Network, Params
 from pipelines.runs import counts
 from pipelines.runs.fingerprint import code_sum
+
+log = logging.getLogger(__name__)
 
 COUNTING = ("stages/count.py", "networks.py")
 LIBRARIES = ("torch", "timm", "segmentation-models-pytorch")
@@ -71,7 +74,8 @@ def measure(network: Network) -> list[dict[str, Any]]:
 def measure_methods(params: Params, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What each method taps, and what it adds to a training step of PSPNet.
 
-    See :func:`pipelines.engine.cost.method_cost`.
+    See :func:`pipelines.engine.cost.method_cost`. Of one whose loss cannot be computed without values, which
+    trains all the same, ``failure`` says why.
     """
     import torch
 
@@ -86,11 +90,18 @@ def measure_methods(params: Params, keys: Iterable[str]) -> dict[str, dict[str, 
         return tap_shapes(SegmentationNetwork(network, classes).to("meta"), size)
 
     student, teacher = shapes(counts.STUDENT_ENCODER), shapes(counts.TEACHER_ENCODER)
-    found = {}
+    found = dict[str, dict[str, Any]]()
     for key in keys:
-        with torch.device("meta"), torch.random.fork_rng():
-            own = method_class(params.module_key(key))(configured(params, key), student, teacher)
-        cost = method_cost(own, student, teacher, (counts.BATCH, *size), classes)
+        try:
+            with torch.device("meta"), torch.random.fork_rng():
+                own = method_class(params.module_key(key))(configured(params, key), student, teacher)
+            cost = method_cost(own, student, teacher, (counts.BATCH, *size), classes)
+        except ConfigError:
+            raise
+        except Exception as error:
+            found[key] = {"failure": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
+            log.warning("what %s adds to a training step cannot be counted: %s", key, found[key]["failure"])
+            continue
         found[key] = {
             "taps": sorted({*own.student_taps, *own.teacher_taps}),
             "flops": cost.flops,

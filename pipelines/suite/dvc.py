@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,26 +49,32 @@ class Pipeline:
         names = self._locked(lambda: self._repo.status())
         return set(names) & self.stages.keys()
 
-    def commit(self, names: Iterable[str]) -> None:
+    def commit(self, names: Collection[str]) -> None:
         """Note in dvc.lock, in one go, what the stages ``names`` read and made, those that lack a file left
         out; their weights and data go into DVC's cache."""
-        self._repo._reset()
-        vars(self).pop("stages", None)
-        whole = [
-            stage
-            for name in names
-            if (stage := self.stages.get(name)) is not None
-            and all(item.exists for item in (*stage.deps, *stage.outs))
-        ]
-        if whole:
-            self._locked(lambda: self._save(whole))
+        self._locked(lambda: self._save(names))
 
-    def _save(self, stages: list[Any]) -> None:
+    def _save(self, names: Collection[str]) -> None:
         with self._repo.lock:
-            for stage in stages:
+            self._repo._reset()
+            vars(self).pop("stages", None)
+            whole = [
+                stage
+                for name in names
+                if (stage := self.stages.get(name)) is not None
+                and all(item.exists for item in (*stage.deps, *stage.outs))
+            ]
+            for stage in whole:
                 stage.save(run_cache=False)
-                stage.commit()
-            stages[0].dvcfile.dump_stages(stages, update_pipeline=False)
+                stage.commit(relink=self._linked)
+            if whole:
+                whole[0].dvcfile.dump_stages(whole, update_pipeline=False)
+
+    @property
+    def _linked(self) -> bool:
+        """Whether files are links to DVC's cache. A copy stays as it is: DVC would remove it and copy it
+        back."""
+        return self._repo.cache.local.cache_types[0] in ("hardlink", "symlink")
 
     def _locked(self, act: Any) -> Any:
         """Do something for which DVC locks the checkout; wait while another DVC has it."""

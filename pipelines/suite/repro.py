@@ -103,7 +103,8 @@ def needs(params: Params, changed: set[str], stages: Collection[str], root: Path
 
 @dataclass(frozen=True)
 class Task:
-    """Something for a worker; ``then`` is called with what came of it, ``last`` goes behind all others."""
+    """Something for a worker; ``then`` is called with what came of it; ``last`` waits until a worker has no
+    pack to train."""
 
     name: str
     act: Any
@@ -261,20 +262,23 @@ class Suite:
         for cell in set(plan.suite_cells(self.params, benchmark)) - set(due.cells):
             records.failure_note(cell, self.root).unlink(missing_ok=True)  # what failed has been put right
         packs = plan.cut(due.cells, self.params, self.jobs, self.root)
-        left = {id(pack) for pack in packs}
+        first = self.params.suite.seeds[0]  # of which students are exported
+        packs.sort(key=lambda pack: pack[0].seed != first)
+        left = {id(pack) for pack in packs if pack[0].seed == first}
         for pack in packs:
             for cell in pack:
                 self.display.expect(cell.path, self.params.schedule(benchmark, cell.method).steps)
 
             def then(outcome: work.Outcome, pack: list[Cell] = pack) -> None:
                 self._took(outcome, pack)
-                left.discard(id(pack))
-                if not left:
-                    self._exports(benchmark)
+                if id(pack) in left:
+                    left.remove(id(pack))
+                    if not left:
+                        self._exports(benchmark)
 
             self._submit(f"{len(pack)} cells from {pack[0].path}", work.train, pack, then=then)
         self._count()
-        if not packs:
+        if not left:
             self._exports(benchmark)
 
     def _count(self) -> None:
@@ -301,7 +305,9 @@ class Suite:
         for name, student in self.needed.exports:
             if name == benchmark:
                 stage = f"export@{name}-{student}"
-                self._submit(f"export of {name}, {student}", work.export, name, student, stage=stage)
+                self._submit(
+                    f"export of {name}, {student}", work.export, name, student, stage=stage, last=True
+                )
 
 
 def check_networks(params: Params, root: Path = ROOT) -> None:
@@ -349,13 +355,7 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
     if needed.any:
         suite = run(options, params, needed, root)
         failed, broken, changed = suite.failed, suite.broken, changed | suite.ran
-    late = {
-        stage_of(params, cell)
-        for benchmark in params.suite.benchmarks
-        for cell in _unfinished(params, benchmark, root)
-    }
-    whole = changed - late - broken - {"report"}
-    trouble = None
+    whole, trouble = changed - broken - {"report"}, None
     if needed.any or "report" in changed or not (root / "reports").is_dir():
         from pipelines.stages import report
 
@@ -365,8 +365,11 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
             whole.add("report")
         except Exception as error:  # takes nothing from the commit
             trouble = error
+    now = config.load(root / "params.yaml")  # DVC reads it as it is now
+    for benchmark in now.suite.benchmarks:
+        whole -= {stage_of(now, cell) for cell in _unfinished(now, benchmark, root)}
     with _timed("the commit to DVC"):
-        pipeline.commit(name for name in pipeline.stages if name in whole)
+        pipeline.commit([name for name in pipeline.stages if name in whole])
     if trouble is not None:
         raise trouble
     return failed

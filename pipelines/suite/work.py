@@ -34,6 +34,7 @@ class Identity:
     code: str | None  # the trees of its folders in git
     params: str
     libraries: tuple[str, ...]
+    threads: int = 1  # in which a worker does tasks: their trainings would share torch's random numbers
 
 
 def identity(root: str) -> Identity:
@@ -41,7 +42,16 @@ def identity(root: str) -> Identity:
     file = Path(root) / "params.yaml"
     text = file.read_bytes() if file.is_file() else b""
     have = tuple(f"{name} {version(name)}" for name in LIBRARIES)
-    return Identity(root, _code(root), hashlib.sha256(text).hexdigest(), have)
+    return Identity(root, _code(root), hashlib.sha256(text).hexdigest(), have, _threads())
+
+
+def _threads() -> int:
+    from distributed import get_worker
+
+    try:
+        return int(get_worker().state.nthreads)
+    except ValueError:  # no worker of Dask
+        return 1
 
 
 @functools.cache
@@ -189,6 +199,11 @@ def check(head: Identity, here: Identity) -> None:
         raise ConfigError(
             f"{worker} sees another {what} in {root} than the machine that started the suite: wait until "
             "the file system is in step, or run the same command again."
+        )
+    if here.threads != head.threads:
+        raise ConfigError(
+            f"{worker} does {here.threads} tasks at a time in one process, which would change each other's "
+            "random numbers: start it with `--nthreads 1`."
         )
     if differ := [f"{b} (here {a})" for a, b in zip(head.libraries, here.libraries, strict=True) if a != b]:
         raise ConfigError(
