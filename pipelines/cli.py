@@ -17,7 +17,8 @@ from pipelines.config import ConfigError
 OFFLINE = {"HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 QUIET = {"DASK_LOGGING__DISTRIBUTED": "critical"}  # what matters of it reaches us as an exception
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+FORBIDDEN = {errno.EACCES, errno.EPERM}  # to read or to write
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, *FORBIDDEN}
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -40,6 +41,12 @@ def run(main: Callable[[], None]) -> NoReturn:
             sys.exit(
                 f"error: a database could not be written: {refused}. Make room or allow writing there, then "
                 "run the same command again."
+            )
+        if refused.errno in FORBIDDEN:
+            place = f": {refused.filename}" if refused.filename else ""
+            sys.exit(
+                f"error: a file could not be read or written{place}: {refused.strerror}. Allow it there, or "
+                "run this as the user whose files they are, then run the same command again."
             )
         place = f" ({refused.filename})" if refused.filename else ""
         sys.exit(
@@ -72,7 +79,7 @@ def bar() -> Iterator[Any]:
 
 
 def _refused(error: BaseException | None) -> OSError | sqlite3.OperationalError | None:
-    """The refusal to write that an error is, or comes from: libraries wrap those of a database."""
+    """The refusal to read or write that an error is, or comes from: libraries wrap those of a database."""
     while error is not None:
         if isinstance(error, sqlite3.OperationalError):
             return error

@@ -8,6 +8,7 @@ import io
 import itertools
 import os
 import shutil
+import ssl
 import struct
 import tarfile
 import threading
@@ -1215,6 +1216,20 @@ def test_a_download_goes_on_where_it_was_cut(server: str, tmp_path: Path) -> Non
     assert Server.asked == [None, "bytes=1200000-", "bytes=1900000-"]
     assert archives.download("http://127.0.0.1:1/", target, "md5", MD5) == target  # it is there
     assert sorted(path.name for path in target.parent.iterdir()) == ["file"]
+
+
+def test_a_connection_that_breaks_below_http_is_tried_again(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, transfer = [ssl.SSLError(1, "[SSL] record layer failure")], archives._transfer
+
+    def once(url: str, part: Path) -> None:
+        if broken:
+            raise broken.pop()
+        transfer(url, part)
+
+    monkeypatch.setattr(archives, "_transfer", once)
+    assert archives.download(server, tmp_path / "file", "md5", MD5).read_bytes() == Server.body
 
 
 def test_two_who_want_one_file_fetch_it_once(server: str, tmp_path: Path) -> None:

@@ -243,6 +243,11 @@ def test_the_windows_are_those_of_the_benchmark(
     with torch.inference_mode():
         wanted = slide(network, normalised(image), config.Sliding.model_validate(sliding))[0].numpy()
     np.testing.assert_array_equal(mask(tmp_path), wanted)
+    # with a size of the user's own the image is seen whole
+    for place, given in (("without", CELL.folder(trained) / "weights.safetensors"), ("with", weights)):
+        out = tmp_path / place / "out"
+        assert predict.predict(given, tmp_path / "image.png", out, (16, 20), trained) == []
+    np.testing.assert_array_equal(mask(tmp_path / "with"), mask(tmp_path / "without"))
 
 
 @pytest.mark.parametrize("kind", ["tif", "gif"])

@@ -5,6 +5,7 @@ A short version runs with the other tests; ``make torture`` sets ACFD_TORTURE an
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -27,7 +28,7 @@ from suites import (
     weights,
 )
 
-from pipelines import config
+from pipelines import cli, config
 from pipelines.engine.pack import run_cell
 from pipelines.methods import checked
 from pipelines.runs import records
@@ -104,6 +105,7 @@ def test_a_changed_setting_is_never_answered_by_an_old_record(place: Path) -> No
 
 
 MEDDLER = """
+import errno
 import os
 from pathlib import Path
 
@@ -291,10 +293,21 @@ def test_a_read_only_folder_is_one_sentence(place: Path) -> None:
     for folder in folders:
         folder.chmod(0o755)
     assert done.returncode == 1, done.stderr
-    assert "error: a file could not be written (" in done.stderr
-    assert "Permission denied" in done.stderr or "Read-only file system" in done.stderr
+    forbidden = "error: a file could not be read or written: " in done.stderr
+    assert ("Permission denied" if forbidden else "Read-only file system") in done.stderr
+    assert forbidden or "error: a file could not be written (" in done.stderr
     assert "Traceback" not in done.stderr
     TALLY.append("read-only folder: one sentence")
+
+
+def test_a_file_that_may_not_be_read_is_no_full_disk() -> None:
+    def read() -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/data/x.png")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(read)
+    said = str(stop.value.code)
+    assert "could not be read or written: /data/x.png: Permission denied. " in said and "room" not in said
 
 
 def test_the_teacher_is_a_cell_like_any_other(place: Path) -> None:

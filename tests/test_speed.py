@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,19 @@ def test_a_given_size_goes_before_that_of_the_whole_set(tmp_path: Path) -> None:
     own = config.load().benchmark("cityscapes")
     speed.write_images(own, "cityscapes", tmp_path / "cityscapes", 1, (64, 128))
     assert data_folder.describe(tmp_path / "cityscapes").size == (64, 128)
+
+
+def test_the_form_on_kaggle_has_a_size_of_its_own(tmp_path: Path) -> None:
+    own = config.load().benchmark("camvid")
+    own = own.model_copy(update={"data": own.data | {"variant": "kaggle"}})
+    assert speed.write_images(own, "camvid", tmp_path / "camvid", 1) == (367, (720, 960))
+
+
+def test_images_of_no_pixels_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["speed", "--benchmark", "streets", "--size", "0", "100"])
+    monkeypatch.setattr(speed, "speed", None)
+    with pytest.raises(ConfigError, match="SIZE: both numbers must be 1 or more"):
+        speed.main()
 
 
 def test_images_of_no_known_size_are_one_sentence(tmp_path: Path) -> None:

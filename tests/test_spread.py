@@ -77,6 +77,21 @@ def test_on_this_machine_repeats_are_the_cell_of_the_tables(
     assert [again["steps"] for again in spread_table.read(place)] == [1]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_encoder_weights_outside_of_the_checkout_are_left_alone(there: bool, tmp_path: Path) -> None:
+    raw, file = tiny(read_params()), tmp_path / "encoder.pth"
+    key = next(iter(raw["weights"]))
+    raw["weights"][key]["file"] = str(file)
+    raw["students"][KD.student]["weights"] = key
+    write_params(tmp_path, raw)
+    if there:
+        file.write_bytes(b"weights")
+    params = config.load(tmp_path / "params.yaml")
+    spread._link(KD, params, tmp_path / "place", tmp_path)
+    assert not file.is_symlink() and file.is_file() == there
+    assert (tmp_path / "place" / "data" / "streets").is_symlink()
+
+
 @slow
 def test_what_no_seed_repeats_is_seen(tiny_root: Path, tmp_path: Path) -> None:
     clone = copy_repository(tmp_path)

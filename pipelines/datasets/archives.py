@@ -11,6 +11,7 @@ import logging
 import lzma
 import os
 import re
+import ssl
 import tarfile
 import urllib.error
 import urllib.request
@@ -227,7 +228,9 @@ def _download(url: str, target: Path, kind: Literal["md5", "sha256"], digest: st
             problem = f"the server answered {error.code} {error.reason}"
             if error.code < 500:
                 raise ConfigError(_failed(url, target, problem)) from None
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        except (
+            urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError
+        ) as error:  # fmt: skip
             problem = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
     else:
         raise ConfigError(_failed(url, target, problem))

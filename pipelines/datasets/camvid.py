@@ -83,6 +83,7 @@ GROUPS = (
 ABOUT = "driving scenes filmed from a car"
 NEEDS = "nothing by hand (git)"
 IMAGES = (367, 360, 480)  # to train on, their height and width
+VARIANTS = {"kaggle": (720, 960)}  # their height and width in another form
 GIGABYTES = 0.2  # to fetch, as the authors state them
 
 

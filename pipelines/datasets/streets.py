@@ -563,7 +563,7 @@ def _building(
 
 
 def _tree(canvas: _Canvas, rng: np.random.Generator, across: float, z: float, height: float) -> None:
-    """A trunk and a crown of a few overlapping ellipses. Bushes are trees without a trunk."""
+    """A trunk and a crown of a few overlapping ellipses."""
     view, scale = canvas.view, canvas.view.scale(z)
     base = _pick(rng, VEGETATION)
     x, bottom = view.point(across, 0.0, z)

@@ -155,9 +155,9 @@ def segment(
 ) -> np.ndarray:
     """Class of every pixel of an RGB image, (H, W) uint8.
 
-    The network sees the image resized to ``size`` (H, W) if that is given, and its logits are upsampled to
-    the image's own size; else whole, or through the windows of ``sliding``. A large image is seen through
-    windows in any case. ConfigError when a ``size`` would need too much memory.
+    The network sees the image resized to ``size`` (H, W) if that is given, in one pass, and its logits are
+    upsampled to the image's own size; else whole, or through the windows of ``sliding``. Without a ``size``
+    a large image is seen through windows in any case. ConfigError when a ``size`` would need too much memory.
     """
     import torch
 
@@ -166,9 +166,12 @@ def segment(
 
     classes, shape = int(network.head.out_channels), (image.height, image.width)
     height, width = size or shape
-    if size and (height * width > PIXELS or shape[0] * shape[1] > LOGITS // classes):
+    large = height * width > PIXELS or shape[0] * shape[1] > LOGITS // classes
+    if size and large:
         raise ConfigError("it is too large for one pass: give a smaller --size, or none, for sliding windows")
-    if size is None and (height * width > PIXELS or height * width > LOGITS // classes):
+    if size:
+        sliding = None
+    elif large:
         sliding = sliding or Sliding(window=(WINDOW, WINDOW), stride=(WINDOW * 3 // 4, WINDOW * 3 // 4))
     device = next(network.parameters()).device
     seen = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR) if size else image)

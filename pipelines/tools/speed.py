@@ -94,6 +94,7 @@ def write_images(
     module, settings = config.dataset(own.data, benchmark)
     # of a set of the user's own nobody has counted them
     total, *usual = getattr(module, "IMAGES", (getattr(settings, "train", 2**20),))
+    usual = getattr(module, "VARIANTS", {}).get(getattr(settings, "variant", None), usual)
     size = settings.size or given or tuple(usual)
     if not size:
         raise ConfigError(
@@ -263,6 +264,8 @@ def main() -> None:
         value = getattr(arguments, name)
         if value is not None and value < 2:
             raise ConfigError(f"{variable}={value} is not allowed: give 2 or more.")
+    if arguments.size and min(arguments.size) < 1:
+        raise ConfigError("SIZE: both numbers must be 1 or more.")
     params = checked(config.load(arguments.params))
     if arguments.row:
         _row(params, arguments)

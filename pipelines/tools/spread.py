@@ -58,8 +58,8 @@ def _link(cell: Cell, params: Params, place: Path, root: Path) -> None:
     names = [Path("data") / cell.benchmark, teacher_cell(params, cell.benchmark).folder(Path())]
     if key := params.student(cell.student).weights:
         names.append(Path(params.encoder_weights(key).file))
-    for name in names:
-        if not (place / name).is_symlink():
+    for name in names:  # one that is absolute is found from everywhere
+        if not name.is_absolute() and not (place / name).is_symlink():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             (place / name).symlink_to((root / name).resolve())
 
