@@ -56,14 +56,9 @@ def digest(path: Path, kind: Literal["md5", "sha256"]) -> str:
         return hashlib.file_digest(file, kind).hexdigest()
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with its own sum."""
-    return {**content, "seal": seal(content)}
-
-
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON that :func:`unseal` accepts."""
-    write_bytes(path, json_bytes(sealed(content)))
+    """Write JSON with its own sum, which :func:`unseal` accepts."""
+    write_bytes(path, json_bytes({**content, "seal": seal(content)}))
 
 
 def unseal(content: bytes) -> dict[str, Any]:
@@ -103,13 +98,9 @@ def probe(database: Path) -> None:
 
 def alive(pid: int) -> bool:
     """Whether a process of this machine runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
+    import psutil
+
+    return bool(psutil.pid_exists(pid))
 
 
 def another(pid: str) -> bool:

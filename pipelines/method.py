@@ -79,9 +79,8 @@ class Distiller(nn.Module):
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()  # () = the teacher is not run at all
-    left_out: tuple[
-        str, ...
-    ] = ()  # terms that these networks do not allow (no auxiliary head): in the record
+    # terms that these networks do not allow (no auxiliary head): in the record
+    left_out: tuple[str, ...] = ()
 
     def __init__(self, config: MethodConfig, student_shapes: Shapes, teacher_shapes: Shapes) -> None:
         """``*_shapes`` map every tap to (C, H, W) at the training crop: build adapters from them, never from

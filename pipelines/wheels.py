@@ -138,17 +138,9 @@ def _by_pip(wheel: Wheel, folder: Path) -> Path:
     wanted = f"{wheel.package}=={wheel.version}"
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{wanted} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-input",
-        "--disable-pip-version-check",
-    ]
-    command += ["--no-deps", "--only-binary=:all:", "--require-hashes", "-r", str(requirements)]
-    command += ["--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
+    command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    command += ["-r", str(requirements), "--dest", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = sorted(folder.glob("*.whl"))
     if done.returncode == 0 and len(found) == 1:

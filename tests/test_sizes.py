@@ -112,10 +112,10 @@ def test_a_network_is_counted_once_and_again_by_other_code(tmp_path: Path) -> No
     assert {key for key in first["methods"] if not key.startswith("acfd")} == {"kd"}
     found[0]["parameters"] = 1  # shows whether it is counted again
     del first["seal"]
-    file.write_text(json.dumps(files.sealed(first)))
+    files.write_sealed(file, first)
     count.count(params, tmp_path)
     assert json.loads(file.read_text())["networks"] == first["networks"]
-    file.write_text(json.dumps(files.sealed(first | {"mark": "of other code"})))
+    files.write_sealed(file, first | {"mark": "of other code"})
     count.count(params, tmp_path)
     assert next(iter(json.loads(file.read_text())["networks"].values()))[0]["parameters"] == 12_052_435
 

@@ -116,9 +116,8 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> None:
     elif mirror:
         _write(config, _inside(mirror), target)
     else:
-        clone = (
-            target / ".clone"
-        )  # inside the unfinished folder, so that what a killed run leaves is cleared with it
+        # inside the unfinished folder, so that what a killed run leaves is cleared with it
+        clone = target / ".clone"
         try:
             _write(config, _clone(clone), target)
         finally:
@@ -250,7 +249,5 @@ def _resized(content: bytes, size: tuple[int, int] | None, how: Image.Resampling
     """A PNG at ``size`` (height, width); as it is for None."""
     if size is None:
         return content
-    output = io.BytesIO()
     with Image.open(io.BytesIO(content)) as image:
-        image.resize((size[1], size[0]), how).save(output, "PNG")
-    return output.getvalue()
+        return pixels.encoded(image.resize((size[1], size[0]), how))

@@ -15,7 +15,7 @@ import codecs
 import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 from unicodedata import normalize
 
 import numpy as np
@@ -23,7 +23,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from pipelines.config import ROOT, ConfigError, Model, Size, metric_name
 from pipelines.datasets import pixels
-from pipelines.datasets.folder import SPLITS, Meta, few
+from pipelines.datasets.folder import SPLITS, Byte, Meta, few
 from pipelines.datasets.writer import Writer, mapped, painted
 
 PHOTOS = pixels.endings(("JPEG",))
@@ -32,8 +32,7 @@ NEEDS = "your own"
 GIGABYTES = None  # to fetch
 DARK = 17  # of 255: 12 bits in a file of 16 reach 16
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-Channel = Annotated[int, Field(ge=0, le=255)]
-Colour = tuple[Channel, Channel, Channel]
+Colour = tuple[Byte, Byte, Byte]
 log = logging.getLogger(__name__)
 Found = dict[str, list[Path]]  # the files of each sample
 
@@ -54,7 +53,7 @@ class Config(Model):
     images: Path
     labels: Path
     classes: dict[str, Colour] = Field(max_length=255)
-    ignore_index: Channel
+    ignore_index: Byte
     splits: Splits
     size: Size | None
     image_suffix: str = ""

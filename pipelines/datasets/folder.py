@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field, TypeAdapter
 
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, Positive
 from pipelines.files import sha256
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ PNG_END = b"IEND\xaeB`\x82"  # the last bytes of every whole PNG file
 log = logging.getLogger(__name__)
 
 Byte = Annotated[int, Field(ge=0, le=255)]
-Count = Annotated[int, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ class Description(Meta):
     the user calls an image that has another name here.
     """
 
-    size: tuple[Count, Count] | None
-    splits: Annotated[dict[str, Count], Field(min_length=len(SPLITS), max_length=len(SPLITS))]
+    size: tuple[Positive, Positive] | None
+    splits: Annotated[dict[str, Positive], Field(min_length=len(SPLITS), max_length=len(SPLITS))]
     files: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
     sha256: str
     absent: dict[str, list[str]] = field(default_factory=dict)

@@ -98,9 +98,8 @@ def rgb(image: Image.Image, origin: str, upright: bool = True) -> Image.Image:
                 gray[values == clear] = WHITE
             return Image.fromarray(gray).convert("RGB")
         if image.has_transparency_data:
-            if (
-                depth != 8 and isinstance(clear, int | tuple) and image.mode != "P"
-            ):  # it is in the file's bits
+            # it is in the file's bits
+            if depth != 8 and isinstance(clear, int | tuple) and image.mode != "P":
                 known = clear if isinstance(clear, tuple) else (clear,)
                 eight = tuple(value >> 8 if depth == 16 else value * 255 // (2**depth - 1) for value in known)
                 image.info["transparency"] = eight if isinstance(clear, tuple) else eight[0]
@@ -189,6 +188,13 @@ def _planar(image: Image.Image) -> bool:
     return tags.get(284) == 2 and max(depth) > 8 and tags.get(259, 1) == 1 and len(depth) > 1
 
 
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """An image as the content of a file."""
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
 def broken(origin: str, error: Exception) -> ConfigError:
     """What is said of a file that cannot be read, with the reason where there is more than an address."""
     text = " ".join(str(error).split())[:200].rstrip(".")
@@ -201,15 +207,10 @@ def too_large(origin: str, most: int) -> ConfigError:
     )
 
 
-def _raw(image: Image.Image) -> str:
-    """How samples lie in the file, in Pillow's words: ``L;4``, ``RGB;16B``; known as long as it is not
-    decoded."""
-    tiles: Any = getattr(image, "tile", None)
-    found = tiles[0].args if tiles else ""
-    return found if isinstance(found, str) else str(found[0]) if found else ""
-
-
 def bits(image: Image.Image) -> int:
     """The bits of a sample in the file. Pillow opens 16-bit colour as 8-bit RGB and 4-bit gray as L."""
-    found = re.search(r";(\d+)", _raw(image))
+    # how samples lie in the file, ``L;4`` or ``RGB;16B``: known as long as it is not decoded
+    tiles: Any = getattr(image, "tile", None)
+    raw = (tiles[0].args if tiles else "") or ""
+    found = re.search(r";(\d+)", raw if isinstance(raw, str) else str(raw[0]))
     return 1 if image.mode == "1" else int(found[1]) if found else 8

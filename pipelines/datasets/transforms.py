@@ -167,9 +167,8 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
     red, green, blue = images.unbind(-3)
     value = images.amax(-3)
     chroma = value - images.amin(-3)
-    safe = chroma.clamp_min(
-        torch.finfo(images.dtype).tiny
-    )  # of a gray pixel the hue does not matter: its chroma is 0
+    # of a gray pixel the hue does not matter: its chroma is 0
+    safe = chroma.clamp_min(torch.finfo(images.dtype).tiny)
     turn = torch.where(
         value == red,
         (green - blue) / safe,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,11 +59,9 @@ class Writer:
             held = pixels.orientation(opened) if self.upright else 1
             shape, end = (picture or opened).size, ENDS.get(opened.format or "", "png")
         if picture and (self.size or held != 1 or not plain):
-            end, output = "png", io.BytesIO()
             if self.size is not None:
                 picture = picture.resize(self.size[::-1], Image.Resampling.BOX)
-            picture.save(output, "PNG")
-            content = output.getvalue()
+            end, content = "png", pixels.encoded(picture)
         elif end == "png":
             content = content[: whole_png(content, origin)]
         self._one_size(split, name, shape, origin, held)

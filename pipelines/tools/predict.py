@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import logging
 import os
 import re
@@ -237,7 +236,7 @@ def mask_png(mask: np.ndarray, meta: Meta) -> bytes:
     """The mask as an 8-bit PNG whose palette is the data set's."""
     image = Image.fromarray(mask)
     image.putpalette([value for colour in meta.palette for value in colour])
-    return _png(image)
+    return pixels.encoded(image, optimize=True)
 
 
 def overlay_png(image: Image.Image, mask: np.ndarray, meta: Meta) -> bytes:
@@ -246,13 +245,13 @@ def overlay_png(image: Image.Image, mask: np.ndarray, meta: Meta) -> bytes:
     for step in range(1, max(1, round(min(mask.shape) / OUTLINE)) + 1):
         edge[step:] |= mask[step:] != mask[:-step]
         edge[:, step:] |= mask[:, step:] != mask[:, :-step]
-    palette, pixels = np.asarray(meta.palette, np.float32), np.array(image)
+    palette, seen = np.asarray(meta.palette, np.float32), np.array(image)
     for top in range(0, len(mask), ROWS):  # floats of some rows at a time
         rows = slice(top, top + ROWS)
-        mixed = (1 - STRENGTH) * pixels[rows].astype(np.float32) + STRENGTH * palette[mask[rows]]
+        mixed = (1 - STRENGTH) * seen[rows].astype(np.float32) + STRENGTH * palette[mask[rows]]
         mixed[edge[rows]] = (mixed[edge[rows]] + 255) / 2
-        pixels[rows] = mixed.round()
-    return _png(Image.fromarray(pixels))
+        seen[rows] = mixed.round()
+    return pixels.encoded(Image.fromarray(seen), optimize=True)
 
 
 def legend_png(meta: Meta) -> bytes:
@@ -272,7 +271,7 @@ def legend_png(meta: Meta) -> bytes:
         middle, end = top + line // 2, left + swatch + 10 + numbers
         draw.text((end, middle), str(index), fill="gray", font=font, anchor="rm")
         draw.text((left + before, middle), name, fill="black", font=own[index], anchor="lm")
-    return _png(image)
+    return pixels.encoded(image, optimize=True)
 
 
 def predict(
@@ -330,12 +329,6 @@ def _names(files: Iterable[Path]) -> list[str]:
 def _cut(name: str) -> str:
     raw = os.fsencode(name)
     return f"{raw[: LONGEST // 2].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:12]}"
-
-
-def _png(image: Image.Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "PNG", optimize=True)
-    return content.getvalue()
 
 
 def main() -> None:

@@ -66,15 +66,8 @@ def _link(cell: Cell, params: Params, place: Path, root: Path) -> None:
 
 def _apart(cell: Cell, mode: str, place: Path, root: Path) -> None:
     """:func:`repeat` in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "pipelines.tools.spread",
-        "--benchmark",
-        cell.benchmark,
-        "--method",
-        cell.method,
-    ]
+    command = [sys.executable, "-m", "pipelines.tools.spread"]
+    command += ["--benchmark", cell.benchmark, "--method", cell.method]
     command += ["--mode", mode, "--place", str(place), "--params", str(root / "params.yaml")]
     if subprocess.run(command, check=False).returncode:
         raise ConfigError(
