@@ -7,8 +7,6 @@ A few cases run with the other tests; with ACFD_TORTURE every file is damaged at
 from __future__ import annotations
 
 import csv
-import hashlib
-import io
 import logging
 import random
 import re
@@ -21,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import ROOT, TALLY, read_params, write_params
 from suites import TORTURE, lockfile, varied
 
 from pipelines import config
 from pipelines.config import ConfigError, Params
 from pipelines.datasets import folder, transforms
-from pipelines.engine import checkpoint, train
+from pipelines.engine import checkpoint, machine, train
 from pipelines.engine.pack import run_cell
 from pipelines.engine.teacher import forget_teacher
 from pipelines.methods import checked
@@ -255,23 +252,9 @@ def interrupted(root: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> 
     return state.read_bytes()
 
 
-def test_a_resume_file_of_other_libraries_is_deleted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which name a tensor otherwise: the next run starts from step 0."""
-    params = checked(config.load(root / "params.yaml"))
-    content, file = interrupted(root, params, monkeypatch), KD.scratch(root) / "state.pt"
-    state = torch.load(io.BytesIO(content[checkpoint.HEAD :]), weights_only=True)
-    state["student"]["renamed"] = state["student"].pop(next(iter(state["student"])))
-    saved = io.BytesIO()
-    torch.save(state, saved)
-    body = content[checkpoint.SUM : checkpoint.HEAD] + saved.getvalue()
-    file.write_bytes(hashlib.sha256(body).digest() + body)
-    with pytest.raises(ConfigError, match="other versions of the libraries and is deleted"):
-        run_cell(KD, params, root)
-    run_cell(KD, params, root)
-    assert records.read(KD, root) is not None
-
-
-@pytest.mark.parametrize("what", ["teacher", *(["params", "data", "code"] if TORTURE else ["code"])])
+@pytest.mark.parametrize(
+    "what", ["teacher", "libraries", *(["params", "data", "code"] if TORTURE else ["code"])]
+)
 def test_an_old_resume_file_is_ignored_with_a_message(
     what: str,
     root: Path,
@@ -290,6 +273,8 @@ def test_an_old_resume_file_is_ignored_with_a_message(
         text = (ROOT / "baselines" / "kd.py").read_text()
         (tmp_path / "code" / "baselines" / "kd.py").write_text(text + "\nCHANGED = 1\n")
         monkeypatch.setattr(fingerprint, "ROOT", tmp_path / "code")
+    elif what == "libraries":
+        monkeypatch.setattr(machine, "versions", lambda: {"timm": "another"})
     else:
         raw["benchmarks"]["streets"]["teacher"]["seed"] += 1
     write_params(root, raw)
@@ -304,7 +289,7 @@ def test_an_old_resume_file_is_ignored_with_a_message(
     (KD.scratch(root) / "state.pt").write_bytes(content)
     caplog.clear()
     run_cell(KD, params, root)
-    assert "belongs to other inputs (settings, method, data or teacher): starting from step 0" in caplog.text
+    assert "(settings, method, data, teacher or libraries): starting from step 0" in caplog.text
     assert trained(root) == fresh
     TALLY.append(f"stale state, {what} changed: the old resume file is ignored with a message")
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import csv
 import http.client
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,7 @@ from suites import (
 
 from pipelines import config, files
 from pipelines.config import ConfigError
+from pipelines.engine import pack as engine_pack
 from pipelines.engine.machine import cores
 from pipelines.reports.results import label
 from pipelines.runs import records
@@ -961,6 +963,35 @@ def test_a_report_that_fails_takes_nothing_from_the_commit(
     assert weights.stat().st_ino == own  # a kill in the commit leaves it there
 
 
+def test_settings_that_changed_meanwhile_are_not_those_of_what_was_trained(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC would write the new ones down beside the old weights."""
+    (copy / "dvc.lock").unlink()
+
+    def edit(*_: object) -> None:
+        change(copy, lambda raw: raw["methods"]["kd"].update(temperature=9.0))
+
+    monkeypatch.setattr(head, "needs", lambda *_: Needs())
+    monkeypatch.setattr(report, "report", edit)
+    monkeypatch.chdir(copy)
+    head.repro(argparse.Namespace(), copy)
+    names = {name for name in pipeline.locked(copy) if "@streets-pspnet-resnet18-" in name}
+    assert {name for name in names if name.startswith("distill@") and "-none-" in name}
+    assert not {name for name in names if "-kd-" in name}
+
+
+def test_settings_that_are_half_written_at_the_commit_are_one_sentence(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "needs", lambda *_: Needs())
+    monkeypatch.setattr(report, "report", lambda *_: (copy / "params.yaml").write_text("suite: ["))
+    monkeypatch.chdir(copy)
+    (copy / "dvc.lock").unlink()  # so that the report is made
+    with pytest.raises(ConfigError, match=r"params\.yaml"):
+        head.repro(argparse.Namespace(), copy)
+
+
 def test_a_student_is_exported_where_its_weights_are_or_will_be(copy: Path) -> None:
     stage = "export@streets-pspnet-resnet18"
 
@@ -1086,6 +1117,30 @@ def test_tasks_wait_until_there_is_a_worker(tmp_path: Path, monkeypatch: pytest.
         suite._count()
         suite.run()
     assert suite.ran == {"count"} and not looks
+
+
+def test_a_pack_tells_of_all_its_cells_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, now = list[dict[str, Any]](), itertools.count(100.0, 0.4)
+
+    def run_pack(cells: list[Cell], _: object, __: object, tell: Callable[..., None]) -> dict[Cell, None]:
+        for step in (1, 2, 3):
+            for cell in ("a", "b"):
+                tell(cell, step, 3, 0.5)
+        return {}
+
+    monkeypatch.setattr(engine_pack, "run_pack", run_pack)
+    monkeypatch.setattr(work, "_params", lambda _: None)
+    monkeypatch.setattr(work, "_event", told.append)
+    monkeypatch.setattr(work.time, "monotonic", lambda: next(now))
+    assert work.train(work.identity(str(tmp_path)), []).failure is None
+    # the last step of a cell is told in any case
+    assert [one["done"] for one in told] == [{"a": 1}, {"a": 2, "b": 2}, {"a": 3, "b": 2}, {"a": 3, "b": 3}]
+    shown = display.Display()
+    for cell in ("a", "b"):
+        shown.expect(cell, 3)
+    shown.event((0, told[1] | {"who": "node 7"}))
+    assert "67% of the steps" in shown.summary(100.0)
+    shown.close()
 
 
 def test_what_is_shown_without_a_terminal(

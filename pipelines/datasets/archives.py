@@ -31,6 +31,13 @@ LARGEST = 2**27  # bytes of one member; the largest real ones (annotations, imag
 TIMEOUT = 60  # seconds without a byte
 TRIES = 5
 CHUNK = 2**20
+FAILURES = (  # of a connection
+    urllib.error.URLError,
+    http.client.HTTPException,
+    TimeoutError,
+    ConnectionError,
+    ssl.SSLError,
+)
 BROKEN = (zlib.error, lzma.LZMAError, EOFError)  # what damaged compression raises
 
 log = logging.getLogger(__name__)
@@ -228,9 +235,7 @@ def _download(url: str, target: Path, kind: Literal["md5", "sha256"], digest: st
             problem = f"the server answered {error.code} {error.reason}"
             if error.code < 500:
                 raise ConfigError(_failed(url, target, problem)) from None
-        except (
-            urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError
-        ) as error:  # fmt: skip
+        except FAILURES as error:
             problem = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
     else:
         raise ConfigError(_failed(url, target, problem))

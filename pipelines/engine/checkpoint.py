@@ -1,4 +1,5 @@
-"""Resume state of a training: written whole, tied to a fingerprint, never part of a result."""
+"""Resume state of a training: written whole, tied to a fingerprint and the libraries, never part of a
+result."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ from typing import Any
 
 import torch
 
+from pipelines.engine import machine
 from pipelines.files import write_bytes
 
 SUM = 32  # bytes of a sha256
-HEAD = 2 * SUM  # of a resume file: the sum of what follows, which begins with that of the fingerprint
+HEAD = 2 * SUM  # of a resume file: the sum of what follows, which begins with that of what it belongs to
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +45,8 @@ def load(path: Path, mark: str) -> dict[str, Any] | None:
         return None
     if content[SUM:HEAD] != _mark(mark):
         log.warning(
-            "the resume file %s belongs to other inputs (settings, method, data or teacher): starting from "
-            "step 0.",
+            "the resume file %s belongs to other inputs (settings, method, data, teacher or libraries): "
+            "starting from step 0.",
             path,
         )
         return None
@@ -52,4 +54,4 @@ def load(path: Path, mark: str) -> dict[str, Any] | None:
 
 
 def _mark(fingerprint: str) -> bytes:
-    return hashlib.sha256(fingerprint.encode()).digest()
+    return hashlib.sha256("\0".join([fingerprint, *machine.versions().values()]).encode()).digest()

@@ -84,17 +84,10 @@ class Trainee:
         torch.manual_seed(derive(self.seed, "optimizers"))  # in which a method may build networks
         self.found = optimizers(self.student, self.method, self.training, self.recipe)
         if state := checkpoint.load(self.state_file, self.mark):
-            try:
-                self.student.load_state_dict(state["student"])
-                self.method.load_state_dict(state["method"])
-                for name, optimizer in self.found.items():
-                    optimizer.load_state_dict(state["optimizers"][name])
-            except (RuntimeError, ValueError, KeyError):  # other libraries name tensors otherwise
-                self.state_file.unlink()
-                raise ConfigError(
-                    f"{self.label}: its resume file is of other versions of the libraries and is deleted: "
-                    "run the same command again, which trains it from the start."
-                ) from None
+            self.student.load_state_dict(state["student"])
+            self.method.load_state_dict(state["method"])
+            for name, optimizer in self.found.items():
+                optimizer.load_state_dict(state["optimizers"][name])
             self.history, self.step = History(state["rows"], state["seconds"]), state["step"]
             log.info("%s resumes at step %d of %d.", self.label, self.step, self.training.steps)
 

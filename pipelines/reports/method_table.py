@@ -59,5 +59,5 @@ def write(params: Params, folder: Path, root: Path = ROOT) -> None:
         warnings.append(f"not counted yet, run {counts.COMMAND}: {', '.join(absent)}.")
     for key in counts.methods(params):
         if why := known.get(key, {}).get("failure"):
-            warnings.append(f"{key} cannot be counted, as its loss looks at values: {why}.")
+            warnings.append(f"{key} cannot be counted without values: {why}.")
     render(table(params, root), folder, "all methods", warnings=warnings)
