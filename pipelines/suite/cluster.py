@@ -25,8 +25,14 @@ QUEUES = {
     "lsf": "LSFCluster",
     "htcondor": "HTCondorCluster",
 }
-# Memory that is freed stays with the process: given back, every step would fault its pages in again.
-ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
+# Memory that is freed stays with the process (given back, every step would fault its pages in again), also
+# that of the thread which trains (an arena of its own has no such threshold), in pages of 2 MB.
+ALLOCATOR = {
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_ARENA_MAX": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 SETTINGS = {
     "distributed.nanny.pre-spawn-environ": {**ALLOCATOR, "OMP_NUM_THREADS": "1", **OFFLINE},
     "distributed.worker.multiprocessing-method": "spawn",
