@@ -279,6 +279,7 @@ class Benchmark(Model):
     """Data set + teacher + training protocol. ``data`` is checked by the data set's own ``Config``."""
 
     data: dict[str, Any]
+    frames: Positive  # test images that follow each other in a video, and are resampled together
     teacher: Teacher
     training: Training
 

@@ -497,9 +497,47 @@ def test_an_order_is_set_beside_that_of_a_published_table(tmp_path: Path) -> Non
     assert order.rho == pytest.approx(rho)
     assert order.interval.low == pytest.approx(np.tanh(np.arctanh(rho) - half), abs=1e-6)
     assert order.interval.high == pytest.approx(np.tanh(np.arctanh(rho) + half), abs=1e-6)
-    assert "Against 1 published table of" in orders.sentence([order])
+    assert "Against 1 published table of 5 methods or more (from 1 source; 0 with" in orders.sentence([order])
+    assert order.others == []
+    alike = [results({m: [1.0] * 4 for m in methods})]
+    assert orders.orders(found, alike) == []  # an order of equal scores is none
     assert orders.orders(found, [results({m: [1.0] * 4 for m in methods[:4]})]) == []
     assert orders.sentence([]) == ""
+
+
+def test_rows_of_another_loss_are_marked_in_an_order(tmp_path: Path) -> None:
+    methods = ["kd", "skd", "cwd", "at", "ifvd"]
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["methods"] = [*dict.fromkeys([*raw["methods"], *methods])]
+        rows = [{**CLAIM, "id": m, "method": m, "score": 70.0 - place} for place, m in enumerate(methods)]
+        rows[1]["terms"] = ["pixel"]
+        rows[2]["other_loss"] = "of the features"
+        rows[3]["terms"] = ["a", "b"]
+        raw["claims"] = rows
+
+    own = replace(
+        results({m: [float(place)] * 4 for place, m in enumerate(methods)}),
+        weights={"skd": {"weight_pixel": 10.0, "weight_pair": 1.0}, "at": {"weight_a": 1.0, "weight_b": 2.0}},
+    )
+    found = orders.orders(make_claims(tmp_path, change), [own])
+    assert found[0].others == ["skd", "cwd"]  # of at all terms run
+    assert "kd, skd*, cwd*, at, ifvd" in "".join(orders.table(found).markdown).replace("\\", "")
+    assert "(from 1 source; 1 with other losses" in orders.sentence(found)
+
+
+def test_an_order_compares_the_seeds_that_rows_share(tmp_path: Path) -> None:
+    """A row whose only seed is an easy one does not lead."""
+    methods = ["kd", "skd", "cwd", "at", "ifvd"]
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["methods"] = [*dict.fromkeys([*raw["methods"], *methods])]
+        raw["claims"] = [{**CLAIM, "id": m, "method": m, "score": 70.0 - i} for i, m in enumerate(methods)]
+
+    gains = {m: [5.0 - i] * 4 for i, m in enumerate(methods)}
+    gains["ifvd"] = [0.5]  # seed 0 alone
+    (order,) = orders.orders(make_claims(tmp_path, change), [results(gains)])
+    assert order.scores["ifvd"][1] == pytest.approx(sum(NONE) / 4 + 0.5)
 
 
 def test_a_perfect_order_of_few_is_not_certain() -> None:

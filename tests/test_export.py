@@ -30,7 +30,6 @@ from pipelines.engine import deploy
 from pipelines.engine.pack import run_cell
 from pipelines.methods import checked
 from pipelines.networks import SegmentationNetwork
-from pipelines.reports import statistics
 from pipelines.runs import exports
 from pipelines.runs.records import Cell
 from pipelines.stages import export, report
@@ -310,13 +309,12 @@ def test_the_cost_table_shows_the_record(suite: Path) -> None:
     kd, none = (np.median(methods[name]["ms"]["onnxruntime"]) for name in ("kd", "none"))
     row = table.loc["kd"]
     assert row["onnxruntime_ratio"] == pytest.approx(kd / none, abs=1e-6)
-    assert row["onnxruntime_ratio_low"] <= row["onnxruntime_ratio"] <= row["onnxruntime_ratio_high"]
     assert 0 < row["largest_difference"] < 1e-4
     assert pd.isna(table.loc["acfd", "onnxruntime_ms"]) and pd.isna(table.loc["none", "onnxruntime_ratio"])
     text = (suite / "reports" / BENCHMARK / "cost.md").read_text()
     assert "| parameters (M) | GFLOPs | latency (× none) | GFLOPs a step |" in text
     line = next(line for line in text.splitlines() if f"| {STUDENT} | kd |" in line)
-    assert f"| {kd / none:.2f} \\[" in line and "latency: pspnet-resnet18: seed 0, " in text
+    assert f"| {kd / none:.2f} |" in line and "latency: pspnet-resnet18: seed 0, " in text
     beside = pd.read_csv(suite / "reports" / BENCHMARK / "comparison.csv").set_index("method").loc["kd"]
     shared = ["parameters", "flops", "onnxruntime_ms", "torch_ms", "onnxruntime_ratio", "largest_difference"]
     assert beside[shared].tolist() == row[shared].tolist()
@@ -405,17 +403,6 @@ def test_a_record_of_other_weights_is_not_shown(suite: Path) -> None:
     tables(suite)
     table = pd.read_csv(suite / "reports" / BENCHMARK / "cost.csv").set_index("method")
     assert pd.isna(table.loc["kd", "onnxruntime_ms"]) and not pd.isna(table.loc["none", "onnxruntime_ms"])
-
-
-def test_ratio_of_medians() -> None:
-    random = np.random.default_rng(3)
-    shared = random.uniform(1, 3, 30)  # what a busy machine does to both
-    ratio, interval = statistics.ratio_of_medians(2 * shared, shared, 500, 0)
-    assert (ratio, interval.low, interval.high) == pytest.approx((2, 2, 2))
-    _, alone = statistics.ratio_of_medians(random.permutation(2 * shared), shared, 500, 0)
-    assert alone.low < 2 < alone.high and alone.high - alone.low > 0.1
-    with pytest.raises(ValueError, match="same rounds"):
-        statistics.ratio_of_medians([1.0, 2.0], [1.0], 10, 0)
 
 
 @pytest.mark.parametrize(

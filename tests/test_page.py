@@ -55,8 +55,8 @@ def test_the_answer_follows_from_the_table(done: Path) -> None:
     assert longer + listed(equal) in text
     assert f"{float(rows[order[0]]['diff_mean']):+.2f} points of test mIoU ({order[0]})" in text
     assert "with 3 seeds the width of an interval is itself a matter of chance" in text
-    assert "no method could pass a test at 5 % (smallest possible p: 0.25; one test needs 6 seeds, 3 " in text
-    assert "3 with Holm's correction need 7)." in text
+    assert "no method could pass a sign-flip test at 5 % (smallest possible p: 0.25; one test " in text
+    assert "test needs 6 seeds, 3 with Holm's correction need 7)." in text
 
 
 def test_the_answer_admits_what_is_not_known(done: Path, tmp_path: Path) -> None:

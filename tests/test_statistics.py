@@ -548,6 +548,49 @@ def test_resampled_scores_equal_loops_over_the_drawn_images(monkeypatch: pytest.
             np.testing.assert_allclose(found.scores[cell], naive_bootstrap(array, 40, 5), rtol=1e-12)
 
 
+def test_frames_that_follow_each_other_are_drawn_together() -> None:
+    """Against the images of each drawn block, one by one."""
+    counts, starts = small_counts(images=7), [0, 3, 4]
+    found = image_bootstrap(counts.items(), 30, 5, starts)
+    weights = np.random.default_rng(5).multinomial(3, [1 / 3] * 3, size=30)
+    blocks = [[0, 1, 2], [3], [4, 5, 6]]
+    for cell, array in counts.items():
+        for score, row in zip(found.scores[cell], weights, strict=True):
+            images = [i for block, times in zip(blocks, row, strict=True) for i in block * times]
+            drawn = array[images].sum(axis=0)
+            there = drawn.sum(axis=1) > 0
+            with np.errstate(invalid="ignore"):
+                iou = np.diag(drawn) / (drawn.sum(axis=0) + drawn.sum(axis=1) - np.diag(drawn))
+            assert score == pytest.approx(100 * iou[there].mean(), rel=1e-12)
+    each = image_bootstrap(counts.items(), 30, 5, range(7)).scores
+    alone = image_bootstrap(counts.items(), 30, 5).scores
+    assert all(np.array_equal(each[cell], alone[cell]) for cell in counts)
+
+
+def test_copies_of_a_frame_do_not_narrow_the_interval() -> None:
+    """Twelve images, each five times in a row, say as much as twelve images."""
+    random = np.random.default_rng(2)
+    a, b = (random.integers(1, 40, (12, 3, 3)) for _ in range(2))
+    plain = known(image_bootstrap({("a", 0): a, ("b", 0): b}.items(), 4000, 0).difference("a", "b"))
+    copies = {("a", 0): np.repeat(a, 5, axis=0), ("b", 0): np.repeat(b, 5, axis=0)}
+    blocks = known(image_bootstrap(copies.items(), 4000, 0, range(0, 60, 5)).difference("a", "b"))
+    assert (blocks.low, blocks.high) == pytest.approx((plain.low, plain.high))
+    naive = known(image_bootstrap(copies.items(), 4000, 0).difference("a", "b"))
+    assert naive.width < 0.6 * plain.width
+
+
+def test_blocks_do_not_cross_videos() -> None:
+    videos = [f"test/a_{i:03}.png" for i in range(62)] + [f"test/b_f{i}.png" for i in range(171)]
+    starts = statistics.block_starts(videos, 15)
+    lengths = np.diff([*starts, len(videos)])
+    assert 62 in starts and len(starts) == 4 + 11 and set(lengths) <= {15, 16}
+    assert statistics.block_starts(videos, 1) == [*range(233)]
+    assert statistics.block_starts(videos, 1000) == [0, 62]
+    others = ["street.png", "0001.png", "house 2.final.png", "0002_label.png"]  # no two of a video
+    assert statistics.block_starts(others, 15) == [0, 1, 2, 3]
+    assert statistics.block_starts([], 15) == []
+
+
 def test_a_resample_of_the_only_image_is_the_score_of_the_split() -> None:
     counts = {("a", 0): small_counts()["a", 0][:1]}
     expected = summary(counts["a", 0], list("vwxyz"))["miou"]

@@ -45,8 +45,8 @@ def silent(*_: object) -> None:
 
 @dataclass
 class History:
-    """What a training leaves beside its weights: rows for history.csv, and the seconds of every step as if
-    the cell were trained alone."""
+    """What a training leaves beside its weights: rows for history.csv, and the seconds of every step, with
+    the whole time of batch and teacher, as if the cell had them for itself."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)

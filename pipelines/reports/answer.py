@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipelines.reports import conditions, statistics
-from pipelines.reports.results import FEWEST, SCORE, Results, Standing
+from pipelines.reports.results import COMPUTE, FEWEST, SCORE, Results, Standing
 from pipelines.reports.table import between
 
 
@@ -25,7 +25,7 @@ def sentences(results: Results, student: str) -> list[str]:
         return sorted(found, key=lambda m: -(getattr(known[m], gain).paired.mean or 0))
 
     best = max(known, key=lambda m: known[m].gain.paired.mean or 0)
-    lead, val = results.lead(student, SCORE), results.lead(student)
+    lead, val = results.lead(student, metric=SCORE), results.lead(student)
     sure = [m for m in known if _above(known[m])]
     highest = (
         f"The highest {'mean ' * (seeds > 1)}gain is {known[best].gain.paired.mean or 0:+.2f} points of test "
@@ -54,15 +54,15 @@ def sentences(results: Results, student: str) -> list[str]:
         first = f"At equal steps, {listed([*known])} is {word} than the student alone."
     found = [
         first,
-        _at_equal_compute(known, equal, behind, results),
+        _at_equal_compute(known, equal, behind, results, student),
         f"How sure: clearly means that two 95 % intervals of the gain exclude 0, one over {seeds} seeds, one "
-        f"over {results.images} test images, which is too narrow where these are frames of the same videos.",
+        f"over {results.units}.",
     ]
     if (least := statistics.smallest_p(seeds)) > conditions.ALPHA:
         found.append(
             f"Exploratory: with {seeds} seeds the width of an interval is itself a matter of chance, and so "
-            f"are the verdicts; no method could pass a test at 5 % (smallest possible p: {least:.2g}; one "
-            f"test needs {statistics.SEEDS_FOR_SIGNIFICANCE} seeds, {n} with Holm's correction need "
+            f"are the verdicts; no method could pass a sign-flip test at 5 % (smallest possible p: "
+            f"{least:.2g}; one test needs {statistics.SEEDS_FOR_SIGNIFICANCE} seeds, {n} with Holm's correction need "
             f"{statistics.seeds_needed(n, conditions.ALPHA)})."
         )
     else:
@@ -71,8 +71,8 @@ def sentences(results: Results, student: str) -> list[str]:
             f"(max-T, 5 %), {len(sure)} of {n} {'is' if len(sure) == 1 else 'are'} "
             f"better{': ' * bool(sure)}{listed(sure)}."
         )
-    if (results.images or 0) < FEWEST:
-        found.append(f"With fewer than {FEWEST} test images no method is called better or worse.")
+    if len(results.blocks) < FEWEST:
+        found.append(f"With {results.units}, fewer than {FEWEST}, no method is called better or worse.")
     if worse and n > 1:
         found.append(f"Worse than the student alone, with the loss weights used here: {listed(worse)}.")
     if single:
@@ -81,7 +81,11 @@ def sentences(results: Results, student: str) -> list[str]:
 
 
 def _at_equal_compute(
-    known: Mapping[str, Standing], better: Sequence[str], worse: Sequence[str], results: Results
+    known: Mapping[str, Standing],
+    better: Sequence[str],
+    worse: Sequence[str],
+    results: Results,
+    student: str,
 ) -> str:
     """The verdicts against the student alone, trained longer."""
     decided = [m for m, s in known.items() if s.equal.paired.n > 1]
@@ -91,26 +95,44 @@ def _at_equal_compute(
             "with two seeds or more."
         )
     names = named([results.label(m) for m in better])
+    uncounted = f" {text}" if (text := _uncounted(results, [student])) else ""
     lost = named([results.label(m) for m in known if m not in decided])
     return (
         f"At equal training compute, against the student alone trained longer, {len(better) or 'none'} of "
         f"{len(decided)} {'is' if len(better) < 2 else 'are'} clearly better{': ' * bool(names)}{names}; "
-        f"{len(worse) or 'none'} clearly worse.{f' Not known for {lost}.' * bool(lost)}"
+        f"{len(worse) or 'none'} clearly worse.{f' Not known for {lost}.' * bool(lost)}{uncounted}"
+    )
+
+
+def _uncounted(results: Results, students: Sequence[str]) -> str:
+    """What the compute of a method does not contain, in one sentence; nothing without a record."""
+    taught, parts = results.teacher(COMPUTE), []
+    for student in students:
+        alone = results.mean(student, results.reference, COMPUTE)
+        if taught is not None and alone is not None:
+            parts.append(f"{taught / alone:.1f} times that of {student} alone")
+    return (
+        f"A method's compute has the teacher's forward passes in it, but neither the teacher's training "
+        f"({', '.join(parts)}) nor the search for its loss weights."
+        if parts
+        else ""
     )
 
 
 def _longer(results: Results, student: str, methods: Sequence[str]) -> list[str]:
     """What the student alone reaches when it trains longer, in one sentence."""
-    means, parts, rising = [results.mean(student, m) or 0 for m in methods], [], False
+    means, parts, rising, lead = [results.mean(student, m) or 0 for m in methods], [], False, None
     for control, factor in sorted(results.controls.items(), key=lambda pair: pair[1]):
         if (own := results.mean(student, control)) is not None:
             above = sum(own > mean for mean in means)
             parts.append(f"{factor:g} times the steps {own:.2f} (above {above} of {len(means)} methods)")
             rising = results.gain(student, control).verdict == "gain"
+            lead = results.lead(student, control)
     if not parts:
         return []
     plain = results.mean(student, results.reference) or 0
     end = " It has not converged, so this says nothing about a student that has." if rising else ""
+    end += "" if lead is None else f" The teacher leads the longest of these trainings by {lead:+.2f}."
     return [f"The student alone scores {plain:.2f}; trained for {named(parts)}, by the means.{end}"]
 
 
@@ -124,9 +146,10 @@ def outcome(results: Results, student: str) -> str:
     rest = f" Not finished: {lacking} of {len(rows)} rows lack trainings." if lacking else ""
     if not tested:
         return f"On {place}, no method has finished beside {reference} yet.{rest}"
-    best = max(tested, key=lambda m: results.mean(student, m) or 0.0)
+    several = [m for m in tested if tested[m].gain.paired.n > 1]
+    best = max(several or tested, key=lambda m: tested[m].gain.paired.mean or 0.0)
     gain = tested[best].gain
-    if all(s.gain.paired.n == 1 for s in tested.values()):
+    if not several:
         return (
             f"Not known yet. On {place}, {len(tested)} method{'s have' if len(tested) > 1 else ' has'} been "
             "trained with one seed, and one seed cannot say how far another would move a score. The largest "
@@ -140,8 +163,8 @@ def outcome(results: Results, student: str) -> str:
     return (
         f"On {place} ({seeds} seeds), {better} of {len(tested)} methods {_are(better)} better than the "
         f"student trained alone for the same steps and {worse} {_are(worse)} worse; at the same compute "
-        f"{ahead} of {len(equal)} {_are(ahead)} better and {behind} worse. The highest mean is that of "
-        f"{results.label(best)}, {gain.paired.mean:+.2f} {between(gain.over_seeds)}.{rest}"
+        f"{ahead} of {len(equal)} {_are(ahead)} better and {behind} worse. The largest gain is that "
+        f"of {results.label(best)}, {gain.paired.mean:+.2f} {between(gain.over_seeds)}.{rest}"
     )
 
 
@@ -155,15 +178,18 @@ def caveats(results: Results, students: Sequence[str]) -> str:
         least = statistics.smallest_p(max(s.gain.paired.n for s in tested.values()))
         joint = sum(_above(stand) for stand in tested.values())
         found.append(
-            f"With {student}, {joint} of {len(tested)} {_are(joint)} better by the max-T test, which "
-            "corrects for testing them all."
+            f"With {student}, {joint} of {len(tested)} {_are(joint)} better at equal steps by the max-T "
+            "test, which corrects for testing them all."
             if least <= conditions.ALPHA
-            else f"With {student} this is exploratory: with so few seeds no test could reach "
+            else f"With {student} this is exploratory: with so few seeds no sign-flip test could reach "
             f"p < {conditions.ALPHA:g} (smallest possible: {least:.2g})."
         )
+        if results.trials and student != results.tuning.student:
+            found.append(f"Its methods have the loss weights that were chosen for {results.tuning.student}.")
     if found:
-        meaning = "Better and worse mean that two 95 % intervals exclude 0, one over seeds and one over test "
-        found.insert(0, meaning + "images, without correction for the number of methods.")
+        meaning = "Better and worse mean that two 95 % intervals exclude 0, one over seeds and one over "
+        found.insert(0, f"{meaning}{results.units}, without correction for the number of methods.")
+        found.append(_uncounted(results, students))
     if schedules := [text for student in students if (text := conditions.schedule(results, student))]:
         found += [*schedules, "A gain after so few steps may mean faster learning, not a better final score."]
     return " ".join(found)

@@ -210,8 +210,8 @@ def table(claims: Claims, verdicts: Mapping[str, Verdict]) -> Table:
         f"{len(words)} claims, {gains} of accuracy and {len(words) - gains} of cost: "
         + ", ".join(f"{words.count(word)} {word}" for word in VERDICTS)
         + ".",
-        "measured gain: of the comparable benchmark, else of the closest one; with the 95 % t-interval over "
-        "n paired seeds.",
+        "measured gain: of the comparable benchmark, else of the closest one, and where several are as close "
+        "of that with most seeds; with the 95 % t-interval over n paired seeds.",
     ]
     return Table("claims", "claims", data, columns, text, notes)
 
@@ -222,12 +222,13 @@ def directions(claims: Claims, every: Sequence[Results]) -> Table:
     for item in _directions(claims, every):
         measured = item.measured
         interval = None if measured is None else measured.interval
-        sources = {claim.source for claim in item.claims}
+        stated = [claim for claim in item.claims if claim.claimed is not None] or item.claims
+        sources = {claim.source for claim in stated}
         text.append(
             [
                 label(item.method),
                 _published_text(item),
-                f"{len(item.claims)} ({len(sources)})",
+                f"{len(stated)} ({len(sources)})",
                 "–" if measured is None else _place(measured),
                 str(measured.n if measured else 0),
                 "–" if measured is None else f"{measured.mean:+.2f}",
@@ -303,13 +304,19 @@ def _of_the_paper(claim: Claim, verdict: Verdict, every: Sequence[Results]) -> s
     if claim.claimed is not None and known:
         once = len({own.student for own in known}) == len(known)
         within = [
-            own.student if once else f"{own.student} on {own.benchmark}"
+            own.student if once else _where(own)
             for own in known
             if own.interval and own.interval.contains(claim.claimed)
         ]
+        out = [name for own in known if (name := own.student if once else _where(own)) not in within]
         where = f"within the interval of {' and '.join(within)}" if within else "in none of these intervals"
+        where += f", and outside that of {' and '.join(out)}" if within and out else ""
         text += f" Taken as points of mIoU, {claim.claimed:+.2f} lies {where}."
     return text
+
+
+def _where(measured: Measured) -> str:
+    return f"{measured.student} on {measured.benchmark}"
 
 
 def paper(claims: Claims, every: Sequence[Results], params: Params) -> str:

@@ -23,6 +23,7 @@ class Order:
     benchmark: str
     student: str
     scores: dict[str, tuple[float, float]]  # by method: published, here
+    others: list[str]  # of the methods, those that were published with another loss, or with fewer terms
     rho: float  # Spearman's
     interval: statistics.Interval  # 95 %, over methods
 
@@ -30,25 +31,31 @@ class Order:
 def orders(claims: Claims, every: Sequence[Results]) -> list[Order]:
     """Every published table with ``FEWEST`` methods that have a score here, by source and setting. A method
     that has several rows in one table stands there with its best."""
-    published: dict[tuple[str, str, str], dict[str, float]] = {}
+    published: dict[tuple[str, str, str], dict[str, Claim]] = {}
     for claim in claims.claims:
         if claim.kind == "gain" and claim.score is not None:
             rows = published.setdefault((claim.source, _setting(claim), claim.protocol), {})
-            rows[claim.method] = max(rows.get(claim.method, 0.0), claim.score)
+            before = rows.setdefault(claim.method, claim)
+            if claim.score > (before.score or 0.0):
+                rows[claim.method] = claim
     found = []
     for (source, setting, protocol), rows in published.items():
         for results in every:
             for student in results.students:
                 scores = {
-                    method: (score, here)
-                    for method, score in rows.items()
-                    if (here := results.mean(student, method)) is not None
+                    method: (claim.score or 0.0, here)
+                    for method, claim in rows.items()
+                    if (here := results.paired_mean(student, method)) is not None
                 }
                 if len(scores) < FEWEST:
                     continue
-                rho, interval = statistics.rank_correlation(*zip(*scores.values(), strict=True))
+                others = [method for method in scores if _is_other(rows[method], results)]
+                theirs, ours = zip(*scores.values(), strict=True)
+                if len({*theirs}) == 1 or len({*ours}) == 1:
+                    continue  # in no order
+                rho, interval = statistics.rank_correlation(theirs, ours)
                 place = (results.benchmark, student)
-                found.append(Order(source, setting, protocol, *place, scores, rho, interval))
+                found.append(Order(source, setting, protocol, *place, scores, others, rho, interval))
     return found
 
 
@@ -60,7 +67,7 @@ def table(found: Sequence[Order]) -> Table:
             order.setting,
             order.protocol,
             f"{order.benchmark}, {order.student}",
-            ", ".join(map(label, order.scores)),
+            ", ".join(label(m) + "*" * (m in order.others) for m in order.scores),
             f"{order.rho:+.2f}",
             between(order.interval),
         ]
@@ -77,7 +84,9 @@ def table(found: Sequence[Order]) -> Table:
     ]
     notes = [
         f"Tables with {FEWEST} methods or more that were measured here; the interval takes the methods for a "
-        "sample (Bonett and Wright 2000).",
+        "sample (Bonett and Wright 2000). *: published with another loss than here, or without some of its "
+        "terms. Tables of one source that share their methods are set against the same scores: they are not "
+        "independent.",
     ]
     return Table("orders", "orders", [], columns, rows, notes)
 
@@ -89,16 +98,25 @@ def sentence(found: Sequence[Order]) -> str:
     low, high = min(order.rho for order in found), max(order.rho for order in found)
     agree = sum(order.interval.low > 0 for order in found)
     against = sum(order.interval.high < 0 for order in found)
+    sources, others = {order.source for order in found}, sum(bool(order.others) for order in found)
     return (
         f"Does the order of the methods hold? Against {len(found)} published table{'s' * (len(found) > 1)} "
-        f"of {FEWEST} methods or more, Spearman's rank correlation with the means here lies between "
-        f"{low:+.2f} and {high:+.2f}; "
+        f"of {FEWEST} methods or more (from {len(sources)} source{'s' * (len(sources) > 1)}; "
+        f"{others} with other losses for some of the methods), Spearman's rank correlation with the means "
+        f"here lies between {low:+.2f} and {high:+.2f}; "
         + (
             f"its 95 % interval lies above 0 in {agree} and below 0 in {against} of them."
             if agree or against
             else "every 95 % interval contains 0: with so few methods a table says little either way."
         )
     )
+
+
+def _is_other(claim: Claim, results: Results) -> bool:
+    """Whether what was published is not the loss that runs here."""
+    weights = results.weights.get(claim.method, {})
+    terms = {name.removeprefix("weight_") for name, value in weights.items() if value}
+    return claim.other_loss is not None or (claim.terms is not None and {*claim.terms} != terms)
 
 
 def _setting(claim: Claim) -> str:

@@ -1,6 +1,7 @@
 """Methods over several benchmarks and students: mean ranks, what they can tell apart, chance of improvement.
 
-A block is a student on a benchmark; its score of a method is the mean over the seeds. Only methods that every
+A block is a student on a benchmark; its score of a method is the mean over the seeds, in which the difference
+to the student alone is that of the seeds of both. Only methods that every
 block has are ranked, with the student alone, but neither its controls nor official weights; with fewer
 than two blocks there is nothing to say.
 """
@@ -10,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from pipelines.reports import statistics
 from pipelines.reports.results import RESAMPLES, RESAMPLING_SEED, Results, label
@@ -47,7 +46,14 @@ def rank(every: Sequence[Results]) -> Ranks | None:
     }
     reference = every[0].reference if every else ""
     scores = {block: own for block, own in scores.items() if reference in own and len(own) > 1}
-    means = {block: {m: float(np.mean(own[m])) for m in own} for block, own in scores.items()}
+    means = {
+        (results.benchmark, student): {
+            m: mean for m in own if (mean := results.paired_mean(student, m)) is not None
+        }
+        for results in every
+        for student in results.students
+        if (own := scores.get((results.benchmark, student)))
+    }
     ranks = dict(sorted(statistics.mean_ranks(means).items(), key=lambda pair: pair[1]))
     methods = list(ranks)
     if len(scores) < 2 or len(methods) < 2:
@@ -63,9 +69,9 @@ def rank(every: Sequence[Results]) -> Ranks | None:
                 resamples=RESAMPLES,
                 seed=RESAMPLING_SEED,
             )
-            if chance is not None:  # of one run there is no resample
-                several = min(seeds[method], seeds[reference]) > 1
-                improvement[method] = chance if several else (chance[0], None)
+            if chance is not None:  # of one run there is no resample, and where none beats another all agree
+                known = min(seeds[method], seeds[reference]) > 1 and chance[1].width > statistics.TIE
+                improvement[method] = chance if known else (chance[0], None)
     return Ranks(
         reference=reference,
         blocks=list(scores),
@@ -130,10 +136,12 @@ def sentence(found: Ranks) -> str:
         " and ".join(label(m) for m, mean in found.ranks.items() if mean == end) for end in (best, worst)
     )
     apart = worst - best >= found.critical_difference
+    could = len(found.ranks) - 1 >= found.critical_difference
+    what = "tells some" if apart else "tells no" if could else "could tell no"
     return (
         f"Over {len(found.blocks)} blocks (student on benchmark), the best mean rank is that of {first} "
         f"({best:.2f}), the worst that of {last} ({worst:.2f}); the critical difference is "
-        f"{found.critical_difference:.2f}, so the ranking tells {'some' if apart else 'no'} methods apart "
+        f"{found.critical_difference:.2f}, so the ranking {what} methods apart "
         "(a bar in the figure joins those that it does not)."
     )
 

@@ -30,7 +30,7 @@ COMPUTE = "compute/flops"
 
 RESAMPLES = 10_000  # of the test images
 COMPLETE = "complete"  # how the status of a row begins that has all its seeds
-FEWEST = 20  # test images of which a resample says something
+FEWEST = 10  # test images, or blocks of frames, of which a resample says something
 RESAMPLING_SEED = 0
 
 
@@ -90,6 +90,7 @@ class Results:
     choices: dict[str, budget.Choice] = field(default_factory=dict)  # of tuning, by method
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)  # records of exports, by student
     untuned: list[str] = field(default_factory=list)  # methods whose weights are not those that tuning chose
+    frames: int = 1  # test images that follow each other in a video, and are resampled together
 
     @cached_property
     def _rows(self) -> dict[tuple[str, str], pd.DataFrame]:
@@ -220,9 +221,9 @@ class Results:
         )
         return found, "; ".join(named)
 
-    def lead(self, student: str, metric: str = "val/miou") -> float | None:
-        """mIoU of the teacher minus the mean of the student alone over its seeds."""
-        teacher, plain = self.teacher(metric), self.mean(student, self.reference, metric)
+    def lead(self, student: str, method: str | None = None, metric: str = "val/miou") -> float | None:
+        """mIoU of the teacher minus the mean of the student alone, or of a method, over its seeds."""
+        teacher, plain = self.teacher(metric), self.mean(student, method or self.reference, metric)
         return None if teacher is None or plain is None else teacher - plain
 
     def exported(self, student: str, method: str) -> dict[str, Any] | None:
@@ -305,18 +306,39 @@ class Results:
         """Resampled test images, by student; none where the cells were not scored on the same images, and of
         a split of a few: resamples of a handful repeat it, and their interval excludes almost everything."""
         found = {}
-        for student in self.students if (self.images or 0) >= FEWEST else ():
+        for student in self.students if len(self.blocks) >= FEWEST else ():
             own = [r for r in self.finished if r.cell.student == student]
             if own and len({(r.run["data_sha256"], tuple(r.test_names())) for r in own}) == 1:
                 # read one by one: those of a large set would not fit into memory together
                 counts = (((r.cell.method, r.cell.seed), r.confusion("test")) for r in own)
-                found[student] = statistics.image_bootstrap(counts, RESAMPLES, RESAMPLING_SEED)
+                found[student] = statistics.image_bootstrap(counts, RESAMPLES, RESAMPLING_SEED, self.blocks)
         return found
 
+    @cached_property
+    def _test_names(self) -> list[str]:
+        return next((record.test_names() for record in self.finished), [])
+
     @property
-    def images(self) -> int | None:
-        """How many test images there are."""
-        return next((len(record.test_names()) for record in self.finished), None)
+    def images(self) -> int:
+        """How many test images there are, 0 without a record."""
+        return len(self._test_names)
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """Where the blocks of test images start that are resampled together."""
+        return statistics.block_starts(self._test_names, self.frames)
+
+    @property
+    def units(self) -> str:
+        """What is resampled: ``233 test images in 15 blocks of frames``."""
+        text = f"{self.images} test images"
+        return text + (f" in {len(self.blocks)} blocks of frames" if len(self.blocks) < self.images else "")
+
+    def paired_mean(self, student: str, method: str) -> float | None:
+        """The mean test mIoU of the student alone plus the mean difference to it of the seeds that both have:
+        comparable also where rows have different seeds."""
+        alone, gain = self.mean(student, self.reference), self.paired(student, method).mean
+        return None if alone is None or gain is None else alone + gain
 
     def ranks(self, student: str, methods: Sequence[str]) -> dict[str, tuple[int, int]]:
         """The first and the last place that each of the reference and the tested methods may have: behind all
@@ -426,6 +448,7 @@ def gather(
             if (record := exports.read(benchmark, student, root)) is not None
         },
         untuned=list(budget.untuned(params, root)),
+        frames=params.benchmark(benchmark).frames,
     )
 
 

@@ -63,6 +63,7 @@ def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
     data: list[dict[str, Any]] = []
     text: list[list[str]] = []
     seeds = {results.benchmark: results for results in every}
+    rounded_apart: dict[str, list[float]] = {}  # by cell of today's settings, the scores of modes and CPUs
     entries = read(root)
     for entry in entries:
         cell, current = _cell(entry), is_current(entry, params)
@@ -74,10 +75,13 @@ def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
             trained[TABLES] = (record.run, [outcome(record)])
         for mode, (run, repeats) in trained.items():
             scores = [repeat["test_miou"] for repeat in repeats]
+            what = f"{cell.student}, {label(cell.method, params.controls)}"
+            if current and not on_gpu(run):
+                rounded_apart.setdefault(f"{cell.benchmark}, {what}", []).extend(scores)
             row = {
                 "benchmark": cell.benchmark,
                 "device": device(run),
-                "trained": f"{cell.student}, {label(cell.method, params.controls)}",
+                "trained": what,
                 "seed": cell.seed,
                 "mode": mode,
                 "repeats": len(repeats),
@@ -96,8 +100,12 @@ def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
         f"By {COMMAND}: one cell, the same seed, trained again and again on one machine. What differs is the "
         "arithmetic of the device alone.",
     ]
-    if apart := rounding(params, entries):
-        notes.append(f"What rounding alone does to a score on a CPU, from one mode to the other: {apart}.")
+    apart = [f"{max(found) - min(found):.2f} ({cell})" for cell, found in rounded_apart.items()]
+    if apart:
+        notes.append(
+            "How far apart rounding alone put the scores of a cell, over the modes and the kinds of CPU: "
+            f"{'; '.join(apart)}."
+        )
     if any(row["mode"] == TABLES for row in data):
         notes[0] += f' "{TABLES}": the record of the same cell and seed, from another kind of machine.'
     if not any(on_gpu(entry) for entry in entries):
@@ -113,21 +121,6 @@ def outcome(record: Record) -> dict[str, Any]:
         "test_miou": record.metrics["test"]["miou"],
         "training_s": record.run["seconds"]["training"],
     }
-
-
-def rounding(params: Params, entries: Sequence[Mapping[str, Any]]) -> str:
-    """How far apart the two modes scored on a CPU, for each cell of today's settings: mIoU, test."""
-    found = []
-    for entry in entries:
-        if is_current(entry, params) and not on_gpu(entry):
-            fast, strict = (
-                statistics.mean([repeat["test_miou"] for repeat in entry["repeats"][mode]]) or 0.0
-                for mode in MODES
-            )
-            cell = _cell(entry)
-            name = label(cell.method, params.controls)
-            found.append(f"{abs(fast - strict):.2f} ({cell.benchmark}, {cell.student}, {name})")
-    return "; ".join(found)
 
 
 def _text(row: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,8 @@ Scores are mIoU in percent, differences and interval bounds are in the same poin
 standard deviation over n seeds (ddof 1). It is None for one seed, not 0.
 
 Uncertainty has two sources, which are never pooled: the seeds of the training (t_interval, sign_flip_p,
-max_t), and the choice of the test images with the trained networks held fixed (image_bootstrap).
+max_t), and the choice of the test images with the trained networks held fixed (image_bootstrap, of blocks
+of frames where the images come from videos).
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import math
 import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import count, groupby, pairwise
 from math import atanh, inf, isfinite, sqrt, tanh
+from pathlib import PurePosixPath
+from string import digits as DIGITS
 from typing import TypeVar
 
 import numpy as np
@@ -38,6 +41,10 @@ class Interval:
 
     low: float
     high: float
+
+    @property
+    def width(self) -> float:
+        return self.high - self.low
 
     def contains(self, x: float) -> bool:
         return self.low <= x <= self.high
@@ -218,15 +225,19 @@ def holm(mapping: Mapping[str, float]) -> dict[str, float]:
 
 
 def image_bootstrap(
-    counts: Iterable[tuple[tuple[str, int], np.ndarray]], resamples: int, seed: int
+    counts: Iterable[tuple[tuple[str, int], np.ndarray]],
+    resamples: int,
+    seed: int,
+    starts: Sequence[int] | None = None,
 ) -> ImageBootstrap:
     """Score every cell on resamples of the test images, the same ones for all cells (Efron 1979).
 
     ``counts``: of each method and seed, integer confusion counts (images, C, C) in the convention of
-    :mod:`pipelines.runs.confusion`, the images in the same order for all. The score of a resample is the
-    mIoU of its summed matrix, in percent: the mean over the classes in the ground truth of the whole split,
-    without those that no image of the resample has (NaN if it has none). ValueError when there is no cell,
-    when cells differ in the number of images or classes, and when no pixel of a cell carries a label.
+    :mod:`pipelines.runs.confusion`, the images in the same order for all. Those of a block, see
+    :func:`block_starts`, are drawn together; without ``starts`` each by itself. The score of a resample is
+    the mIoU of its summed matrix, in percent: the mean over the classes in the ground truth of the whole
+    split, without those that no image of the resample has (NaN if it has none). ValueError when there is no
+    cell, when cells differ in the number of images or classes, and when no pixel of a cell carries a label.
     """
     sums, shapes = {}, set[tuple[int, ...]]()
     for cell, array in counts:  # one at a time: they may be read from files
@@ -240,32 +251,37 @@ def image_bootstrap(
         if not array.any():
             raise ValueError(f"No pixel of cell {cell} carries a label: there is nothing to score.")
         sums[cell] = _image_sums(array)
+        if starts is not None:
+            sums[cell] = np.add.reduceat(sums[cell], starts)
     if not sums:
         raise ValueError("There is no cell to score.")
-    images = len(next(iter(sums.values())))
+    blocks = len(next(iter(sums.values())))
     scores = {cell: np.empty(resamples) for cell in sums}
     random = np.random.default_rng(seed)
     for start in range(0, resamples, CHUNK):
         part = slice(start, min(start + CHUNK, resamples))
-        # How often each image was drawn: drawing row by row, chunks of any size give the same weights.
-        weights = random.multinomial(images, np.full(images, 1 / images), size=part.stop - start)
+        # How often each block was drawn: drawing row by row, chunks of any size give the same weights.
+        weights = random.multinomial(blocks, np.full(blocks, 1 / blocks), size=part.stop - start)
         weights = weights.astype(np.float64)  # whole numbers stay exact up to 2^53
         for cell, array in sums.items():
             scores[cell][part] = _miou(weights @ array)
     return ImageBootstrap(scores)
 
 
-def ratio_of_medians(a: ArrayLike, b: ArrayLike, resamples: int, seed: int) -> tuple[float, Interval]:
-    """median(a) / median(b) with its 95 % percentile bootstrap interval (Efron and Tibshirani 1993).
-
-    ``a``, ``b``: (rounds,), positive; a round measured both, so rounds are resampled, not measurements.
+def block_starts(names: Sequence[str], frames: int) -> list[int]:
+    """Where the blocks of about ``frames`` images start that are resampled together (Carlstein 1986):
+    images that follow each other in ``names`` and whose names differ in the number at
+    their end alone, as frames of a video do. A video is cut into equal parts; with ``frames`` = 1 every image
+    is one.
     """
-    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if left.shape != right.shape or left.ndim != 1 or not left.size:
-        raise ValueError(f"Both need the same rounds, one at least, not {left.shape} and {right.shape}.")
-    drawn = np.random.default_rng(seed).integers(0, left.size, size=(resamples, left.size))
-    ratios = np.median(left[drawn], axis=1) / np.median(right[drawn], axis=1)
-    return float(np.median(left) / np.median(right)), _percentiles(ratios)
+    starts, first = list[int](), 0
+    videos = (str(PurePosixPath(name).with_suffix("")).rstrip(DIGITS) for name in names)
+    for _, video in groupby(videos):
+        length = len(list(video))
+        parts = max(1, round(length / frames))
+        starts += [first + part * length // parts for part in range(parts)]
+        first += length
+    return starts
 
 
 def told_apart(over_seeds: Interval | None, over_images: Interval | None) -> bool:

@@ -283,7 +283,7 @@ def _deployed(results: Results, student: str, method: str) -> dict[str, Any]:
             f"{runtime}_ms_q1": timing.low if timing else None,
             f"{runtime}_ms_q3": timing.high if timing else None,
             f"{runtime}_ratio": timing.ratio if timing else None,
-        } | ends(f"{runtime}_ratio", timing.interval if timing else None)
+        }
     apart = exports.difference(record, method) if record else None
     return rounded(row) | {"largest_difference": None if apart is None else float(f"{apart:.6g}")}
 
@@ -337,13 +337,10 @@ def _gain_text(row: Mapping[Any, Any], mean: str, over_seeds: str, verdict: str)
 
 
 def _cost_text(row: dict[str, Any]) -> list[str]:
-    latency = number(row["onnxruntime_ratio"], ".2f")
-    if found := interval(row, "onnxruntime_ratio"):
-        latency += f" {between(found, '.2f')}"
     return [
         number(None if row["parameters"] is None else row["parameters"] / 1e6, ".2f"),
         number(None if row["flops"] is None else row["flops"] / 1e9, ".2f"),
-        latency,
+        number(row["onnxruntime_ratio"], ".2f"),
         number(None if row["step_flops"] is None else row["step_flops"] / 1e9, ".1f"),
         number(row["step_ratio"], ".2f"),
         number(row["memory_ratio"], ".2f"),

@@ -16,24 +16,20 @@ import numpy as np
 
 from pipelines import files
 from pipelines.config import EXPORTS, ROOT, ConfigError
-from pipelines.reports import statistics
-from pipelines.reports.statistics import Interval
 
 RUNTIMES = ("onnxruntime", "torch")  # whose times are recorded
-RESAMPLES = 10_000  # of the rounds
-RESAMPLING_SEED = 0
 
 
 @dataclass(frozen=True)
 class Timing:
     """Milliseconds of one inference: median and quartiles over the rounds; ratio of the median to that of the
-    student alone, with its 95 % interval (None for that student itself)."""
+    student alone (None for that student itself). The graphs are equal: what differs from 1 is noise of the
+    machine, of which the rounds of one session do not show the size."""
 
     median: float
     low: float
     high: float
     ratio: float | None
-    interval: Interval | None
 
 
 def path(benchmark: str, student: str, root: Path = ROOT) -> Path:
@@ -68,10 +64,7 @@ def timing(record: Mapping[str, Any], method: str, reference: str, runtime: str)
     """How fast the student of a method is, beside that of the student alone."""
     own, plain = (np.asarray(record["methods"][key]["ms"][runtime]) for key in (method, reference))
     low, median, high = (float(value) for value in np.percentile(own, [25, 50, 75]))
-    if method == reference:
-        return Timing(median, low, high, None, None)
-    ratio, interval = statistics.ratio_of_medians(own, plain, RESAMPLES, RESAMPLING_SEED)
-    return Timing(median, low, high, ratio, interval)
+    return Timing(median, low, high, None if method == reference else median / float(np.median(plain)))
 
 
 def difference(record: Mapping[str, Any], method: str) -> float:
