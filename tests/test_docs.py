@@ -160,14 +160,16 @@ def test_every_command_is_run_by_a_test() -> None:
 
 
 def test_the_student_and_the_method_that_are_added_are_accepted(tmp_path: Path) -> None:
-    student = re.search(r"`(pspnet-mobilenetv2: \{.*?\})`", (ROOT / "docs" / "extend.md").read_text("utf-8"))
+    student = re.search(r"`(pspnet-resnet34: \{.*?\})`", (ROOT / "docs" / "extend.md").read_text("utf-8"))
     method = re.search(r"`(mymethod: \{.*?\})`", (ROOT / "README.md").read_text("utf-8"))
     assert student and method
     raw = read_params()
-    raw["students"] |= yaml.safe_load(student[1])
+    added = yaml.safe_load(student[1])
+    assert not added.keys() & raw["students"].keys()  # a key may stand only once
+    raw["students"] |= added
     write_params(tmp_path, raw)
     params = checked(config.load(tmp_path / "params.yaml"))
-    assert params.student("pspnet-mobilenetv2").encoder == "tu-mobilenetv2_100"
+    assert params.student("pspnet-resnet34").encoder == "tu-resnet34"
     assert yaml.safe_load(method[1]) == {"mymethod": {"weight": 0.1}}
 
 

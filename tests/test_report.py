@@ -592,7 +592,7 @@ def test_the_suite_that_made_the_records_is_said(done: Path) -> None:
     lines = benchmark_table.overview(config.load(), [read(done)]).splitlines()
     assert lines[-1] == (
         f"`benchmarks: [streets], students: [{STUDENT}], seeds: [0, 1, 2], controls: [1.5, 2], "
-        "methods: [none, kd, cwd], official: [], variants: [full, afd]`."
+        "methods: [none, kd, cwd], official: [], variants: [full, afd], weights: []`."
     )
 
 
@@ -978,7 +978,7 @@ def test_readme_block(done: Path) -> None:
     acfd = row(done, "acfd")
     assert f"| acfd | {float(acfd['miou_mean']):.2f} ± {float(acfd['miou_sd']):.2f} (n = 3) |" in text
     best = max(table(done, "comparison"), key=lambda line: float(line["miou_mean"]))
-    assert f"The largest gain is that of {best['method']}, {float(best['diff_mean']):+.2f} " in text
+    assert f"The largest mean gain is that of {best['method']}, {float(best['diff_mean']):+.2f} " in text
     assert "trains for 300 steps of 4 images" in text
     rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
     wanted = sorted(table(done, "comparison"), key=lambda line: -float(line["miou_mean"]))
@@ -1100,7 +1100,7 @@ def test_the_hours_are_those_of_cells_alone_not_of_their_packs(done: Path) -> No
         if line.startswith("| `streets`")
     )
     hours = sum(300 * step + 10 for step in steps) / 3600
-    assert f"| {hours:.1f} h measured for {len(steps)} trainings" in line
+    assert f"| {hours:.1f} h of one process, measured, for {len(steps)} trainings" in line
 
 
 def test_a_benchmark_that_the_suite_does_not_run_has_its_own_students_and_seeds(tmp_path: Path) -> None:

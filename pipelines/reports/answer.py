@@ -61,9 +61,9 @@ def sentences(results: Results, student: str) -> list[str]:
     if (least := statistics.smallest_p(seeds)) > conditions.ALPHA:
         found.append(
             f"Exploratory: with {seeds} seeds the width of an interval is itself a matter of chance, and so "
-            f"are the verdicts; no method could pass a sign-flip test at 5 % (smallest possible p: "
-            f"{least:.2g}; one test needs {statistics.SEEDS_FOR_SIGNIFICANCE} seeds, {n} with Holm's correction need "
-            f"{statistics.seeds_needed(n, conditions.ALPHA)})."
+            "are the verdicts; no method could pass a sign-flip test at 5 % (smallest possible p: "
+            f"{least:.2g}; one test needs {statistics.SEEDS_FOR_SIGNIFICANCE} seeds, {n} with Holm's "
+            f"correction need {statistics.seeds_needed(n, conditions.ALPHA)})."
         )
     else:
         found.append(
@@ -160,11 +160,13 @@ def outcome(results: Results, student: str) -> str:
     equal = [s.equal.verdict for s in tested.values() if s.equal.verdict]
     better, worse = verdicts.count("gain"), verdicts.count("loss")
     ahead, behind = equal.count("gain"), equal.count("loss")
+    reasons = dict.fromkeys(s.why for s in tested.values() if not s.equal.verdict and s.why)
+    unknown = f" ({len(tested) - len(equal)} not compared: {'; '.join(reasons)})" if equal and reasons else ""
     return (
         f"On {place} ({seeds} seeds), {better} of {len(tested)} methods {_are(better)} better than the "
         f"student trained alone for the same steps and {worse} {_are(worse)} worse; at the same compute "
-        f"{ahead} of {len(equal)} {_are(ahead)} better and {behind} worse. The largest gain is that "
-        f"of {results.label(best)}, {gain.paired.mean:+.2f} {between(gain.over_seeds)}.{rest}"
+        f"{ahead} of {len(equal)} {_are(ahead)} better and {behind} worse{unknown}. The largest mean gain is "
+        f"that of {results.label(best)}, {gain.paired.mean:+.2f} {between(gain.over_seeds)}.{rest}"
     )
 
 
@@ -184,12 +186,13 @@ def caveats(results: Results, students: Sequence[str]) -> str:
             else f"With {student} this is exploratory: with so few seeds no sign-flip test could reach "
             f"p < {conditions.ALPHA:g} (smallest possible: {least:.2g})."
         )
-        if results.trials and student != results.tuning.student:
-            found.append(f"Its methods have the loss weights that were chosen for {results.tuning.student}.")
     if found:
         meaning = "Better and worse mean that two 95 % intervals exclude 0, one over seeds and one over "
         found.insert(0, f"{meaning}{results.units}, without correction for the number of methods.")
         found.append(_uncounted(results, students))
+        if results.trials:
+            tried = conditions.trials(results)
+            found.append(f"The loss weights come from {tried}: worse means worse with these.")
     if schedules := [text for student in students if (text := conditions.schedule(results, student))]:
         found += [*schedules, "A gain after so few steps may mean faster learning, not a better final score."]
     return " ".join(found)

@@ -76,8 +76,8 @@ def table(params: Params, root: Path = ROOT) -> Table:
         text.append([name, f"{row['batch_size']}, {row['crop']}", steps, *hours[:3], str(cells), hours[3]])
     notes = [
         "Estimated from counted operations, not measured, unless a row says so: hours of one GPU that "
-        f"sustains {rate / 1e12:.3g} TFLOP/s, {source}. {speed_table.COMMAND} measures your own.",
-        f"Student: {key}. trainings: the methods, controls and seeds of params.yaml.",
+        f"sustains {rate / 1e12:.3g} TFLOP/s, {source}. {speed_table.COMMAND.strip('`')} measures your own.",
+        f"Student: {key}. trainings: the methods, controls and seeds of params.yaml, without the teacher.",
     ]
     return Table("benchmarks", "planned compute", data, COLUMNS, text, notes, frozenset({COLUMNS[2]}))
 
@@ -105,7 +105,7 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
             # not "wall": the cells of a pack share that
             spent = sum(record.run["seconds"][part] for record in records for part in PARTS) / 3600
             devices = ", ".join(sorted({record.run["hardware"]["device"] for record in records}))
-            time = f"{spent:.1f} h measured for {len(records)} trainings, one after the other ({devices})"
+            time = f"{spent:.1f} h of one process, measured, for {len(records)} trainings ({devices})"
         elif found := speed_table.hours(name, params, root):
             time = f"{_hours(found[0])} GPU hours, from measured steps ({found[1]})"
         elif planned[name] is None:
@@ -129,11 +129,11 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
     for results in every:
         for student in results.students:
             made = f"The results of {results.benchmark} with {student} are of this `suite`:"
-            lines += ["", made, f"`{_made_with(results, student)}`."]
+            lines += ["", made, f"`{_made_with(results, student, params)}`."]
     return "\n".join(lines)
 
 
-def _made_with(results: Results, student: str) -> str:
+def _made_with(results: Results, student: str, params: Params) -> str:
     """The lists of ``suite`` that give the finished cells of a student."""
     cells = [record.cell for record in results.finished if record.cell.student == student]
     done = {cell.method for cell in cells}
@@ -146,6 +146,7 @@ def _made_with(results: Results, student: str) -> str:
         "methods": [m for m in own if not m.endswith(OFFICIAL)],
         "official": [m.removesuffix(OFFICIAL) for m in own if m.endswith(OFFICIAL)],
         "variants": [variant(key) for key in results.variants if key in done],
+        "weights": _weights(params, student, results.benchmark),
     }
     return ", ".join(f"{name}: [{', '.join(map(str, values))}]" for name, values in lists.items())
 
@@ -168,8 +169,14 @@ def _settings(params: Params, name: str) -> tuple[str, list[str]]:
         ),
         first,
     )
-    weights = list(dict.fromkeys(filter(None, (params.student(student).weights, teacher.weights))))
+    weights = _weights(params, student, name)
     return f"{found}, students: [{student}], weights: [{', '.join(weights)}]", weights
+
+
+def _weights(params: Params, student: str, benchmark: str) -> list[str]:
+    """The encoder weights that a student and its teacher start from."""
+    networks = (params.students.get(student), params.benchmark(benchmark).teacher.network)
+    return list(dict.fromkeys(network.weights for network in networks if network and network.weights))
 
 
 def _flops(training: Training, macs: float) -> float:

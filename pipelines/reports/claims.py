@@ -20,8 +20,8 @@ from pipelines.reports.table import Table, ends, escape_markdown, rounded
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
 NOT_COMPARABLE, NOT_RUN = "not comparable", "not run"
-VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_COMPARABLE, NOT_RUN)
 GAIN, LOSS, UNDECIDED = "gain", "loss", "undecided"
+VERDICTS = (REPRODUCED, NOT_REPRODUCED, UNDECIDED, NOT_COMPARABLE, NOT_RUN)
 MOST = 8  # cases that a sentence lists
 
 SPLIT = SCORE.split("/")[0]  # the split that the measured scores come from
@@ -33,16 +33,21 @@ RULE = [
     "student, teacher, image size, crop, batch size, steps, learning rate, weight decay, ImageNet weights "
     "of the student, split, loss. What need not match: loss weights, temperatures, the checkpoint (papers "
     "mostly report the best on validation, this suite the last), and the training images that it holds out "
-    "where the published validation split is its test split. What the source does not state is listed. The "
-    "differences named are those of the benchmark that was measured, else of the closest one.",
+    "where the published validation split is its test split. Not compared, because few sources state them: "
+    "optimiser, learning-rate schedule, augmentation, and how the teacher was trained. What the source does "
+    "not state is listed. The differences named are those of the benchmark that was measured, else of the "
+    "closest one.",
     f"**{NOT_RUN}**: a benchmark of params.yaml is comparable, but there is no seed for which both the "
     "method and the student alone have finished.",
     f"**{REPRODUCED}**: the gain over the student alone, paired by seed, is clear (its 95 % intervals over "
     "seeds and over images both lie above 0), and the upper end of the one over seeds reaches the claimed "
     "gain (for a claimed loss: below 0, and the lower end).",
-    f"**{NOT_REPRODUCED}**: every other outcome, fewer than two seeds included.",
-    f"A claim of unchanged inference cost is **{REPRODUCED}** if the exported students of the method and the "
-    "student alone have equal numbers of parameters and FLOPs in all finished cells.",
+    f"**{UNDECIDED}**: fewer than two seeds, an interval over seeds that contains 0 and the claim, or one "
+    "over images that contains 0 or could not be had.",
+    f"**{NOT_REPRODUCED}**: every other outcome: clearly less than the claim or the opposite of it, or an "
+    "interval that contains 0 and not the claim.",
+    f"A claim of unchanged inference cost is **{REPRODUCED}** if the deployed students of the method and the "
+    "student alone have equal numbers of parameters and FLOPs in the records of all finished cells.",
     "Cells trained with other settings, data or another teacher than today's do not count.",
 ]
 
@@ -273,7 +278,7 @@ def sentences(
         found.append(
             f"Of the methods with a published gain, a clear one over the student alone is seen here in "
             f"{len(seen)} of {len(measured)} cases (method, benchmark, student) with several seeds, at equal "
-            "steps; claims.md lists them."
+            "steps."
         )
     elif seen:
         found.append(
@@ -388,7 +393,7 @@ def _outcome(measured: Measured, claimed: float) -> tuple[str, str]:
     """The verdict on a comparable measurement, and why."""
     interval = measured.interval
     if interval is None:
-        return NOT_REPRODUCED, "not decided: only one seed"
+        return UNDECIDED, "only one seed"
     text = f"{interval.low:+.2f} to {interval.high:+.2f}"
     if interval.excludes_zero and measured.direction == UNDECIDED:
         images = (
@@ -396,10 +401,10 @@ def _outcome(measured: Measured, claimed: float) -> tuple[str, str]:
             if measured.gain.over_images
             else "there is none over images"
         )
-        return NOT_REPRODUCED, f"not decided: {text} over seeds, but {images}"
+        return UNDECIDED, f"{text} over seeds, but {images}"
     if not interval.excludes_zero:
         if interval.contains(claimed):
-            return NOT_REPRODUCED, f"not decided with n = {measured.n}: {text} contains 0 and the claim"
+            return UNDECIDED, f"with n = {measured.n}, {text} contains 0 and the claim"
         return NOT_REPRODUCED, f"the interval contains 0 and not the claim: {text}"
     low, high, wanted = interval.low, interval.high, claimed
     if claimed < 0:  # a claimed loss: the same rule, mirrored

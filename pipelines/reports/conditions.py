@@ -171,7 +171,7 @@ def schedule(results: Results, student: str) -> str:
     return (
         f"{student} starts from {_start(student_run)} weights and trains for {student_run['steps']} steps of "
         f"{student_run['config']['training']['batch_size']} images; its teacher started from "
-        f"{_start(teacher_run)} weights and trained for {teacher_run['steps']}."
+        f"{_start(teacher_run)} weights and trained for {teacher_run['steps']} steps."
     )
 
 

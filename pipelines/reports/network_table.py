@@ -82,11 +82,11 @@ def table(published: Published, params: Params, root: Path = ROOT) -> Table:
         data += [row | more for more in beside or [{}]]
     size = "×".join(map(str, counts.SIZES[0][0]))
     columns = ["network", "used as", "parameters (M)", f"GMACs, {size}", "published by", "input, classes"]
-    columns += ["published / here (M)", "published / here (GMACs)"]
+    columns += ["published / here, adjusted (M)", "published / here, adjusted (GMACs)"]
     notes = [
         f"Counted on the deployed network, {counts.SIZES[0][1]} classes. Beside a published count stands the "
-        "suite's own at the same input, with what the source's network is known to have more or less.",
-        "These differences and the sources: networks.yaml.",
+        "suite's own at the same input, adjusted: with what the source's network is known to have more or "
+        "less. These differences, and the sources behind the keys, are in networks.yaml beside this file.",
     ]
     wide, text = frozenset({"used as"}), [list(_cells(row)) for row in data]
     return Table("networks", "parameters and multiply-adds", data, columns, text, notes, wide)

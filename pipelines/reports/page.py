@@ -258,7 +258,7 @@ def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, A
             "why": texts["why"],
             "setting": texts["student from teacher"],
             "interval": interval,
-            "comparable": row["verdict"] in (claims.REPRODUCED, claims.NOT_REPRODUCED)
+            "comparable": row["verdict"] in (claims.REPRODUCED, claims.NOT_REPRODUCED, claims.UNDECIDED)
             and row["gap"] is not None,
         }
         row |= {"drawn": Markup(drawn), "cite": marked(source.cite), "where": marked(source.where)}

@@ -13,7 +13,7 @@ from pipelines import files
 from pipelines.config import ROOT, ConfigError, Params
 from pipelines.reports import answer, claims, conditions, orders, published, tables
 from pipelines.reports.method_table import PAPERS, compares
-from pipelines.reports.results import HEADLINE, Results
+from pipelines.reports.results import COMPLETE, HEADLINE, Results
 from pipelines.reports.table import escape_markdown
 from pipelines.runs import counts, journal
 
@@ -66,15 +66,17 @@ def block(every: Sequence[Results], params: Params, root: Path = ROOT) -> str:
     chosen = _chosen(results, student)
     order = {results.label(method): place for place, method in enumerate(chosen)}
     rows = sorted((row for row in own if row[1] in order), key=lambda row: order[row[1]])
-    lines += replace(found, rows=rows, wide=frozenset({"student"})).narrow().markdown
+    whole = {"status"} if all(row[-1] == COMPLETE for row in rows) else set[str]()
+    lines += replace(found, rows=rows, wide=frozenset({"student", *whole})).narrow().markdown
     most = max(results.controls.values(), default=0)
     longer = f"; ×{most:g}: trained for {most:g} times as many steps" if most else ""
     lines += [
         "",
-        f"`{results.reference}`: the student alone{longer}. [ ]: over seeds; ↑ better, ↓ worse: the interval "
-        f"over test images excludes 0 too. {len(order)} of {len(own)} rows, with the highest and the lowest "
-        f"by mean test mIoU. All: [comparison]({folder}/comparison.md), [what the columns "
-        "mean](docs/tables.md#comparison).",
+        f"{student}. `{results.reference}`: the student alone{longer}. ±: standard deviation over seeds; Δ: "
+        "difference in points, with its 95 % interval over seeds; ↑ better, ↓ worse: the interval over test "
+        f"images excludes 0 too. {len(order)} of {len(own)} rows, with the highest and the lowest "
+        f"by mean test mIoU. All: [comparison]({folder}/comparison.md); the terms of ACFD one by one: "
+        f"[ablation]({folder}/ablation.md); [what the columns mean](docs/tables.md#comparison).",
         "",
         f"![gain against training compute on {results.benchmark}]({folder}/{FIGURE}.png)",
         "",
@@ -112,7 +114,7 @@ def rules() -> str:
 def methods(params: Params, root: Path = ROOT) -> str:
     """Every method of params.yaml by the words of its own file."""
     counted = counts.read(root)["methods"]
-    lines = ["| method | what it does | compares | source | authors' weights |", "|---|---|---|---|---|"]
+    lines = ["| method | what it does | compares | source | published weights |", "|---|---|---|---|---|"]
     for name in params.methods:
         file = Path("baselines") / f"{name}.py"
         text = ast.get_docstring(ast.parse((root / file).read_text(encoding="utf-8"))) or ""
@@ -153,15 +155,15 @@ def speed(root: Path = ROOT) -> str:
     lines = []
     if own := [entry for entry in found if entry["what"] == "suite"]:
         rows: dict[str, Callable[[dict[str, Any]], str]] = {
-            "trainings": lambda one: f"{one['trainings']}",
+            "trainings, with the teacher": lambda one: f"{one['trainings']}",
             "`make repro` from nothing": lambda one: f"{one['seconds']:.0f} s",
-            "of it installation": lambda one: f"{one['parts']['installation']:.0f} s",
-            "of it training and inference": lambda one: f"{one['training']:.0%}",
+            "installation, of that": lambda one: f"{one['parts']['installation']:.0f} s",
+            "share of training and evaluation": lambda one: f"{one['training']:.0%}",
             "cores busy, from the teacher to the report": lambda one: f"{one['busy']:.0%}",
             "largest memory of a process": lambda one: f"{one['memory_mb'] / 1024:.1f} GB",
             "a second `make repro`": lambda one: f"{one['again']:.0f} s",
             "a new method": lambda one: f"{one['added']:.0f} s",
-            "of it training": lambda one: f"{one['added_packs']:.0f} s",
+            "training, of that": lambda one: f"{one['added_packs']:.0f} s",
         }
         lines += [
             "| " + "".join(f"| {one['cores']} cores, {one['processor']} " for one in own) + "|",
@@ -170,7 +172,8 @@ def speed(root: Path = ROOT) -> str:
         ]
     if pairs := [entry for entry in found if entry["what"] != "suite"]:
         head = (
-            "| teacher, student | cells | a step of the pack | of each alone | least possible | processor |"
+            "| teacher, student | cells of a pack | a step of it | of its cells, one by one | bound "
+            "| processor |"
         )
         lines += ["", head, "|---|--:|--:|--:|--:|---|"]
         lines += [
@@ -178,6 +181,11 @@ def speed(root: Path = ROOT) -> str:
             f"| {bound:.2f} s | {entry['processor']} |"
             for entry in pairs
             for size, took, alone, bound in entry["rows"]
+        ]
+        lines += [
+            "",
+            "*bound*: one pass of the teacher and what each cell takes besides, as timed with one cell; a "
+            "measured step may lie below it.",
         ]
     return "\n".join(lines)
 

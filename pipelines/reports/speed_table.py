@@ -122,6 +122,8 @@ def table(params: Params, root: Path = ROOT) -> Table:
     for entry in read(root):
         reference = entry["rows"].get(params.suite.reference, {})
         for name, own in entry["rows"].items():
+            if name not in (TEACHER, *params.method_keys):  # of another time
+                continue
             row = {
                 "benchmark": entry["benchmark"],
                 "device": device(entry),
@@ -129,13 +131,12 @@ def table(params: Params, root: Path = ROOT) -> Table:
                 "trained": name if name == TEACHER else f"{entry['student']}, {label(name)}",
             }
             row |= _times(own, reference if name != TEACHER else {}, entry["batch_size"])
-            current = is_current(entry, params) and name in (TEACHER, *params.method_keys)
-            row["status"] = own["status"] if current else "other settings than params.yaml"
+            row["status"] = own["status"] if is_current(entry, params) else "other settings than params.yaml"
             data.append(row)
             text.append(_text(row))
     notes = [
-        f"By {COMMAND}: the real loader, loop and evaluation on random images of the real size, from random "
-        "weights; a step holds the student, its teacher and the method's terms.",
+        f"By {COMMAND.strip('`')}: the real loader, loop and evaluation on random images of the real "
+        "size, from random weights; a step holds the student, its teacher and the method's terms.",
     ]
     return Table("speed", "measured steps", data, COLUMNS, text, notes, WIDE)
 

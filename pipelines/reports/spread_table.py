@@ -97,8 +97,8 @@ def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
             data.append(rounded(row))
             text.append(_text(row))
     notes = [
-        f"By {COMMAND}: one cell, the same seed, trained again and again on one machine. What differs is the "
-        "arithmetic of the device alone.",
+        f"By {COMMAND.strip('`')}: one cell, the same seed, trained again and again on one machine. What "
+        "differs is the arithmetic of the device alone.",
     ]
     apart = [f"{max(found) - min(found):.2f} ({cell})" for cell, found in rounded_apart.items()]
     if apart:
@@ -131,7 +131,7 @@ def _text(row: Mapping[str, Any]) -> list[str]:
         str(row["mode"]),
         f"{row['weights']} in {row['repeats']}",
         plus_minus(row["test_miou"], row["sd"]),
-        number(row["range"], ".3f"),
+        number(row["range"] if row["repeats"] > 1 else None, ".3f"),
         str(row["status"]),
     ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,7 @@ def per_class(results: Results) -> Table:
     columns += ["lowest", f"Δ {reference} of that"]
     notes = [
         _lead(results),
-        f"highest, lowest: of the {len(results.tested(results.methods))} methods, class by class, so partly "
-        "luck.",
+        "highest, lowest: of the methods of that student, class by class, so partly luck.",
     ]
     return Table("per_class", "IoU per class", data, columns, text, notes, _wide(results))
 
@@ -148,7 +148,9 @@ def write(results: Results, folder: Path) -> None:
     """Write every table of a benchmark to ``folder/<name>.{md,csv,tex}``, and ``folder/conditions.md``."""
     about, said = conditions.facts(results), conditions.warnings(results)
     for make in NAMES.values():
-        render(make(results), folder, results.benchmark, about, said, "../../")
+        shown = results if make is ablation else replace(results, variants=[])
+        own = conditions.warnings(shown, times=make is cost)
+        render(make(results), folder, results.benchmark, about, own, "../../")
     lines = [f"# {escape_markdown(results.benchmark)}: what was measured, and how", ""]
     for text in said:
         lines += [f"> **Warning:** {escape_markdown(text)}", ""]
