@@ -1052,6 +1052,27 @@ def test_sentences_follow_the_scores(tmp_path: Path) -> None:
     assert (kd.rank, cwd.rank) == ((1, 1), (4, 4)) and paper.rank == alone.rank == (2, 3)
 
 
+def test_an_easy_seed_alone_makes_no_largest_gain(done: Path) -> None:
+    results = read(done)
+    best = max(("cwd", "acfd-full"), key=lambda m: results.paired(STUDENT, m).mean or 0.0)
+    kd = results.cells["method"] == "kd"
+    cells = results.cells[~kd | (results.cells["seed"] == 0)].copy()
+    cells.loc[cells["method"] == "kd", "test/miou"] += 50.0
+    text = answer.outcome(replace(results, cells=cells), STUDENT)
+    assert f"The largest mean gain is that of {results.label(best)}, " in text
+
+
+def test_what_compute_leaves_out_is_said(done: Path) -> None:
+    """The teacher's own training, as a multiple of that of the student alone."""
+    costs = {
+        name: json.loads((done / "runs/streets" / folder / "run.json").read_text())["compute"]["flops"]
+        for name, folder in (("teacher", "teacher"), ("none", f"{STUDENT}/none/0"))
+    }
+    wanted = f"({costs['teacher'] / costs['none']:.1f} times that of {STUDENT} alone)"
+    assert wanted in answer.caveats(read(done), [STUDENT])
+    assert wanted in " ".join(answer.sentences(read(done), STUDENT))
+
+
 def test_classes_that_nobody_learns_are_a_warning(done: Path) -> None:
     results = read(done)
     metric = f"test/iou/{metric_name(results.classes()[1])}"
@@ -1142,6 +1163,7 @@ def test_ranks_need_two_blocks_and_rank_what_all_have(done: Path, tmp_path: Path
     assert list(lines) == ["cwd", "acfd", "none"]  # kd is missing on one benchmark, controls are no methods
     assert [float(line["mean_rank"]) for line in lines.values()] == [1, 2, 3]
     assert float(lines["cwd"]["improvement"]) == 1.0 and lines["none"]["improvement"] == ""
+    assert lines["cwd"]["improvement_low"] == ""  # every run is better, and so in every resample
     text = (tmp_path / "reports/ranks.md").read_text(encoding="utf-8")
     assert "2.34 (Nemenyi, 5 %)" in text  # Demšar's table: 2.343 √(3·4 / (6·2))
     assert "only 2 blocks for 3 methods" in text
