@@ -1166,6 +1166,7 @@ def test_ranks_need_two_blocks_and_rank_what_all_have(done: Path, tmp_path: Path
     assert lines["cwd"]["improvement_low"] == ""  # every run is better, and so in every resample
     text = (tmp_path / "reports/ranks.md").read_text(encoding="utf-8")
     assert "2.34 (Nemenyi, 5 %)" in text  # Demšar's table: 2.343 √(3·4 / (6·2))
+    assert "the ranking could tell no methods apart" in text  # 3 ranks differ by 2 at most
     assert "only 2 blocks for 3 methods" in text
     assert (tmp_path / "reports/ranks.png").is_file()
 
