@@ -643,6 +643,18 @@ def test_missing_and_failed_cells_are_shown(done: Path) -> None:
     assert "2 of 3; seed 1: failed" in (done / "README.md").read_text()
 
 
+def test_an_ablation_that_the_suite_does_not_ask_for_may_have_fewer_seeds(done: Path) -> None:
+    results = read(done)
+    (key,) = (key for key in results.variants if key != "acfd-full")
+    missing = {*results.seeds[STUDENT]} - results.by_seed(STUDENT, key).keys()
+    seed = min(missing)
+    assert f"seed {seed}: not run" in replace(results, planned={STUDENT: [key]}).status(STUDENT, key)
+    alone = replace(results, planned={STUDENT: results.methods}, failures={})
+    assert alone.status(STUDENT, key) == "complete"
+    failed = replace(alone, failures={Cell("streets", STUDENT, key, seed): "of a full disk"})
+    assert failed.status(STUDENT, key).endswith(f"seed {seed}: failed: of a full disk")
+
+
 def test_ablation_begins_with_the_reference_and_names_its_weights(done: Path) -> None:
     lines = table(done, "ablation")
     assert [line["method"] for line in lines] == ["none", "full", "afd"]

@@ -252,7 +252,7 @@ class Results:
     def status(self, student: str, method: str) -> str:
         """``complete``, ``not run``, or how many cells there are and what became of the others; and which
         seeds come from another kind of machine than the student alone."""
-        done, planned = set(self.by_seed(student, method)), set(self.seeds.get(student, ()))
+        done, planned = set(self.by_seed(student, method)), self._planned_seeds(student, method)
         cells = {seed: Cell(self.benchmark, student, method, seed) for seed in sorted(done.union(planned))}
         why = {seed: f"failed: {note}" for seed, cell in cells.items() if (note := self.failures.get(cell))}
         why |= {seed: f"an earlier record, a new training {why[seed]}" for seed in why if seed in done}
@@ -271,6 +271,16 @@ class Results:
             named = f"seed{'s' * (len(away) > 1)} {', '.join(map(str, away))}"
             parts.append(f"{named} on another kind of machine than {self.reference}")
         return "; ".join(parts)
+
+    def _planned_seeds(self, student: str, method: str) -> set[int]:
+        """The seeds of a complete row: those of the student; of an ablation that the suite does not ask for,
+        those of any of its variants."""
+        ablation = [key for key in self.variants if key != HEADLINE]
+        if method not in ablation or method in self.planned.get(student, ()):
+            return set(self.seeds.get(student, ()))
+        cells = (cell for cell in (*self.failures, *self.stale) if cell.student == student)
+        known = {cell.seed for cell in cells if cell.method in ablation}
+        return known.union(*(self.by_seed(student, key) for key in ablation))
 
     @cached_property
     def machines(self) -> dict[tuple[str, int], dict[str, list[str]]]:
