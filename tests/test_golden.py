@@ -81,6 +81,7 @@ def settings(known: dict[str, Any]) -> Params:
     raw["benchmarks"]["streets"] = {
         "data": TINY_DATA,
         "training": TRAINING,
+        "frames": 1,
         "teacher": {"network": NETWORK, "training": TRAINING, "seed": 1000},
     }
     raw["students"]["pspnet-resnet18"] = NETWORK
