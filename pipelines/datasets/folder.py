@@ -427,14 +427,15 @@ def _absent(
     return found
 
 
-def load(root: Path, split: str, workers: int = 0) -> Split | Stream:
+def load(root: Path, split: str, workers: int = 0, in_memory: bool = False) -> Split | Stream:
     """One split of a benchmark folder: in memory, every file checked against its sha256, or a stream that
     checks each file as it is read, by ``workers`` processes (their number has no influence on what is read).
+    ``in_memory``: not as a stream, if its images are of one size.
     """
     import torch
 
     description = describe(root)
-    if description.size is None or description.streamed:
+    if description.size is None or (description.streamed and not in_memory):
         pairs = _pairs(root, description, split)
         files = [path for pair in pairs for path in pair]
         _refuse(root, {path: "" if (root / path).is_file() else "missing" for path in files})

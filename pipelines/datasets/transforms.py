@@ -100,24 +100,22 @@ def _augmented(
     """Images (B, 3, H, W) uint8 and labels (B, H, W) uint8 as a training step sees them, by the random
     numbers ``draws`` (B, DRAWS)."""
     height, width = labels.shape[-2:]
-    device, augmentation = images.device, training.augmentation
+    device, augmentation, draws = images.device, training.augmentation, draws.to(images.device)
     scale = _between(draws[:, 0], *augmentation.scale)
     flip = draws[:, 3] < augmentation.flip
     rows = _grid(height, training.crop[0], scale, draws[:, 1], torch.zeros_like(flip))
     columns = _grid(width, training.crop[1], scale, draws[:, 2], flip)
 
     with torch.autocast(device.type, enabled=False):
-        images = resample(
-            images.float() / 255, _weights(height, *rows).to(device), _weights(width, *columns).to(device)
-        )
-        inside = ((rows[0] >= 0)[:, :, None] & (columns[0] >= 0)[:, None, :]).to(device)
+        images = resample(images.float() / 255, _weights(height, *rows), _weights(width, *columns))
+        inside = (rows[0] >= 0)[:, :, None] & (columns[0] >= 0)[:, None, :]
         # Outside of the sample the mean: 0 after normalisation, and close to neutral for the contrast.
         outside = (~inside).unsqueeze(1)
         images = torch.where(outside, images.new_tensor(MEAN).view(3, 1, 1), images)
-        images = _jitter(images, augmentation, draws[:, 4:].float().to(device))
+        images = _jitter(images, augmentation, draws[:, 4:].float())
         images = _standardised(images).masked_fill(outside, 0.0)
 
-    row, column = _nearest(height, *rows).to(device), _nearest(width, *columns).to(device)
+    row, column = _nearest(height, *rows), _nearest(width, *columns)
     which = torch.arange(len(labels), device=device)
     labels = labels[which[:, None, None], row[:, :, None], column[:, None, :]].long()
     return images, labels.masked_fill(~inside, ignore_index)
@@ -214,7 +212,7 @@ def _grid(size: int, crop: int, scale: Tensor, place: Tensor, flip: Tensor) -> t
     start = torch.where(
         room >= 0, (place[:, None] * (room + 1)).floor(), -(place[:, None] * (1 - room)).floor()
     )
-    steps = torch.arange(crop, dtype=torch.float64)
+    steps = torch.arange(crop, dtype=torch.float64, device=scale.device)
     index = start + torch.where(flip[:, None], crop - 1 - steps, steps)
     return torch.where((index >= 0) & (index < length), index, -1.0), length
 
@@ -227,7 +225,7 @@ def _weights(size: int, index: Tensor, length: Tensor) -> Tensor:
     """
     ratio = size / length
     centre = (index + 0.5) * ratio - 0.5
-    distance = (torch.arange(size, dtype=torch.float64) - centre[:, :, None]).abs()
+    distance = (torch.arange(size, dtype=torch.float64, device=centre.device) - centre[:, :, None]).abs()
     weights = (1 - distance / ratio.clamp(min=1)[:, :, None]).clamp(min=0) * (index >= 0)[:, :, None]
     return (weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)).float()
 

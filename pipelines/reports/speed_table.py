@@ -29,6 +29,7 @@ COLUMNS = [
     "what is trained",
     "ms a step",
     "× reference",
+    "MFU",
     "memory (MB)",
     "status",
 ]
@@ -130,35 +131,54 @@ def table(params: Params, root: Path = ROOT) -> Table:
                 "batch_size": entry["batch_size"],
                 "trained": name if name == TEACHER else f"{entry['student']}, {label(name)}",
             }
-            row |= _times(own, reference if name != TEACHER else {}, entry["batch_size"])
+            row |= _times(own, reference if name != TEACHER else {}, entry)
             row["status"] = own["status"] if is_current(entry, params) else "other settings than params.yaml"
             data.append(row)
             text.append(_text(row))
     notes = [
-        f"By {COMMAND.strip('`')}: the real loader, loop and evaluation on random images of the real "
-        "size, from random weights; a step holds the student, its teacher and the method's terms.",
+        f"By {COMMAND.strip('`')}: the real loop and evaluation on random images of the real size in memory, "
+        "from random weights; a step holds the student, its teacher and the method's terms.",
+        "MFU: operations a second over those of the product of two large square matrices, in the same "
+        "precision on the same device.",
+        *filter(None, map(_side_by_side, read(root))),
     ]
     return Table("speed", "measured steps", data, COLUMNS, text, notes, WIDE)
 
 
-def _times(own: Mapping[str, Any], reference: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    names = ["step_ms", "step_ms_low", "step_ms_high", "ratio", "steps_per_s", "tflops", "memory_mb"]
+def _side_by_side(entry: Mapping[str, Any]) -> str | None:
+    """What a step of a pack takes beside those of its cells alone."""
+    pack, rows = entry.get("pack", {}), entry["rows"]
+    if pack.get("status") != "measured":
+        return None
+    together, alone = _step(pack), sum(_step(rows[name]) for name in pack["methods"])
+    names = ", ".join(label(name) for name in pack["methods"])
+    return (
+        f"{entry['benchmark']} on {device(entry)}, methods side by side ({names}): {1000 * together:,.0f} ms "
+        f"a step, {pack['memory_mb']:,.0f} MB; one by one {1000 * alone:,.0f} ms, {alone / together:.2f} "
+        "times as long."
+    )
+
+
+def _times(own: Mapping[str, Any], reference: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    names = ["step_ms", "step_ms_low", "step_ms_high", "ratio", "steps_per_s", "tflops", "mfu", "memory_mb"]
     names += ["evaluation_ms", "loading_ms", "processes"]
     if own["status"] != "measured":
         return dict.fromkeys(names)
     low, median, high = (float(value) for value in np.percentile(own["step_ms"], [25, 50, 75]))
     base = 1000 * _step(reference) if reference.get("status") == "measured" else None
+    tflops = own["step_flops"] / median / 1e9
     values = (
         median,
         low,
         high,
         base and median / base,
         1000 / median,
-        own["step_flops"] / median / 1e9,
+        tflops,
+        100 * tflops / entry["ceiling_tflops"] if "ceiling_tflops" in entry else None,
         own["memory_mb"],
         own["evaluation_ms"],
-        own["loading_ms"],
-        math.ceil(own["loading_ms"] * batch_size / median),
+        entry["loading_ms"],
+        math.ceil(entry["loading_ms"] * entry["batch_size"] / median),
     )
     return {
         name: round(value, 4) if isinstance(value, float) else value
@@ -174,6 +194,7 @@ def _text(row: Mapping[str, Any]) -> list[str]:
         *(str(row[name]) for name in ("benchmark", "device", "batch_size", "trained")),
         step,
         number(row["ratio"], ".2f"),
+        number(row["mfu"], ".0f") + ("" if row["mfu"] is None else "%"),
         number(row["memory_mb"], ",.0f"),
         str(row["status"]),
     ]

@@ -1,8 +1,9 @@
 """``make speed BENCHMARK=…``: steps a second and memory of a benchmark's protocol on the machine at hand,
 before any data is there (``runs/speed.json``, of which the report makes ``reports/speed.*``).
 
-Random images of the real size are written into the real layout, read by the real loader and trained on by the
-real loop, each network in a process of its own. Scores mean nothing here, and no weights are kept.
+Random images of the real size are written into the real layout, and reading one is timed. The real loop
+trains on them from memory, each network in a process of its own, then methods side by side. Scores mean
+nothing here, and no weights are kept.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from pipelines.reports import speed_table
 
 WARM = 2  # steps before those that are timed: memory is allocated, kernels are chosen
 TESTS = 2  # images that evaluation is timed on
+SIDE = {"cuda": 8192, "cpu": 1024}  # of the square matrices whose product shows what a device can do
+PACK = "pack"  # the row of several methods side by side
 SCALES = 32  # of the random images, coarser than their pixels, so that they compress about as photographs do
 
 log = logging.getLogger(__name__)
@@ -42,7 +45,8 @@ def speed(
     root: Path = ROOT,
     size: tuple[int, int] | None = None,
 ) -> None:
-    """Measure the teacher's training, and that of the suite's first student by every method.
+    """Measure the teacher's training, that of the suite's first student by every method, and a pack of as
+    many methods as the suite trains side by side.
 
     ``batch_size`` in place of the protocol's, where memory is short; ``size`` (height, width) of the images
     where the data set's own is not known. A training that does not fit into memory
@@ -53,18 +57,22 @@ def speed(
     with tempfile.TemporaryDirectory() as place:
         data = Path(place) / benchmark
         count, size = write_images(own, benchmark, data, 2 * batch_size, size)
+        reading = loading(own, data, count, batch_size)
         rows = {}
         for name in (TEACHER, *methods(params)):
             log.info("%s: %s", benchmark, name)
-            rows[name] = _apart(benchmark, name, batch_size, steps, count, data, root)
+            rows[name] = _apart(benchmark, name, batch_size, steps, data, root)
+        together = methods(params)[: params.suite.pack]
+        log.info("%s: %s side by side", benchmark, ", ".join(together))
+        pack = _apart(benchmark, PACK, batch_size, steps, data, root)
     first = next((row for row in rows.values() if row["status"] == "measured"), None)
     if first is None:
         raise ConfigError(
             f"Nothing of {benchmark} ran here ({rows[TEACHER]['status']}): nothing was written. Try a "
             "smaller batch: BATCH=4."
         )
-    about = {name: first.pop(name) for name in ("hardware", "versions")}
-    for row in rows.values():
+    about = {name: first.pop(name) for name in ("hardware", "versions", "ceiling_tflops")}
+    for row in (*rows.values(), pack):
         for name in about:
             row.pop(name, None)
     entry = {
@@ -76,7 +84,9 @@ def speed(
         "workers": params.suite.workers,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **about,
+        "loading_ms": reading,
         "rows": rows,
+        "pack": {"methods": together, **pack},
     }
     speed_table.add(entry, root)
 
@@ -121,12 +131,32 @@ def write_images(
     return total, size
 
 
-def _apart(
-    benchmark: str, name: str, batch_size: int, steps: int, count: int, data: Path, root: Path
-) -> dict[str, Any]:
+def loading(own: Benchmark, data: Path, count: int, batch_size: int) -> float:
+    """Milliseconds to read and augment one of ``count`` images, by one process: from disk, where a set of
+    that many is too large for the memory."""
+    import torch
+
+    from pipelines.datasets.transforms import training_batches
+
+    torch.set_num_threads(1)
+    description = data_folder.describe(data)
+    assert description.size is not None
+    split = (
+        data_folder.Stream(data, description, data_folder.read_list(data, "train"), 0)
+        if data_folder.streams(count, description.size)
+        else data_folder.load(data, "train")
+    )
+    training = own.training.model_copy(update={"steps": 2, "batch_size": batch_size})
+    start = time.perf_counter()
+    for _ in training_batches(split, training, description.ignore_index, 0, 0):
+        pass
+    return round(1000 * (time.perf_counter() - start) / (2 * batch_size), 2)
+
+
+def _apart(benchmark: str, name: str, batch_size: int, steps: int, data: Path, root: Path) -> dict[str, Any]:
     """:func:`row` in a process of its own, whose memory is then that of one training."""
     command = [sys.executable, "-m", "pipelines.tools.speed", "--benchmark", benchmark, "--row", name]
-    command += ["--batch-size", str(batch_size), "--steps", str(steps), "--count", str(count)]
+    command += ["--batch-size", str(batch_size), "--steps", str(steps)]
     done = subprocess.run(
         [*command, "--data", str(data), "--params", str(root / "params.yaml")],
         check=False,
@@ -138,13 +168,11 @@ def _apart(
     raise ConfigError(f"{name} of {benchmark} could not be measured: what stopped it stands above.")
 
 
-def row(
-    params: Params, benchmark: str, name: str, batch_size: int, steps: int, count: int, data: Path
-) -> Any:
-    """The times of a training in milliseconds, its memory in MB, the operations of a step."""
+def row(params: Params, benchmark: str, name: str, batch_size: int, steps: int, data: Path) -> dict[str, Any]:
+    """The times of a training in milliseconds, its memory in MB, the operations of a step. ``name``: the
+    teacher, a method, or PACK."""
     import torch
 
-    from pipelines.datasets.transforms import training_batches
     from pipelines.engine import machine
     from pipelines.engine.cost import step_cost
     from pipelines.engine.evaluate import evaluate
@@ -154,71 +182,86 @@ def row(
     from pipelines.runs.records import Cell, teacher_cell
 
     machine.set_up(params.suite)
-    student = params.suite.students[0]
-    cell = teacher_cell(params, benchmark) if name == TEACHER else Cell(benchmark, student, name, 0)
-    planned, own = plan(params, cell), params.benchmark(benchmark).teacher
+    student, own = params.suite.students[0], params.benchmark(benchmark).teacher
+    together = methods(params)[: params.suite.pack] if name == PACK else [name]
+    cells = [
+        teacher_cell(params, benchmark) if one == TEACHER else Cell(benchmark, student, one, 0)
+        for one in together
+    ]
+    plans = [plan(params, cell) for cell in cells]
     changes = {"steps": WARM + steps, "batch_size": batch_size, "warmup_steps": 0, "lr": 1e-6}
     changes["validate_every"] = 2 * changes["steps"]
-    training = planned.training.model_copy(update=changes)
+    training = plans[0].training.model_copy(update=changes)
     description = data_folder.describe(data)
     classes, ignore = len(description.classes), description.ignore_index
     torch.manual_seed(0)
-    network = SegmentationNetwork(planned.network, classes, planned.auxiliary).to(machine.device())
-    shapes, teacher = tap_shapes(network, training.crop), None
-    if not cell.is_teacher:
+    teacher = None
+    if name != TEACHER:
         head = auxiliary_weight(own.training, own.network.recipe) > 0
         teacher = SegmentationNetwork(own.network, classes, head).eval().requires_grad_(False)
         teacher.to(machine.device()).to(memory_format=torch.channels_last)
-    seen = tap_shapes(teacher, training.crop) if teacher else shapes
-    method = planned.method(planned.config, shapes, seen)
-    if not method.teacher_taps:
+    trainees = []
+    for planned in plans:
+        network = SegmentationNetwork(planned.network, classes, planned.auxiliary).to(machine.device())
+        shapes = tap_shapes(network, training.crop)
+        method = planned.method(
+            planned.config, shapes, tap_shapes(teacher, training.crop) if teacher else shapes
+        )
+        about = (planned.cell.method, network, method, training, planned.recipe, 0)
+        state = data.parent / f"{planned.cell.method}.pt"  # of a slow step one is written
+        trainees.append(Trainee(*about, state, "", lambda _: 0.0))
+    first = trainees[0]
+    if not any(trainee.method.teacher_taps for trainee in trainees):
         teacher = None
 
-    assert description.size is not None
-    large = data_folder.streams(count, description.size)
-    pairs = data_folder.read_list(data, "train")
-    split = (
-        data_folder.Stream(data, description, pairs, params.suite.workers)
-        if large
-        else data_folder.load(data, "train").to(machine.device())
-    )
-    alone = data_folder.Stream(data, description, pairs, 0) if large else split
-    start = time.perf_counter()
-    for _ in training_batches(alone, training.model_copy(update={"steps": 2}), ignore, 0, 0):
-        pass
-    loading = 1000 * (time.perf_counter() - start) / (2 * batch_size)
-
+    split = data_folder.load(data, "train", in_memory=True).to(machine.device())
     if machine.device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    trainee = Trainee(
-        f"{benchmark} {name}",
-        network,
-        method,
-        training,
-        planned.recipe,
-        0,
-        data.parent / "state.pt",
-        "",
-        lambda _: 0.0,
-    )
-    train([trainee], teacher, split, classes, ignore, lambda _: None)
-    if trainee.failure is not None:
-        raise trainee.failure
+    stamps: list[float] = []
+
+    def tell(label: str, *_: object) -> None:
+        if label == first.label:
+            stamps.append(time.perf_counter())
+
+    train(trainees, teacher, split, classes, ignore, lambda _: None, tell)
+    for trainee in trainees:
+        if trainee.failure is not None:
+            raise trainee.failure
+    seconds = first.history.seconds[WARM:] if len(plans) == 1 else np.diff(stamps[WARM - 1 :])
+    cost = step_cost(first.student, teacher, first.method, classes, training, first.recipe)
     test = data_folder.load(data, "test")
-    evaluate(network, test, classes, ignore, training)
+    evaluate(first.student, test, classes, ignore, training)
     start = time.perf_counter()
-    evaluate(network, test, classes, ignore, training)
+    evaluate(first.student, test, classes, ignore, training)
     evaluation = 1000 * (time.perf_counter() - start) / len(test.names)
     return {
         "status": "measured",
-        "step_ms": [round(1000 * seconds, 2) for seconds in trainee.history.seconds[WARM:]],
-        "step_flops": step_cost(network, teacher, method, classes, training, planned.recipe).flops,
-        "loading_ms": round(loading, 2),
+        "step_ms": [round(1000 * float(value), 2) for value in seconds],
+        **({"step_flops": cost.flops} if len(plans) == 1 else {}),
         "evaluation_ms": round(evaluation, 2),
         "memory_mb": round(machine.memory_peak_mb(), 1),
         "hardware": machine.hardware(),
         "versions": machine.versions(),
+        "ceiling_tflops": round(ceiling(training.precision), 3),
     }
+
+
+def ceiling(precision: str) -> float:
+    """TFLOP/s of the product of two large square matrices in the precision of a training, on this device: the
+    best of ten."""
+    import torch
+
+    from pipelines.engine import machine
+
+    device = machine.device()
+    side, kind = SIDE[device.type], torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
+    spent = []
+    for _ in range(11):  # the first chooses a kernel
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()
+        spent.append(time.perf_counter() - start)
+    return float(2 * side**3 / min(spent) / 1e12)
 
 
 def _row(params: Params, arguments: argparse.Namespace) -> None:
@@ -231,7 +274,6 @@ def _row(params: Params, arguments: argparse.Namespace) -> None:
             arguments.row,
             arguments.batch_size,
             arguments.steps,
-            arguments.count,
             arguments.data,
         )
     except (RuntimeError, MemoryError) as error:
@@ -257,7 +299,7 @@ def main() -> None:
         "--size", type=int, nargs=2, help="height and width of the images, for data of your own"
     )
     parser.add_argument("--steps", type=int, default=10, help="how many steps to time")
-    for hidden, kind in (("--row", str), ("--count", int), ("--data", Path), ("--params", Path)):
+    for hidden, kind in (("--row", str), ("--data", Path), ("--params", Path)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     for name, variable in (("batch_size", "BATCH"), ("steps", "--steps")):
