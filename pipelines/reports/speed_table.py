@@ -147,10 +147,11 @@ def table(params: Params, root: Path = ROOT) -> Table:
 
 def _side_by_side(entry: Mapping[str, Any]) -> str | None:
     """What a step of a pack takes beside those of its cells alone."""
-    pack, rows = entry.get("pack", {}), entry["rows"]
-    if pack.get("status") != "measured":
+    pack = entry.get("pack", {"methods": [], "status": "not measured"})
+    rows = [entry["rows"].get(name, {}) for name in pack["methods"]]
+    if any(row.get("status") != "measured" for row in (pack, *rows)):
         return None
-    together, alone = _step(pack), sum(_step(rows[name]) for name in pack["methods"])
+    together, alone = _step(pack), sum(map(_step, rows))
     names = ", ".join(label(name) for name in pack["methods"])
     return (
         f"{entry['benchmark']} on {device(entry)}, methods side by side ({names}): {1000 * together:,.0f} ms "
@@ -166,6 +167,7 @@ def _times(own: Mapping[str, Any], reference: Mapping[str, Any], entry: Mapping[
         return dict.fromkeys(names)
     low, median, high = (float(value) for value in np.percentile(own["step_ms"], [25, 50, 75]))
     base = 1000 * _step(reference) if reference.get("status") == "measured" else None
+    loading = entry.get("loading_ms")
     tflops = own["step_flops"] / median / 1e9
     values = (
         median,
@@ -175,10 +177,10 @@ def _times(own: Mapping[str, Any], reference: Mapping[str, Any], entry: Mapping[
         1000 / median,
         tflops,
         100 * tflops / entry["ceiling_tflops"] if "ceiling_tflops" in entry else None,
-        own["memory_mb"],
-        own["evaluation_ms"],
-        entry["loading_ms"],
-        math.ceil(entry["loading_ms"] * entry["batch_size"] / median),
+        own.get("memory_mb"),
+        own.get("evaluation_ms"),
+        loading,
+        loading and math.ceil(loading * entry["batch_size"] / median),
     )
     return {
         name: round(value, 4) if isinstance(value, float) else value

@@ -31,6 +31,7 @@ from pipelines.reports import speed_table
 WARM = 2  # steps before those that are timed: memory is allocated, kernels are chosen
 TESTS = 2  # images that evaluation is timed on
 SIDE = {"cuda": 8192, "cpu": 1024}  # of the square matrices whose product shows what a device can do
+ABOUT = ("hardware", "versions", "ceiling_tflops")  # the same for all rows
 PACK = "pack"  # the row of several methods side by side
 SCALES = 32  # of the random images, coarser than their pixels, so that they compress about as photographs do
 
@@ -49,46 +50,39 @@ def speed(
     many methods as the suite trains side by side.
 
     ``batch_size`` in place of the protocol's, where memory is short; ``size`` (height, width) of the images
-    where the data set's own is not known. A training that does not fit into memory
-    is noted as such. :class:`ConfigError` when the size of the images is not known.
+    where the data set's own is not known. A training that fails, or does not fit into memory, is noted as
+    such. :class:`ConfigError` when the size of the images is not known.
     """
     own, student = params.benchmark(benchmark), params.suite.students[0]
     batch_size = batch_size or own.training.batch_size
-    with tempfile.TemporaryDirectory() as place:
-        data = Path(place) / benchmark
-        count, size = write_images(own, benchmark, data, 2 * batch_size, size)
-        reading = loading(own, data, count, batch_size)
-        rows = {}
-        for name in (TEACHER, *methods(params)):
-            log.info("%s: %s", benchmark, name)
-            rows[name] = _apart(benchmark, name, batch_size, steps, data, root)
-        together = methods(params)[: params.suite.pack]
-        log.info("%s: %s side by side", benchmark, ", ".join(together))
-        pack = _apart(benchmark, PACK, batch_size, steps, data, root)
-    first = next((row for row in rows.values() if row["status"] == "measured"), None)
-    if first is None:
-        raise ConfigError(
-            f"Nothing of {benchmark} ran here ({rows[TEACHER]['status']}): nothing was written. Try a "
-            "smaller batch: BATCH=4."
-        )
-    about = {name: first.pop(name) for name in ("hardware", "versions", "ceiling_tflops")}
-    for row in (*rows.values(), pack):
-        for name in about:
-            row.pop(name, None)
-    entry = {
+    entry: dict[str, Any] = {
         "benchmark": benchmark,
         "student": student,
-        "images": list(size),
         "batch_size": batch_size,
         "protocol": speed_table.protocol(own, params.student(student).written()),
         "workers": params.suite.workers,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **about,
-        "loading_ms": reading,
-        "rows": rows,
-        "pack": {"methods": together, **pack},
+        "rows": {},
     }
-    speed_table.add(entry, root)
+    together = methods(params)[: params.suite.pack]
+    with tempfile.TemporaryDirectory() as place:
+        data = Path(place) / benchmark
+        count, size = write_images(own, benchmark, data, 2 * batch_size, size)
+        entry |= {"images": list(size), "loading_ms": loading(own, data, count, batch_size)}
+        for name in (TEACHER, *methods(params), PACK):
+            log.info("%s: %s", benchmark, f"{', '.join(together)} side by side" if name == PACK else name)
+            found = _apart(benchmark, name, batch_size, steps, data, root)
+            about = {key: found.pop(key) for key in ABOUT if key in found}
+            entry = about | entry | ({"pack": {"methods": together, **found}} if name == PACK else {})
+            if name != PACK:
+                entry["rows"][name] = found
+            if "hardware" in entry:
+                speed_table.add(entry, root)  # at once: what is measured is not lost
+    if "hardware" not in entry:
+        raise ConfigError(
+            f"Nothing of {benchmark} ran here ({entry['rows'][TEACHER]['status']}): nothing was written. Try "
+            "a smaller batch: BATCH=4."
+        )
 
 
 def methods(params: Params) -> list[str]:
@@ -165,7 +159,8 @@ def _apart(benchmark: str, name: str, batch_size: int, steps: int, data: Path, r
         return dict(json.loads((data.parent / "row.json").read_bytes()))
     if done.returncode in (-9, speed_table.OUT_OF_MEMORY):
         return {"status": "out of memory"}
-    raise ConfigError(f"{name} of {benchmark} could not be measured: what stopped it stands above.")
+    log.warning("%s of %s could not be measured: what stopped it stands above.", name, benchmark)
+    return {"status": "failed"}
 
 
 def row(params: Params, benchmark: str, name: str, batch_size: int, steps: int, data: Path) -> dict[str, Any]:
