@@ -42,6 +42,8 @@ from torch.nn import functional as F
 from pipelines.maps import pixel_kl
 from pipelines.method import Batch, Distiller, MethodConfig, Search, Shapes, Taps, same_size
 
+AT_ONCE = 2**28  # differences of channels: on a GPU their backward pass holds them all, and can index 2**31
+
 
 def keep_mask(x: Tensor, kind: str, masked: float) -> Tensor:
     """(B, 1, h, w) for a map: ``random``, 0 at the share ``masked`` in expectation; ``center``, 0 in the
@@ -78,7 +80,9 @@ def ctr_loss(
     teacher."""
     y, t = (tokens(x.float(), groups, pool, patch) for x in (projected, teacher.detach()))
     groups = min(groups, teacher.shape[1])
-    near = -torch.cdist(y, t, p=1) / temperature
+    patches = max(1, AT_ONCE // (y[0].numel() * t.shape[1]))
+    parts = zip(torch.split(y, patches), torch.split(t, patches), strict=True)
+    near = -torch.cat([torch.cdist(*part, p=1) for part in parts]) / temperature
     token = torch.arange(y.shape[1], device=y.device)
     group = token % groups
     neither = (group == group.unsqueeze(1)) & (token != token.unsqueeze(1))

@@ -21,6 +21,7 @@ from acfd.losses import (
     peak_class_weights,
     redundancy_weights,
 )
+from baselines import afdcd
 from baselines.afdcd import tokens
 from baselines.aicsd import ics_loss
 from baselines.cirkd import batch_loss
@@ -167,6 +168,28 @@ def test_dsd_pools_the_border_of_an_odd_map() -> None:
         matrices.append(share @ share.transpose(0, 2, 1))
     expected = ((matrices[0] - matrices[1]) ** 2).mean()
     assert csd_loss(logits[0], logits[1], 4.0).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_afdcd_in_parts_is_afdcd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the backward pass of torch.cdist holds every difference, and writes elsewhere when these
+    are 2**31 or more."""
+    draw = torch.Generator().manual_seed(0)
+    y, t = (torch.randn(3, 8, 12, 12, generator=draw) for _ in range(2))
+    y.requires_grad_()
+    found, sizes, real = [], list[int](), torch.cdist
+
+    def cdist(a: Tensor, b: Tensor, p: float) -> Tensor:
+        sizes.append(a.numel() * b.shape[1])
+        return real(a, b, p=p)
+
+    monkeypatch.setattr(torch, "cdist", cdist)
+    for most in (2**28, 10_000):
+        monkeypatch.setattr(afdcd, "AT_ONCE", most)
+        loss = afdcd.ctr_loss(y, t, 4, 0, 4, 0.07)
+        (gradient,) = torch.autograd.grad(loss, y)
+        found.append((loss, gradient))
+    assert len(sizes) > 2 and max(sizes[1:]) <= 10_000 < sizes[0]
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 def test_afdcd_tokens_of_a_map_that_does_not_divide() -> None:
