@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAPER = "acfd"  # the package and the section of params.yaml that hold the variants of the paper's method
 TEACHER = "teacher"  # the folder of a benchmark's teacher, beside its students'
 OFFICIAL = "-official"  # ends the key of a method that runs with its authors' weights
+PHOTOS, TRUTH = "photos", "truth"  # sheets of the panels, beside those of the methods
 EXPORTS = "exports"  # the folder of a benchmark's export records, in the same place
 
 
@@ -140,7 +141,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(gt=0, le=2**13)]
 Size = tuple[Side, Side]  # height, width in pixels
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]  # DVC names stages by what is written
 Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
 Keys = Annotated[list[Key], AfterValidator(_distinct)]
 Control = Annotated[float, Field(gt=1, le=100, strict=True), WrapValidator(_as_written)]
@@ -326,7 +327,7 @@ class Params(Model):
     students: dict[Key, Network]
     weights: dict[Key, Weights]
     methods: dict[Key, dict[str, Any]]
-    official: dict[Key, dict[str, Any]] = {}  # of these methods: the loss weights of their authors
+    official: dict[Key, dict[str, Any]]  # of these methods: the loss weights of their authors
     acfd: dict[Key, dict[str, Any]]
     tuning: Tuning
 
@@ -485,10 +486,27 @@ def load(path: Path | None = None) -> Params:
                 f"In params.yaml: no student may be called '{name}', that folder holds {holds}."
             )
     for key in params.methods:
-        if key.startswith(f"{PAPER}-") or key.endswith(OFFICIAL) or key in params.controls:
+        if (
+            key in (PAPER, TEACHER, PHOTOS, TRUTH)
+            or key.startswith(f"{PAPER}-")
+            or key.endswith(OFFICIAL)
+            or key in params.controls
+        ):
             raise ConfigError(
-                f"In params.yaml: methods.{key} takes a name that belongs to the variants of {PAPER}, to the "
-                f"controls or to the authors' weights: rename it."
+                f"In params.yaml: methods.{key} takes a name that belongs to {PAPER} and its variants, to "
+                f"the teacher, to the panels, to the controls or to the authors' weights: rename it."
+            )
+    for key in params.acfd:
+        if f"{PAPER}-{key}".endswith(OFFICIAL):
+            raise ConfigError(
+                f"In params.yaml: {PAPER}.{key} takes a name that belongs to the authors' weights: rename it."
+            )
+    for name in suite.benchmarks:
+        steps = [params.schedule(name, key).steps for key in (suite.reference, *params.controls)]
+        if len({*steps}) < len(steps):
+            raise ConfigError(
+                f"In params.yaml: of the {min(steps)} steps of benchmarks.{name}.training, suite.controls "
+                f"make trainings of equal length ({', '.join(map(str, steps))} steps): take one out."
             )
     for name, benchmark in params.benchmarks.items():
         dataset(benchmark.data, name)

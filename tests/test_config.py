@@ -54,6 +54,21 @@ def loaded(tmp_path: Path, change: Change) -> config.Params:
             r"baselines/fancy\.py; the methods that exist: .*\bcwd, .*none\b",
         ),
         (lambda r: r["methods"].update({"acfd-x": {}}), "acfd-x takes a name"),
+        *(
+            (lambda r, name=name: r["methods"].update({name: {}}), rf"methods\.{name} takes a name")
+            for name in ("acfd", "teacher", "photos", "truth")
+        ),
+        (lambda r: r["acfd"].update(official=r["acfd"]["full"]), r"acfd\.official takes a name"),
+        *(
+            (lambda r, seed=seed: r["suite"].update(seeds=[seed]), r"suite\.seeds\.0 = .* is not allowed")
+            for seed in ("0", True, 1e3)
+        ),
+        (
+            lambda r: r["suite"].update(controls=[1.5, 1.51]),
+            r"of the 24 steps of benchmarks\.streets\.training, suite\.controls make trainings of equal "
+            r"length \(24, 36, 36 steps\)",
+        ),
+        (lambda r: r.pop("official"), "official is missing"),
         (
             lambda r: r["students"].update(exports=r["students"]["pspnet-resnet18"]),
             "no student may be called 'exports'",

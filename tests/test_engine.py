@@ -289,6 +289,15 @@ def test_a_wrong_teacher_stops_before_any_step(
     assert sentence.split()[0] in (records.failure(student_cell("kd"), place) or "")
 
 
+def test_a_teacher_of_the_repository_takes_the_place_of_a_missing_file(place: Path) -> None:
+    file = place / "runs" / "streets" / "teacher" / "weights.safetensors"
+    kept = place / records.TEACHERS / "streets.safetensors"
+    kept.parent.mkdir()
+    file.rename(kept)
+    run_cell(student_cell("kd"), load(place), place)
+    assert file.read_bytes() == kept.read_bytes()
+
+
 # ---- what stops a training
 
 
@@ -310,6 +319,13 @@ class Broken(Distiller):
         if self.fault == "nan" and self.calls > 4:
             value = value + float("nan")
         return {"lr" if self.fault == "name" else "wobble": value}
+
+    def after_step(self, student: Any, teacher: Any, batch: Batch) -> dict[str, float]:
+        return {self.fault: 1.0} if self.fault in ("step", "wobble") else {}
+
+    def own_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        own = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        return {"main": own} if self.fault == "optimiser" else {}
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
@@ -350,6 +366,22 @@ def test_a_parameter_without_gradient_stops_in_the_first_step(
 def test_a_term_cannot_take_a_column_of_the_engine(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, "name")
     with pytest.raises(ConfigError, match="'lr', a name that the engine uses"):
+        run_cell(student_cell("none"), load(place), place)
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("step", "`after_step` gives 'step' a value, a name that a term or the engine has"),
+        ("wobble", "`after_step` gives 'wobble' a value"),
+        ("optimiser", "`own_optimizers` has one called 'main'"),
+    ],
+)
+def test_a_method_takes_no_place_of_the_engine(
+    place: Path, monkeypatch: pytest.MonkeyPatch, fault: str, sentence: str
+) -> None:
+    broken(monkeypatch, fault)
+    with pytest.raises(ConfigError, match=sentence):
         run_cell(student_cell("none"), load(place), place)
 
 

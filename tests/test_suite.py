@@ -778,10 +778,10 @@ def test_what_is_due(place: Path) -> None:
     assert plan.due(params, "streets", place).train_teacher  # cells need its weights
     kept.parent.mkdir()
     kept.write_bytes(weights_ + b"\0")
-    plan.restore_teachers(params, place)
+    records.restore_teacher(params, "streets", place)
     assert not file.exists()  # another file than the record's
     kept.write_bytes(weights_)
-    plan.restore_teachers(params, place)
+    records.restore_teacher(params, "streets", place)
     assert file.read_bytes() == weights_ and not plan.due(params, "streets", place).train_teacher
     shutil.rmtree(place / "data")  # as in a clone
     due = plan.due(params, "streets", place)

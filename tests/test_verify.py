@@ -290,6 +290,14 @@ QUICK = (  # one of each kind; the others in `make torture`
 )
 
 
+def test_the_log_of_another_tuning_is_no_table(checkout: Path, before: set[str], tmp_path: Path) -> None:
+    shutil.copytree(checkout, tmp_path, dirs_exist_ok=True)
+    log = tmp_path / "reports" / "camvid" / "tuning.csv"
+    log.parent.mkdir()
+    shutil.copy(tmp_path / "reports" / "streets" / "tuning.csv", log)
+    assert problems(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     "fault", [pytest.param(name, marks=() if name in QUICK else slow) for name in FAULTS]
 )

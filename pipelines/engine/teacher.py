@@ -47,11 +47,13 @@ def forget_teacher() -> None:
 def checked_teacher(
     params: Params, benchmark: str, val: Split | Stream, description: Description, root: Path = ROOT
 ) -> Teacher:
-    """The teacher of a benchmark, read and checked once a process.
+    """The teacher of a benchmark, read and checked once a process. One whose weights are in the repository is
+    put beside its record.
 
     :class:`ConfigError` unless its file is exactly the recorded one, of the network in params.yaml, trained
     on this data, and scores on ``val`` what its record says.
     """
+    records.restore_teacher(params, benchmark, root)
     own, folder = params.benchmark(benchmark).teacher, teacher_cell(params, benchmark).folder(root)
     weights, classes = folder / "weights.safetensors", list(description.classes)
     remedy = f"Train it again: `dvc repro -s -f train_teacher@{benchmark}`."

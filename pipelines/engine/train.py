@@ -115,6 +115,10 @@ class Trainee:
         self.found["main"].step()
         with strict.deterministic():
             extra = self.method.after_step({name: tap.detach() for name, tap in taps.items()}, seen, batch)
+        if taken := sorted(extra.keys() & (ENGINE_COLUMNS | values.keys())):
+            raise ConfigError(
+                f"`after_step` gives {taken[0]!r} a value, a name that a term or the engine has: rename it."
+            )
         values |= {name: float(value) for name, value in extra.items()}
         self._check_finite(values)
         values["loss"] = float(loss.detach())
@@ -372,6 +376,8 @@ def optimizers(
         main = SGD(parameters, lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
     else:
         main = AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    if "main" in own:
+        raise ConfigError("`own_optimizers` has one called 'main', as the student's is: rename it.")
     found = {"main": main, **own}
     for optimizer in found.values():
         for group in optimizer.param_groups:

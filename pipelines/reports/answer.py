@@ -170,8 +170,8 @@ def outcome(results: Results, student: str) -> str:
     )
 
 
-def caveats(results: Results, students: Sequence[str]) -> str:
-    """How sure the outcomes for ``students`` are, and after what training."""
+def caveats(results: Results, students: Sequence[str]) -> list[str]:
+    """How sure the outcomes for ``students`` are, and after what training: sentences."""
     found = []
     for student in students:
         tested = _tested(results, student)
@@ -195,7 +195,7 @@ def caveats(results: Results, students: Sequence[str]) -> str:
             found.append(f"The loss weights come from {tried}: worse means worse with these.")
     if schedules := [text for student in students if (text := conditions.schedule(results, student))]:
         found += [*schedules, "A gain after so few steps may mean faster learning, not a better final score."]
-    return " ".join(found)
+    return found
 
 
 def _tested(results: Results, student: str) -> dict[str, Standing]:

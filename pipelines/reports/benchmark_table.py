@@ -114,7 +114,9 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
             time = f"{_cost(planned[name], rate)} GPU hours"
             estimated.append(name)
         room = "–" if module.GIGABYTES is None else f"{max(COPIES * module.GIGABYTES, 0.1):.1f} GB"
-        settings, weights = _settings(params, name)
+        settings, weights = _settings(
+            params, name, [s for r in every if r.benchmark == name for s in r.students]
+        )
         needs = module.NEEDS + (f"; ImageNet weights {', '.join(weights)}" if weights else "")
         texts = (f"`{name}`", needs, room, time, f"`{settings}`")
         lines.append(f"| {' | '.join(texts)} |")
@@ -151,9 +153,9 @@ def _made_with(results: Results, student: str, params: Params) -> str:
     return ", ".join(f"{name}: [{', '.join(map(str, values))}]" for name, values in lists.items())
 
 
-def _settings(params: Params, name: str) -> tuple[str, list[str]]:
-    """What to change in ``suite`` for a benchmark, and the encoder weights that it needs: where its teacher
-    starts from ImageNet, so does the student."""
+def _settings(params: Params, name: str, students: Sequence[str]) -> tuple[str, list[str]]:
+    """What to change in ``suite`` for a benchmark that has results of ``students``, and the encoder weights
+    that it needs: where its teacher starts from ImageNet, so does a student without results."""
     first, teacher = params.suite.students[0], params.benchmark(name).teacher.network
     found = f"benchmarks: [{name}]"
     if teacher.weights is None:
@@ -161,13 +163,17 @@ def _settings(params: Params, name: str) -> tuple[str, list[str]]:
     plain = params.student(first)
     same = (plain.architecture, plain.encoder)
     tuned = params.tuning.student if name == params.tuning.benchmark else None
-    student = tuned or next(
-        (
-            key
-            for key, network in params.students.items()
-            if network.weights and (network.architecture, network.encoder) == same
-        ),
-        first,
+    student = (
+        tuned
+        or next(iter(students), None)
+        or next(
+            (
+                key
+                for key, network in params.students.items()
+                if network.weights and (network.architecture, network.encoder) == same
+            ),
+            first,
+        )
     )
     weights = _weights(params, student, name)
     return f"{found}, students: [{student}], weights: [{', '.join(weights)}]", weights

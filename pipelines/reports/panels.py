@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines import files
-from pipelines.config import TEACHER, ConfigError
+from pipelines.config import PHOTOS, TEACHER, TRUTH, ConfigError
 from pipelines.datasets import folder as data_folder
 from pipelines.reports.results import Results
 from pipelines.runs.confusion import iou
@@ -31,7 +31,6 @@ IMAGES = 6
 SIDES = (240, 192, 144, 96)  # pixels of a tile's longer side, the largest with which all fit
 MOST = 1_500_000  # bytes of all sheets of a benchmark
 FOLDER, INDEX = "panels", "panels.json"
-PHOTOS, TRUTH = "photos", "truth"
 WRONG, RIGHT, UNLABELLED = (213, 94, 0, 235), (255, 255, 255, 165), (0, 0, 0, 120)
 
 log = logging.getLogger(__name__)

@@ -40,8 +40,8 @@ def update(path: Path, name: str, text: str) -> bool:
 
 
 def block(every: Sequence[Results], params: Params, root: Path = ROOT) -> str:
-    """The answer in one sentence, eight rows and a figure: of the benchmark that the methods were tuned on,
-    else of the first that has results."""
+    """The answers in a sentence each; eight rows and a figure of the benchmark that the methods were tuned
+    on, else of the first that has results."""
     wanted = params.tuning.benchmark
     named = [results for results in every if results.benchmark == wanted]
     if not every:
@@ -54,20 +54,26 @@ def block(every: Sequence[Results], params: Params, root: Path = ROOT) -> str:
     student = params.tuning.student if params.tuning.student in students else students[0]
     folder = f"reports/{results.benchmark}"
     ordered = [student, *(name for name in students if name != student)]
+    others = [found for found in every if found is not results]
     outcomes = [escape_markdown(answer.outcome(results, name)) for name in ordered]
+    outcomes += [
+        f"{escape_markdown(answer.outcome(found, name))} [All rows](reports/{found.benchmark}/comparison.md)."
+        for found in others
+        for name in found.students
+    ]
     lines = [*(f"- {text}" for text in outcomes), ""] if len(outcomes) > 1 else [*outcomes, ""]
     tuned = params.tuning.methods if results.benchmark == wanted else []
     if left := [results.label(m) for m in tuned if not results.by_seed(student, m)]:
         lines += [f"Not trained yet: {escape_markdown(', '.join(left))}.", ""]
     shown = replace(results, variants=[])
     lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in conditions.warnings(shown, times=False)]
-    found = tables.comparison(results)
-    own = [row for row in found.rows if row[0] == student]
+    whole_table = tables.comparison(results)
+    own = [row for row in whole_table.rows if row[0] == student]
     chosen = _chosen(results, student)
     order = {results.label(method): place for place, method in enumerate(chosen)}
     rows = sorted((row for row in own if row[1] in order), key=lambda row: order[row[1]])
     whole = {"status"} if all(row[-1] == COMPLETE for row in rows) else set[str]()
-    lines += replace(found, rows=rows, wide=frozenset({"student", *whole})).narrow().markdown
+    lines += replace(whole_table, rows=rows, wide=frozenset({"student", *whole})).narrow().markdown
     most = max(results.controls.values(), default=0)
     longer = f"; ×{most:g}: trained for {most:g} times as many steps" if most else ""
     lines += [
@@ -83,12 +89,15 @@ def block(every: Sequence[Results], params: Params, root: Path = ROOT) -> str:
         f"*Mean gain against the FLOPs of the training, both relative to {results.reference}; dotted: the "
         "student alone, trained longer.*",
     ]
-    if text := answer.caveats(results, ordered):
-        lines += ["", escape_markdown(text)]
+    said = answer.caveats(results, ordered)
+    lines += ["", escape_markdown(" ".join(said))] if said else []
+    for found in others:
+        more = [text for text in answer.caveats(found, found.students) if text not in said]
+        lines += ["", escape_markdown(f"{found.benchmark}: {' '.join(more)}")] if more else []
     if (root / published.FILE).is_file():
         known = published.load(root / published.FILE)
-        said = (claims.paper(known, every, params), orders.sentence(orders.orders(known, every)))
-        lines += [line for text in said if text for line in ("", escape_markdown(text))]
+        told = (claims.paper(known, every, params), orders.sentence(orders.orders(known, every)))
+        lines += [line for text in told if text for line in ("", escape_markdown(text))]
     return "\n".join(lines)
 
 

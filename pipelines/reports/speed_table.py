@@ -23,9 +23,8 @@ FILE = Path("runs") / "speed.json"
 COMMAND = "`make speed BENCHMARK=<name>`"
 OUT_OF_MEMORY = 3  # the exit status of a measurement that did not fit
 COLUMNS = [
-    "benchmark",
+    "benchmark (batch)",
     "device",
-    "batch",
     "what is trained",
     "ms a step",
     "× reference",
@@ -193,7 +192,8 @@ def _text(row: Mapping[str, Any]) -> list[str]:
     if row["step_ms"] is not None:
         step += f" ({row['step_ms_low']:,.0f} to {row['step_ms_high']:,.0f})"
     return [
-        *(str(row[name]) for name in ("benchmark", "device", "batch_size", "trained")),
+        f"{row['benchmark']} ({row['batch_size']})",
+        *(str(row[name]) for name in ("device", "trained")),
         step,
         number(row["ratio"], ".2f"),
         number(row["mfu"], ".0f") + ("" if row["mfu"] is None else "%"),

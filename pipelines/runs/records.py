@@ -27,6 +27,7 @@ from pipelines.config import PAPER, ROOT, TEACHER, ConfigError, Params, known
 log = logging.getLogger(__name__)
 
 RECORD_FILES = ("metrics.json", "history.csv", "confusion.npz", "run.json")
+TEACHERS = Path("teachers")  # those that are small enough for the repository
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,20 @@ def is_finished(cell: Cell, fingerprint: str, root: Path = ROOT) -> bool:
         return False
     weights = record.folder / "weights.safetensors"
     return not weights.is_file() or files.sha256(weights.read_bytes()) == record.run["weights_sha256"]
+
+
+def restore_teacher(params: Params, benchmark: str, root: Path = ROOT) -> None:
+    """Put a teacher that is part of the repository beside its record, where its file is missing."""
+    kept, cell = root / TEACHERS / f"{benchmark}.safetensors", teacher_cell(params, benchmark)
+    file = cell.folder(root) / "weights.safetensors"
+    if not kept.is_file() or file.is_file():
+        return
+    try:
+        record = read(cell, root)
+    except ConfigError:  # damaged: whoever needs it says so
+        return
+    if record is not None and files.sha256(content := kept.read_bytes()) == record.run["weights_sha256"]:
+        files.write_bytes(file, content)
 
 
 def write(folder: Path, run: dict[str, Any], others: Mapping[str, bytes]) -> None:

@@ -8,12 +8,9 @@ from pathlib import Path
 
 from pipelines.config import ROOT, ConfigError, Params
 from pipelines.datasets import folder as data_folder
-from pipelines.files import sha256, write_bytes
 from pipelines.runs import records
 from pipelines.runs.fingerprint import fingerprint
 from pipelines.runs.records import Cell, teacher_cell
-
-TEACHERS = Path("teachers")  # of the CPU benchmarks, in git
 
 
 def suite_cells(params: Params, benchmark: str) -> list[Cell]:
@@ -72,20 +69,6 @@ def _data_sha256(folder: Path) -> str | None:
         return data_folder.describe(folder).sha256
     except ConfigError:
         return None
-
-
-def restore_teachers(params: Params, root: Path = ROOT) -> None:
-    """Put the teachers that are part of the repository beside their records, where their file is missing."""
-    for benchmark in params.suite.benchmarks:
-        kept, cell = root / TEACHERS / f"{benchmark}.safetensors", teacher_cell(params, benchmark)
-        file, record = cell.folder(root) / "weights.safetensors", _read(cell, root)
-        if (
-            kept.is_file()
-            and record is not None
-            and not file.is_file()
-            and sha256(content := kept.read_bytes()) == record.run["weights_sha256"]
-        ):
-            write_bytes(file, content)
 
 
 def cut(cells: Sequence[Cell], params: Params, workers: int, root: Path = ROOT) -> list[list[Cell]]:

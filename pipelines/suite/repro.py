@@ -297,8 +297,9 @@ class Suite:
             elif lost and cell in lost and records.failure(cell, self.root) is None:
                 text = f"{outcome.failure}\n".encode()
                 files.write_bytes(records.failure_note(cell, self.root), text)
-        if outcome.failure is None:
-            names = pack[0].path if len(pack) == 1 else f"{len(pack)} cells of seed {pack[0].seed}"
+        whole = [cell for cell in pack if not outcome.cells.get(cell)]
+        if outcome.failure is None and whole:
+            names = whole[0].path if len(whole) == 1 else f"{len(whole)} cells of seed {whole[0].seed}"
             self.display.say(logging.INFO, f"{pack[0].benchmark}: {names} done in {outcome.seconds:.0f} s.")
 
     def _exports(self, benchmark: str) -> None:
@@ -347,7 +348,8 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
     if (why := place.no_commit(root)) is not None:
         log.warning("results will not record the commit of the code: %s", why)
     dvc.heal(root)
-    plan.restore_teachers(params, root)
+    for benchmark in params.suite.benchmarks:
+        records.restore_teacher(params, benchmark, root)
     pipeline = dvc.Pipeline(root)
     changed = pipeline.changed()
     needed = needs(params, changed, pipeline.stages, root)

@@ -13,8 +13,7 @@ from pathlib import Path
 from pipelines import cli, config, files
 from pipelines.config import ROOT, ConfigError, Params
 from pipelines.runs import records
-from pipelines.runs.records import teacher_cell
-from pipelines.suite.plan import TEACHERS
+from pipelines.runs.records import TEACHERS, teacher_cell
 
 MOST = 16 * 2**20  # bytes: every clone has them for ever
 

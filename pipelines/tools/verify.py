@@ -323,7 +323,8 @@ def _texts(params: Params, every: Sequence[Results], root: Path) -> Iterator[str
         wanted = {p.relative_to(target): p.read_bytes() for p in sorted(target.rglob("*")) if p.is_file()}
     kinds = (".md", ".csv", ".tex", ".html")
     have = {p.relative_to(root) for p in (root / "reports").rglob("*") if p.suffix in kinds}
-    for path in sorted(have - wanted.keys() - {budget.path(params, root).relative_to(root)}):
+    logs = {path for path in have if path.name == budget.path(params, root).name}  # of tuning
+    for path in sorted(have - wanted.keys() - logs):
         yield f"{path} is no table of today's records: delete it."
     for path, content in wanted.items():
         if not (root / path).is_file():
