@@ -25,10 +25,18 @@ Shapes = Mapping[str, tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class Search:
-    """The range of a loss weight in tuning, searched on a logarithmic scale."""
+    """The range of a loss weight in tuning, searched on a logarithmic scale. ValueError for a range that has
+    none."""
 
     low: float
     high: float
+
+    def __post_init__(self) -> None:
+        if not 0 < 1.26 * self.low <= self.high < float("inf"):  # the grid of tuning has ten values a decade
+            raise ValueError(
+                f"Search({self.low:g}, {self.high:g}) is no range: give a low above 0, and a high that is at "
+                "least 1.26 times as large"
+            )
 
 
 class MethodConfig(BaseModel):

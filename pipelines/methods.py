@@ -16,6 +16,12 @@ def checked(params: Params) -> Params:
     """``params``, if the settings of all methods are right."""
     for key in params.method_keys:
         configured(params, key)
+    reference = params.suite.reference
+    if method_class(reference).teacher_taps:
+        raise ConfigError(
+            f"In params.yaml: suite.reference = {reference} learns from a teacher, and the reference is the "
+            "student alone: name a method without teacher, as none is."
+        )
     return params
 
 

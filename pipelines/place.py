@@ -33,6 +33,11 @@ def git(root: Path, *arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
+def holds_code(root: Path) -> bool:
+    """Whether the last commit has this code: the repository may be another, around the checkout."""
+    return git(root, "rev-parse", "--quiet", "--verify", "HEAD:./pipelines") is not None
+
+
 def in_git(root: Path) -> bool:
     return any((folder / ".git").exists() for folder in (root, *root.parents))
 
@@ -48,7 +53,7 @@ def no_commit(root: Path = ROOT) -> str | None:
     except OSError:
         return "git is not installed."
     if done.returncode == 0:
-        return None
+        return None if holds_code(root) else "the git repository around this folder does not hold its files."
     if "dubious ownership" in done.stderr:
         return (
             "its files belong to another user. "

@@ -59,6 +59,10 @@ def loaded(tmp_path: Path, change: Change) -> config.Params:
             for name in ("acfd", "teacher", "photos", "truth")
         ),
         (lambda r: r["acfd"].update(official=r["acfd"]["full"]), r"acfd\.official takes a name"),
+        (
+            lambda r: r["suite"].update(reference="kd", controls=[]),
+            r"suite\.reference = kd learns from a teacher",
+        ),
         *(
             (lambda r, seed=seed: r["suite"].update(seeds=[seed]), r"suite\.seeds\.0 = .* is not allowed")
             for seed in ("0", True, 1e3)

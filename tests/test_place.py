@@ -12,6 +12,7 @@ import pytest
 from conftest import copy_repository
 
 from pipelines.config import ConfigError
+from pipelines.engine import machine
 from pipelines.place import check_links, no_commit
 from pipelines.suite.dvc import Pipeline
 
@@ -78,6 +79,29 @@ def test_without_git_dvc_works_and_records_name_no_commit(
     assert "not a git checkout" in reason
     pipeline = Pipeline(clone)
     assert "fetch@streets" in pipeline.stages and "count" not in pipeline.changed()
+
+
+def test_code_in_no_commit_is_noted(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "ROOT", clone)
+    clean = machine.git_state()
+    assert clean["commit"] and clean["dirty"] is False
+    (clone / "notes.py").write_text("")  # is no part of a training
+    assert machine.git_state() == clean
+    mine = clone / "baselines" / "mine.py"
+    mine.write_text("")
+    assert machine.git_state() == clean | {"dirty": True}
+    mine.unlink()
+    file = clone / "pipelines" / "engine" / "train.py"
+    file.write_text(file.read_text() + "\n")
+    assert machine.git_state() == clean | {"dirty": True}
+
+
+def test_a_repository_around_the_checkout_is_another(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = clone / "mine" / "suite"
+    (inner / "pipelines").mkdir(parents=True)
+    assert "does not hold its files" in (no_commit(inner) or "")
+    monkeypatch.setattr(machine, "ROOT", inner)
+    assert machine.git_state() == {"commit": None, "dirty": None}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")

@@ -655,6 +655,14 @@ def test_an_ablation_that_the_suite_does_not_ask_for_may_have_fewer_seeds(done: 
     assert failed.status(STUDENT, key).endswith(f"seed {seed}: failed: of a full disk")
 
 
+def test_any_name_of_a_class_is_a_key_that_mlflow_takes(done: Path) -> None:
+    record = read(done).finished[0]
+    config = record.run["config"] | {"data": {"classes": {"road & path": [0, 0, 0], "straße (x)": [9, 9, 9]}}}
+    entry = tracking.entry(replace(record, run=record.run | {"config": config}))
+    keys = {key for key in entry.params if key.startswith("data.classes.")}
+    assert keys == {"data.classes.road _ path", "data.classes.straße _x_"}
+
+
 def test_ablation_begins_with_the_reference_and_names_its_weights(done: Path) -> None:
     lines = table(done, "ablation")
     assert [line["method"] for line in lines] == ["none", "full", "afd"]

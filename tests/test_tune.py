@@ -17,6 +17,7 @@ from suites import slow
 from pipelines import config
 from pipelines.config import ConfigError, Params
 from pipelines.engine import pack as pack_module
+from pipelines.method import Search
 from pipelines.methods import checked, configured
 from pipelines.runs import budget
 from pipelines.suite import cluster, work
@@ -150,6 +151,20 @@ def test_a_finished_search_runs_nothing_again(place: Path, params: Params) -> No
     # the weights in params.yaml are the chosen ones by now
     tune.tune(checked(config.load(place / "params.yaml")), place, none)
     assert rows(place) == log and none.rounds == []
+
+
+def test_the_trials_of_a_method_that_is_not_searched_now_stay(place: Path, params: Params, edit: Any) -> None:
+    tune.tune(params, place, Scored())
+    log, more = rows(place), Scored()
+    tune.tune(edit(lambda raw: raw["tuning"].update(methods=METHODS[-1:])), place, more)
+    assert not more.rounds and len(METHODS) > 1
+    assert sorted(rows(place), key=str) == sorted(log, key=str)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 10), (1, 1), (2, 1), (1, 1.2), (-1, 1), (1, float("inf"))])
+def test_a_range_without_a_value_is_refused(low: float, high: float) -> None:
+    with pytest.raises(ValueError, match="is no range"):
+        Search(low, high)
 
 
 def test_a_method_that_joins_later_is_searched_alone(place: Path, params: Params, edit: Any) -> None:

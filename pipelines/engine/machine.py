@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from pipelines.config import ROOT, Suite
-from pipelines.place import git
+from pipelines.config import PAPER, ROOT, Suite
+from pipelines.place import git, holds_code
 
 LIBRARIES = ("torch", "timm", "segmentation-models-pytorch", "numpy")
 
@@ -77,10 +77,11 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """The commit of the code and whether its files had changes (settings are recorded by themselves); nulls
-    outside of a git checkout."""
+    """The commit of the code and whether it had changes, or files that are in no commit (settings are
+    recorded by themselves); nulls outside of a git checkout."""
     commit = git(ROOT, "rev-parse", "HEAD")
-    changed = git(ROOT, "status", "--porcelain", "--untracked-files=no", "--", "*.py")
-    if commit is None or changed is None:
+    code = [f":(glob){package}/**/*.py" for package in (PAPER, "baselines", "pipelines")]
+    changed = git(ROOT, "status", "--porcelain", "--untracked-files=all", "--", *code)
+    if commit is None or changed is None or not holds_code(ROOT):
         return {"commit": None, "dirty": None}
     return {"commit": commit.strip(), "dirty": bool(changed)}

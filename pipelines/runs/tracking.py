@@ -63,8 +63,9 @@ def entry(record: Record) -> Entry:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             metrics[metric_name("/".join(path))] = float(value)
         elif value is not None:
-            tags[".".join(path)] = _text(value)
-    params = {".".join(path): _text(value) for path, value in _leaves(record.run["config"])}
+            tags[metric_name(".".join(path))] = _text(value)
+    settings = _leaves(record.run["config"])  # with names of the user's own classes
+    params = {metric_name(".".join(path)): _text(value) for path, value in settings}
     return Entry(params, metrics, tags)
 
 

@@ -213,10 +213,13 @@ def _export(
     studies: dict[str, optuna.Study],
     chosen: dict[str, Weights],
 ) -> None:
-    """Write the log; a search that goes on has ``chosen`` nothing."""
+    """Write the log; a search that goes on has ``chosen`` nothing. Trials of methods that are not searched
+    now stay in it."""
     text = io.StringIO()
     writer = csv.DictWriter(text, budget.COLUMNS, lineterminator="\n")
     writer.writeheader()
+    others = {*params.method_keys} - studies.keys()
+    writer.writerows(row for row in budget.read(path) if row["method"] in others)
     for task in tasks:
         marked = False
         for number, trial in enumerate(_counted(studies[task.method])):
@@ -256,7 +259,7 @@ def _write_params(path: Path, chosen: dict[str, Weights]) -> None:
             else content["methods"][method]
         )
         for name, value in weights.items():
-            if own[name] != value:
+            if own.get(name) != value:
                 own[name] = value
     text = io.StringIO()
     yaml.dump(content, text)
