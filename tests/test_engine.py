@@ -315,6 +315,8 @@ class Broken(Distiller):
 
     def losses(self, student: Any, teacher: Any, batch: Batch) -> dict[str, torch.Tensor]:
         self.calls += 1
+        if self.fault == "buffer":
+            self.register_buffer("seen", torch.zeros(self.calls))
         value = student["logits"].mean() * 0
         if self.fault == "nan" and self.calls > 4:
             value = value + float("nan")
@@ -374,6 +376,7 @@ def test_a_term_cannot_take_a_column_of_the_engine(place: Path, monkeypatch: pyt
     [
         ("step", "`after_step` gives 'step' a value, a name that a term or the engine has"),
         ("wobble", "`after_step` gives 'wobble' a value"),
+        ("buffer", "The method makes or changes seen in its first step, so that it could not resume"),
         ("optimiser", "`own_optimizers` has one called 'main'"),
     ],
 )

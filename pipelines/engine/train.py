@@ -103,6 +103,7 @@ class Trainee:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
         seen = {name: teacher[name] for name in self.method.teacher_taps}
+        held = _shapes(self.method) if step == 0 else {}
         with strict.deterministic():
             terms, taps = terms_of(self.student, self.method, batch, seen, self.training, self.recipe)
         values = dict(zip(terms, torch.stack([t.detach() for t in terms.values()]).tolist(), strict=True))
@@ -118,6 +119,11 @@ class Trainee:
         if taken := sorted(extra.keys() & (ENGINE_COLUMNS | values.keys())):
             raise ConfigError(
                 f"`after_step` gives {taken[0]!r} a value, a name that a term or the engine has: rename it."
+            )
+        if step == 0 and (late := {name for name, _ in held.items() ^ _shapes(self.method).items()}):
+            raise ConfigError(
+                f"The method makes or changes {min(late)} in its first step, so that it could not resume: "
+                "register it in `__init__`, in its final shape."
             )
         values |= {name: float(value) for name, value in extra.items()}
         self._check_finite(values)
@@ -240,6 +246,11 @@ def train(
         if trainee.finished:
             _end(trainee, finish)
     _remaining(going, left)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """Of all parameters and buffers that a resume state holds."""
+    return {name: value.shape for name, value in module.state_dict().items()}
 
 
 def _remaining(trainees: Sequence[Trainee], left: Callable[[Trainee], None]) -> list[Trainee]:
