@@ -33,11 +33,10 @@ def sentences(results: Results, student: str) -> list[str]:
         + ("." if lead is None else f"; the teacher's own lead over the student alone is {lead:+.2f}")
         + (f" ({val:+.2f} on validation)." * (lead is not None) if val is not None else "")
     )
-    longer = _longer(results, student, [*known])
     schedule = [text for text in [conditions.schedule(results, student)] if text]
     if seeds == 1:
         first = "Not known yet: one seed cannot say how far another would move a score."
-        return [first, highest, *longer, *schedule]
+        return [first, highest, *longer(results, student), *schedule]
     better, worse, equal, behind = (
         those(word, which) for which in ("gain", "equal") for word in ("gain", "loss")
     )
@@ -77,7 +76,7 @@ def sentences(results: Results, student: str) -> list[str]:
         found.append(f"Worse than the student alone, with the loss weights used here: {listed(worse)}.")
     if single:
         found.append(f"Not known, with one seed each: {listed(single)}.")
-    return [*found, *longer, highest, *schedule]
+    return [*found, *longer(results, student), highest, *schedule]
 
 
 def _at_equal_compute(
@@ -119,9 +118,10 @@ def _uncounted(results: Results, students: Sequence[str]) -> str:
     )
 
 
-def _longer(results: Results, student: str, methods: Sequence[str]) -> list[str]:
-    """What the student alone reaches when it trains longer, in one sentence."""
-    means, parts, rising, lead = [results.mean(student, m) or 0 for m in methods], [], False, None
+def longer(results: Results, student: str) -> list[str]:
+    """What the student alone reaches when it trains longer, beside the methods, in one sentence."""
+    means = [results.mean(student, m) or 0 for m in _tested(results, student)]
+    parts, rising, lead = [], False, None
     for control, factor in sorted(results.controls.items(), key=lambda pair: pair[1]):
         if (own := results.mean(student, control)) is not None:
             above = sum(own > mean for mean in means)

@@ -92,7 +92,8 @@ def block(every: Sequence[Results], params: Params, root: Path = ROOT) -> str:
     said = answer.caveats(results, ordered)
     lines += ["", escape_markdown(" ".join(said))] if said else []
     for found in others:
-        more = [text for text in answer.caveats(found, found.students) if text not in said]
+        more = [text for name in found.students for text in answer.longer(found, name)]
+        more += [text for text in answer.caveats(found, found.students) if text not in said]
         lines += ["", escape_markdown(f"{found.benchmark}: {' '.join(more)}")] if more else []
     if (root / published.FILE).is_file():
         known = published.load(root / published.FILE)
