@@ -91,6 +91,51 @@ def test_every_training_is_measured_and_a_second_time_replaces_the_first(tmp_pat
     assert sum("| measured |" in line for line in lines) == len(rows)
 
 
+def test_what_was_measured_is_kept_when_a_row_fails_or_the_run_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tiny(read_params())
+    raw["methods"] = {key: raw["methods"][key] for key in ("none", "kd", "cwd")}
+    raw["suite"].update(methods=["none", "kd", "cwd"], variants=[])
+    raw["official"] = {}
+    raw["tuning"]["methods"] = ["kd"]
+    write_params(tmp_path, raw)
+    params = checked(config.load(tmp_path / "params.yaml"))
+
+    def apart(_: str, name: str, *__: object) -> dict[str, Any]:
+        if name == "cwd":
+            raise KeyboardInterrupt
+        if name == "kd":
+            return {"status": "failed"}
+        row = entry(params, "streets")["rows"]["none"]
+        return row | {"hardware": GPU, "versions": {}, "ceiling_tflops": 1.0}
+
+    monkeypatch.setattr(speed, "_apart", apart)
+    with pytest.raises(KeyboardInterrupt):
+        speed.speed(params, "streets", None, 2, tmp_path)
+    (found,) = speed_table.read(tmp_path)
+    status = {name: row["status"] for name, row in found["rows"].items()}
+    assert status == {TEACHER: "measured", "none": "measured", "kd": "failed"}
+    speed_table.write(params, tmp_path / "reports", tmp_path)
+    text = (tmp_path / "reports" / "speed.md").read_text()
+    assert text.count("| measured |") == 2 and text.count("| failed |") == 1
+    assert speed_table.hours("streets", params, tmp_path) is None
+
+
+def test_a_pack_stands_beside_its_methods_one_by_one(tmp_path: Path) -> None:
+    params = load()
+    pack = {"methods": ["none", "kd"], "status": "measured", "step_ms": [500.0] * 3, "memory_mb": 9000.0}
+    speed_table.add(entry(params) | {"pack": pack, "ceiling_tflops": 1e-9}, tmp_path)
+    speed_table.write(params, tmp_path / "reports", tmp_path)
+    text = (tmp_path / "reports" / "speed.md").read_text()
+    assert "side by side (none, kd): 500 ms a step, 9,000 MB; one by one 625 ms, 1.25 times as long" in text
+    assert "| 1.50 | 35% |" in text  # of kd: 130 operations in 0.375 s, of 1000 a second
+    rows = speed_table.read(tmp_path)[0]["rows"]
+    speed_table.add(entry(params) | {"pack": pack, "rows": rows | {"kd": {"status": "failed"}}}, tmp_path)
+    speed_table.write(params, tmp_path / "reports", tmp_path)
+    assert "side by side" not in (tmp_path / "reports" / "speed.md").read_text()
+
+
 @slow
 def test_what_does_not_fit_into_memory_is_noted(tmp_path: Path) -> None:
     raw = tiny(read_params())
