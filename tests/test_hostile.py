@@ -789,7 +789,7 @@ for method in ("none", "kd"):
     run_cell(Cell("streets", "pspnet-resnet18", method, 0), params, root)
 export.check("streets", "pspnet-resnet18", params, root)
 speed.write_images(params.benchmark("streets"), "streets", root / "random", 4)
-speed.row(params, "streets", "none", 2, 2, 4, root / "random")
+speed.row(params, "streets", "none", 2, 2, root / "random")
 spread._link(Cell("streets", "pspnet-resnet18", "none", 0), params, root / "again", root)
 spread.repeat(params, "streets", "none", spread_table.FAST, root / "again")
 count.count(params, root)
