@@ -60,7 +60,6 @@ def speed(
         "student": student,
         "batch_size": batch_size,
         "protocol": speed_table.protocol(own, params.student(student).written()),
-        "workers": params.suite.workers,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "rows": {},
     }
@@ -223,7 +222,10 @@ def row(params: Params, benchmark: str, name: str, batch_size: int, steps: int, 
         if trainee.failure is not None:
             raise trainee.failure
     seconds = first.history.seconds[WARM:] if len(plans) == 1 else np.diff(stamps[WARM - 1 :])
-    cost = step_cost(first.student, teacher, first.method, classes, training, first.recipe)
+    counted = {}
+    if len(plans) == 1:
+        cost = step_cost(first.student, teacher, first.method, classes, training, first.recipe)
+        counted = {"step_flops": cost.flops}
     test = data_folder.load(data, "test")
     evaluate(first.student, test, classes, ignore, training)
     start = time.perf_counter()
@@ -232,7 +234,7 @@ def row(params: Params, benchmark: str, name: str, batch_size: int, steps: int, 
     return {
         "status": "measured",
         "step_ms": [round(1000 * float(value), 2) for value in seconds],
-        **({"step_flops": cost.flops} if len(plans) == 1 else {}),
+        **counted,
         "evaluation_ms": round(evaluation, 2),
         "memory_mb": round(machine.memory_peak_mb(), 1),
         "hardware": machine.hardware(),
