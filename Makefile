@@ -8,6 +8,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_OFFLINE := 1
 export PYTHONPATH := $(CURDIR)
+unexport PYTHONDONTWRITEBYTECODE  # what is imported is compiled once, not in every process
 
 # The scripts of an environment name its place: one that was moved with its checkout is made again.
 ifeq ($(shell test -e $(READY) && ! grep -qxF "$$(realpath $(VENV))" $(READY) && echo moved),moved)
@@ -56,7 +57,7 @@ torture: $(READY)  ## kills, clusters, damaged files, hostile input: many times 
 	ACFD_TORTURE=docs/reliability.md python -m pytest -n auto --maxprocesses 4 --dist worksteal -m torture
 
 ui: $(READY)  ## MLflow's web page
-	python -m mlflow ui --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db"
+	python -m mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 lint: $(READY)
 	ruff check .
@@ -76,5 +77,5 @@ $(READY): requirements.lock
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
-	$(VENV)/bin/python -m uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python --require-hashes -r requirements.lock
+	$(VENV)/bin/python -m uv pip install --quiet --python $(VENV)/bin/python --require-hashes -r requirements.lock
 	realpath $(VENV) > $@

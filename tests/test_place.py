@@ -37,7 +37,7 @@ def test_make_in_a_path_with_spaces_makes_one_environment_and_again_after_a_move
     ready.parent.mkdir()
     ready.write_text(f"{ready.parent.resolve()}\n")
     assert say(clone) == "python -m pipelines.stages.report\n"
-    assert f'"sqlite:///{clone}/mlflow.db"' in say(clone, "ui")
+    assert say(clone, "ui").endswith(" --backend-store-uri sqlite:///mlflow.db\n")  # wherever it stands
     moved = clone.rename(clone.with_name("moved suite"))
     assert "-m venv .venv\n" in say(moved)
     # an environment that several checkouts share by a link has not moved
