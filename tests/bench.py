@@ -39,6 +39,7 @@ PARTS = {
     "packs": "streets: (?!.*/teacher).* done in",
     "count": "count of networks took",
     "export": "export of .* took",
+    "panels": "panels of .* took",
     "commit": "the commit to DVC took",
     "report": "the report took",
 }
@@ -54,7 +55,8 @@ class Run:
 
     def __init__(self, root: Path, bin_: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str(root), "DVC_NO_ANALYTICS": "1"}
-        environment.pop("OMP_NUM_THREADS", None)  # the tests' one thread is not what a user has
+        for name in ("OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE"):  # of the tests; make takes them away
+            environment.pop(name, None)
         environment["PATH"] = f"{bin_}{os.pathsep}{environment['PATH']}"
         command, start = [str(bin_ / "python"), "-m", "pipelines.suite.repro"], time.perf_counter()
         self.lines: list[tuple[float, float, str]] = []
@@ -107,7 +109,7 @@ def suite(install: bool) -> None:
         cores=cores,
         seconds=seconds,
         trainings=len(runs),
-        training=(parts["teacher"] + parts["packs"] / cores) / seconds,
+        training=(parts["teacher"] + (parts["packs"] + parts["panels"]) / cores) / seconds,
         busy=whole.share(PARTS["data"], PARTS["report"]),
         memory_mb=peak,
         again=again.seconds,
@@ -117,7 +119,7 @@ def suite(install: bool) -> None:
     )
     print(f"\nmake repro from nothing: {seconds:.0f} s, {len(runs)} trainings")
     print(*(f"  {name:14} {took:4.0f} s" for name, took in parts.items()), sep="\n")
-    print("  (data, packs, count and export side by side: seconds of workers)")
+    print("  (data, packs, count, export and panels side by side: seconds of workers)")
     print(f"a new method, as if alone: {sum(one['wall'] for one in new):.0f} s")
     print(readme.speed(ROOT))
 

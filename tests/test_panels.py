@@ -61,3 +61,11 @@ def test_panels_are_kept_without_weights_and_left_out_when_their_records_change(
     text = (copy / "reports/index.html").read_text()
     assert f"as their weights are not here: none and {damaged}" in text
     assert {*re.findall(r'id="show-streets-([\w-]+)"', text)} == left - {"photos", "truth", "teacher"}
+
+
+def test_panels_ahead_of_the_report_are_those_of_the_report(reported: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(reported, tmp_path / "suite"))
+    before = {path.name: path.read_bytes() for path in (copy / "reports/streets/panels").iterdir()}
+    shutil.rmtree(copy / "reports")
+    report.make_panels(checked(config.load(copy / "params.yaml")), "streets", copy)
+    assert {path.name: path.read_bytes() for path in (copy / "reports/streets/panels").iterdir()} == before

@@ -168,7 +168,7 @@ def speed(root: Path = ROOT) -> str:
             "trainings, with the teacher": lambda one: f"{one['trainings']}",
             "`make repro` from nothing": lambda one: f"{one['seconds']:.0f} s",
             "installation, of that": lambda one: f"{one['parts']['installation']:.0f} s",
-            "share of training and evaluation": lambda one: f"{one['training']:.0%}",
+            "share of training and inference": lambda one: f"{one['training']:.0%}",
             "cores busy, from the teacher to the report": lambda one: f"{one['busy']:.0%}",
             "largest memory of a process": lambda one: f"{one['memory_mb'] / 1024:.1f} GB",
             "a second `make repro`": lambda one: f"{one['again']:.0f} s",

@@ -186,7 +186,7 @@ def is_finished(cell: Cell, fingerprint: str, root: Path = ROOT) -> bool:
     if record is None or record.run["fingerprint"] != fingerprint:
         return False
     weights = record.folder / "weights.safetensors"
-    return not weights.is_file() or files.sha256(weights.read_bytes()) == record.run["weights_sha256"]
+    return not weights.is_file() or files.digest(weights, "sha256") == record.run["weights_sha256"]
 
 
 def restore_teacher(params: Params, benchmark: str, root: Path = ROOT) -> None:

@@ -7,6 +7,7 @@ present too, it makes the panels of images.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -71,6 +72,20 @@ def _report(params: Params, root: Path, only: Collection[str] | None) -> None:
     write_texts(params, every, root, root)
 
 
+def prepare(root: Path) -> None:
+    """Begin what takes seconds and needs no record: import MLflow and make its store."""
+    with contextlib.suppress(Exception):  # the report says what is wrong
+        tracking.connect(root)
+
+
+def make_panels(params: Params, benchmark: str, root: Path) -> None:
+    """The panels of a benchmark, ahead of the report, where its networks can be run."""
+    own = {benchmark: finished(params, root)[benchmark]}
+    with files.hold(root / ".scratch" / "locks" / "report.lock", "The report"):
+        for results in gather_all(params, root, own):
+            panels.update(results, root)
+
+
 def gather_all(
     params: Params,
     root: Path,
@@ -96,6 +111,9 @@ def write_texts(params: Params, every: Sequence[Results], root: Path, target: Pa
         tables.write(results, folder / results.benchmark)
     if ranked := ranks.rank(every):
         ranks.write(ranked, folder)
+    else:
+        for path in folder.glob("ranks.*"):  # of more benchmarks
+            path.unlink()
     if (root / published.FILE).is_file():
         found = published.load(root / published.FILE)
         claims.write(found, every, params, folder)

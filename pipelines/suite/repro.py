@@ -141,9 +141,18 @@ class Suite:
                 self._fetch(benchmark)
             else:
                 self._teach(benchmark)
-        while self._hand_out():
+        going = self._hand_out()
+        with _there():  # while one makes the data, the others import, and so does the head
+            self.warm = [
+                self.client.submit(work.warm, workers=[it], pure=False) for it in self.client.nthreads()
+            ]
+        from pipelines.stages import report
+
+        report.prepare(self.root)
+        while going:
             for future in self._done():
                 self._end(self.waiting.pop(future), future)
+            going = self._hand_out()
 
     def _submit(
         self,
@@ -264,21 +273,22 @@ class Suite:
         packs = plan.cut(due.cells, self.params, self.jobs, self.root)
         first = self.params.suite.seeds[0]  # of which students are exported
         packs.sort(key=lambda pack: pack[0].seed != first)
-        left = {id(pack) for pack in packs if pack[0].seed == first}
+        left = [*packs]
         for pack in packs:
             for cell in pack:
                 self.display.expect(cell.path, self.params.schedule(benchmark, cell.method).steps)
 
             def then(outcome: work.Outcome, pack: list[Cell] = pack) -> None:
                 self._took(outcome, pack)
-                if id(pack) in left:
-                    left.remove(id(pack))
-                    if not left:
-                        self._exports(benchmark)
+                left.remove(pack)
+                if pack[0].seed == first and first not in (other[0].seed for other in left):
+                    self._exports(benchmark)
+                if not left:
+                    self._submit(f"panels of {benchmark}", work.panels, benchmark, last=True)
 
             self._submit(f"{len(pack)} cells from {pack[0].path}", work.train, pack, then=then)
         self._count()
-        if not left:
+        if first not in (pack[0].seed for pack in packs):
             self._exports(benchmark)
 
     def _count(self) -> None:

@@ -93,6 +93,19 @@ def count(expected: Identity) -> Outcome:
     return _do(expected, lambda params, root, _: run(params, root))
 
 
+def panels(expected: Identity, benchmark: str) -> Outcome:
+    from pipelines.stages.report import make_panels as run
+
+    return _do(expected, lambda params, root, _: run(params, benchmark, root))
+
+
+def warm() -> None:
+    """Import what takes seconds, while another worker makes the data."""
+    import segmentation_models_pytorch  # noqa: F401
+
+    from pipelines.engine import pack  # noqa: F401
+
+
 def export(expected: Identity, benchmark: str, student: str) -> Outcome:
     from pipelines.stages.export import check as run
 
@@ -212,8 +225,9 @@ def check(head: Identity, here: Identity) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:1000]
+    from pipelines.methods import reason
+
+    return reason(error)[:1000]
 
 
 class _Forward(logging.Handler):
