@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -61,3 +63,14 @@ def method_config(key: str, values: Mapping[str, Any], section: str | None = Non
         return method_class(key).Config.model_validate(dict(values))
     except ValidationError as error:
         raise ConfigError(explain(section or own, error)) from None
+
+
+def reason(error: Exception) -> str:
+    """What stopped a cell, in one line: a sentence as it stands; of any other error its kind, its text and
+    the line of the method's file that it comes from."""
+    text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    rooms = (ROOT / "baselines", ROOT / PAPER)
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if Path(one.filename).parent in rooms]
+    if frames and not isinstance(error, ConfigError):
+        text += f" ({Path(frames[-1].filename).relative_to(ROOT)}, line {frames[-1].lineno})"
+    return " ".join(text.split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipelines import config
-from pipelines.config import ConfigError, Network
+from pipelines.config import ROOT, ConfigError, Network
 from pipelines.engine import checkpoint
 from pipelines.engine import pack as pack_module
 from pipelines.engine import train as train_module
 from pipelines.engine.pack import plan, round_weights, run_cell, run_pack
 from pipelines.engine.train import cross_entropy, optimizers, schedule
 from pipelines.method import TAPS, Batch, Distiller
-from pipelines.methods import checked
+from pipelines.methods import checked, reason
 from pipelines.networks import SegmentationNetwork, file_sha256, tap_shapes
 from pipelines.runs import records
 from pipelines.runs.records import Cell
@@ -320,6 +321,10 @@ class Broken(Distiller):
         value = student["logits"].mean() * 0
         if self.fault == "nan" and self.calls > 4:
             value = value + float("nan")
+        if self.fault == "shape":
+            return {"wobble": student["logits"] * 0}
+        if self.fault == "constant":
+            value = value.detach()
         return {"lr" if self.fault == "name" else "wobble": value}
 
     def after_step(self, student: Any, teacher: Any, batch: Batch) -> dict[str, float]:
@@ -378,6 +383,7 @@ def test_a_term_cannot_take_a_column_of_the_engine(place: Path, monkeypatch: pyt
         ("wobble", "`after_step` gives 'wobble' a value"),
         ("buffer", "The method makes or changes seen in its first step, so that it could not resume"),
         ("optimiser", "`own_optimizers` has one called 'main'"),
+        ("shape", "`losses` gives a term 'wobble' that is not a tensor of one value"),
     ],
 )
 def test_a_method_takes_no_place_of_the_engine(
@@ -386,6 +392,24 @@ def test_a_method_takes_no_place_of_the_engine(
     broken(monkeypatch, fault)
     with pytest.raises(ConfigError, match=sentence):
         run_cell(student_cell("none"), load(place), place)
+
+
+def test_an_error_of_a_method_has_its_line() -> None:
+    file = ROOT / "baselines" / "new.py"
+    inside: dict[str, Any] = {"torch": torch}
+    exec(compile("def losses():\n    return torch.zeros(2, 3) @ torch.ones(2)\n", file, "exec"), inside)
+    with pytest.raises(RuntimeError) as caught:
+        inside["losses"]()
+    assert re.fullmatch(r"RuntimeError: .+ \(baselines/new\.py, line 2\)", reason(caught.value))
+    assert reason(ConfigError("One\nsentence.")) == "One sentence."
+
+
+def test_a_term_without_gradient_is_told(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken(monkeypatch, "constant")
+    run_cell(student_cell("none"), load(place), place)
+    assert "no gradient comes from the term 'wobble'" in caplog.text and "'task'" not in caplog.text
 
 
 def test_an_unknown_tap_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

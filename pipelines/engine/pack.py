@@ -33,7 +33,7 @@ from pipelines.engine.seeds import derive
 from pipelines.engine.teacher import Teacher, checked_teacher, forget_teacher, state_sha256
 from pipelines.engine.train import Told, Trainee, auxiliary_weight, silent, train
 from pipelines.method import TAPS, Distiller, MethodConfig, Shapes
-from pipelines.methods import configured, method_class
+from pipelines.methods import configured, method_class, reason
 from pipelines.networks import SegmentationNetwork, flops, load_encoder, tap_shapes
 from pipelines.runs import records
 from pipelines.runs.confusion import summary
@@ -146,7 +146,10 @@ def prepare(
                 f"{', '.join(TAPS)}."
             )
         if absent := sorted(set(wanted) - set(have)):
-            raise ConfigError(f"{cell.method} asks the {role} for {absent[0]}, which that network has not.")
+            raise ConfigError(
+                f"{cell.method} asks the {role} for {absent[0]}, which that network has not: let `__init__` "
+                "look for it in the shapes that it is given, or give the training an `auxiliary_weight`."
+            )
     if method.teacher_taps and teacher is None:
         raise ConfigError(f"The method of {cell.path} asks for a teacher, and {cell.benchmark} has none.")
     used = teacher if method.teacher_taps else None
@@ -350,9 +353,8 @@ def _noting(cell: Cell, failures: dict[Cell, Exception | None]) -> Iterator[None
 
 def _leave_note(cell: Cell, failure: Exception, root: Path) -> None:
     """Whatever stopped a cell, the tables say so."""
-    reason = str(failure) if isinstance(failure, ConfigError) else f"{type(failure).__name__}: {failure}"
     with contextlib.suppress(OSError):  # of a full disk, say: the error itself is the message then
-        files.write_bytes(records.failure_note(cell, root), f"{' '.join(reason.split())[:500]}\n".encode())
+        files.write_bytes(records.failure_note(cell, root), f"{reason(failure)[:500]}\n".encode())
 
 
 def _check_memory(data: data_folder.Stream, training: Training, benchmark: str) -> None:

@@ -27,6 +27,7 @@ from pipelines.datasets.transforms import training_batches
 from pipelines.engine import checkpoint, strict
 from pipelines.engine.seeds import derive
 from pipelines.method import AUXILIARY, Batch, Distiller, Taps
+from pipelines.methods import reason
 from pipelines.networks import SegmentationNetwork, upsample
 
 LOG_EVERY = 10  # steps that one row of the history averages
@@ -113,6 +114,8 @@ class Trainee:
         loss.backward()  # type: ignore[no-untyped-call]
         if step == 0:
             _check_gradients(self.student, self.method, self.found["main"])
+            for name in (name for name, term in terms.items() if not term.requires_grad):
+                log.warning("%s: no gradient comes from the term %r in the first step.", self.label, name)
         self.found["main"].step()
         with strict.deterministic():
             extra = self.method.after_step({name: tap.detach() for name, tap in taps.items()}, seen, batch)
@@ -302,7 +305,7 @@ def _guard(trainee: Trainee, act: Callable[..., object], *arguments: Any) -> Non
         act(*arguments)
     except Exception as error:
         trainee.failure = error
-        log.error("%s failed: %s", trainee.label, " ".join(str(error).split())[:300])
+        log.error("%s failed: %s", trainee.label, reason(error)[:400])
         if not isinstance(error, ConfigError):
             log.debug("%s", trainee.label, exc_info=error)
         traceback.clear_frames(error.__traceback__)
@@ -324,6 +327,11 @@ def terms_of(
     if AUXILIARY in output:
         terms[AUXILIARY] = auxiliary_weight(training, recipe) * cross_entropy(output[AUXILIARY], batch)
     own = method.losses(taps, teacher, batch)
+    if wrong := [name for name, term in own.items() if not (isinstance(term, Tensor) and term.ndim == 0)]:
+        raise ConfigError(
+            f"`losses` gives a term {wrong[0]!r} that is not a tensor of one value, without dimensions: take "
+            "its mean or its sum."
+        )
     if taken := sorted(set(own) & ENGINE_COLUMNS):
         raise ConfigError(f"The method calls a term {taken[0]!r}, a name that the engine uses: rename it.")
     return terms | own, taps
