@@ -894,6 +894,20 @@ def test_runs_follow_the_records(root: Path) -> None:
     assert all(run.info.artifact_uri.startswith(root.as_uri()) for run in runs(root))
 
 
+@pytest.mark.parametrize(("name", "usable"), [("why?", False), ("100%25", False), ("#1 ü", True)])
+def test_no_store_is_made_outside_of_the_checkout(
+    name: str, usable: bool, done: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    params, odd = make_params(), tmp_path / name
+    shutil.copytree(done / "runs", odd / "runs")
+    found = report.finished(params, odd)
+    frames = tracking.collect(odd, found)
+    assert [len(frame) for frame in frames.values()] == [len(own) for own in found.values()]
+    assert [*tmp_path.iterdir()] == [odd]
+    assert usable == ("takes no ? or % in the path" not in caplog.text)
+    assert not usable or len(runs(odd)) == sum(map(len, found.values()))
+
+
 def test_the_tables_do_not_depend_on_the_store(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = texts(root)
     (root / "mlflow.db").unlink()
@@ -1194,6 +1208,9 @@ def test_ranks_need_two_blocks_and_rank_what_all_have(done: Path, tmp_path: Path
     assert "the ranking could tell no methods apart" in text  # 3 ranks differ by 2 at most
     assert "only 2 blocks for 3 methods" in text
     assert (tmp_path / "reports/ranks.png").is_file()
+    shutil.rmtree(tmp_path / "runs/camvid-small")
+    write_texts(tmp_path)
+    assert not [*(tmp_path / "reports").glob("ranks.*")]
 
 
 def test_every_figure_names_the_records_it_was_drawn_from(done: Path, tmp_path: Path) -> None:

@@ -126,7 +126,10 @@ def uri(root: Path) -> str:
 
 
 def connect(root: Path) -> MlflowClient:
-    """A client of the store of this checkout, which is created when there is none."""
+    """A client of the store of this checkout, which is created when there is none. ValueError where the path
+    means something else in an address."""
+    if {"?", "%"} & {*str(root.resolve())}:
+        raise ValueError("its address takes no ? or % in the path of the checkout")
     files.probe(root.resolve() / "mlflow.db")
     return _client(uri(root))
 
