@@ -192,7 +192,7 @@ def test_missing_truncated_and_altered_files_are_named(root):
     Image.fromarray(pixels).save(label)
     said = (
         r"missing: train/00001.png; truncated: train/00002.png; altered: trainannot/00003.png"
-        r".*suite.benchmarks and run `make repro`"
+        r".*Delete .* and run `python -m pipelines.stages.fetch --benchmark "
     )
     for use in (lambda: folder.load(root, "train"), lambda: folder.check(root)):
         with pytest.raises(ConfigError, match=said):
@@ -219,7 +219,7 @@ def test_absent_or_damaged_description(root, content):
         (root / "dataset.json").unlink()
     else:
         (root / "dataset.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"dataset.json .*suite.benchmarks and run `make repro`"):
+    with pytest.raises(ConfigError, match=r"dataset.json .*`python -m pipelines.stages.fetch --benchmark "):
         folder.load(root, "train")
 
 

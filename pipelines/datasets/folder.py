@@ -207,8 +207,8 @@ def describe(root: Path) -> Description:
         content = (root / DESCRIPTION).read_bytes()
     except OSError:
         raise ConfigError(
-            f"There is no data in {_place(root)}: {DESCRIPTION} is missing. Put {_benchmark(root)} into "
-            "suite.benchmarks and run `make repro`; a folder without it has to be deleted before."
+            f"There is no data in {_place(root)}: {DESCRIPTION} is missing. Run `python -m "
+            f"pipelines.stages.fetch --benchmark {_benchmark(root)}` in .venv, or delete a folder without it."
         ) from None
     try:
         found = READ.validate_python({**json.loads(content), "sha256": sha256(content)})
@@ -535,4 +535,5 @@ def _benchmark(root: Path) -> str:
 
 
 def _remedy(root: Path) -> str:
-    return f"Delete {_place(root)}, put {_benchmark(root)} into suite.benchmarks and run `make repro`."
+    fetch = f"python -m pipelines.stages.fetch --benchmark {_benchmark(root)}"
+    return f"Delete {_place(root)} and run `{fetch}` in .venv."
