@@ -1004,20 +1004,26 @@ def test_cells_of_other_data_or_another_teacher_are_left_out(done: Path, tmp_pat
 
 def test_readme_block(done: Path) -> None:
     text = (done / "README.md").read_text(encoding="utf-8")
-    assert text.startswith(
-        "# A\n<!-- results:begin -->\nOn streets with psp\\_net-r18 (2 or 3 seeds), 3 of 3 methods are better"
-    )
+    assert text.startswith("# A\n<!-- results:begin -->\n| benchmark | student | seeds | better / worse")
     assert text.endswith("<!-- results:end -->\nafter\n")
     assert "\nold\n" not in text
     acfd = row(done, "acfd")
     assert f"| acfd | {float(acfd['miou_mean']):.2f} ± {float(acfd['miou_sd']):.2f} (n = 3) |" in text
     best = max(table(done, "comparison"), key=lambda line: float(line["miou_mean"]))
-    assert f"The largest mean gain is that of {best['method']}, {float(best['diff_mean']):+.2f} " in text
-    assert "trains for 300 steps of 4 images" in text
-    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
+    equal = [verdict for line in table(done, "comparison") if (verdict := line["equal_verdict"])]
+    ahead = equal.count("gain")
+    alone, longer = (float(row(done, name)["miou_mean"]) for name in ("none", "none ×2"))
+    assert (
+        "| [streets](reports/streets/comparison.md) | psp\\_net-r18, random weights, 300 steps | 2 or 3 "
+        f"| 3 / 0 of 3 | {ahead} / 0 of {len(equal)} | {best['method']} {float(best['diff_mean']):+.2f} "
+        in text
+    )
+    assert f"| {alone:.2f} → {longer:.2f} (×2) |" in text
+    table_of_methods = text[text.index("| method |") :]
+    rows = [line.split(" | ")[0] for line in table_of_methods.splitlines() if line.startswith("| ")]
     wanted = sorted(table(done, "comparison"), key=lambda line: -float(line["miou_mean"]))
     assert rows == ["| method", *(f"| {line['method']}" for line in wanted if line["method"] != "none ×1.5")]
-    assert "Not finished: 1 of 6 rows lack trainings." in text
+    assert "Not finished: on streets, psp\\_net-r18, 1 of 6 rows lack trainings." in text
     for part in text.split("](")[1:]:
         assert (done / part.split(")")[0]).is_file() or part.startswith("docs/tables.md#comparison")
 
@@ -1033,14 +1039,14 @@ def test_the_readme_shows_eight_rows_of_the_benchmark_of_tuning(done: Path, tmp_
     assert text.startswith("Not known yet: no results of `camvid-half` have been committed.")
     found = read(done, params)
     text = readme.block([found], params)  # of the first that there is
-    assert text.count("\n| ") == 1 + readme.ROWS and "8 of 14 rows" in text
+    assert (
+        text.count("\n| ") == 2 + readme.ROWS and text.startswith("| benchmark |") and "8 of 14 rows" in text
+    )
     assert "| none |" in text and "| acfd |" in text and "9 of 14 rows lack trainings" in text
     every = [replace(found, benchmark="other"), replace(found, benchmark="camvid-half")]
     text = readme.block(every, params)
-    assert text.index("- On camvid-half with") < text.index("- On other with")
-    assert (
-        "[All rows](reports/other/comparison.md)." in text and "](reports/camvid-half/comparison.md)" in text
-    )
+    first, second = (f"\n| [{name}](reports/{name}/comparison.md) |" for name in ("camvid-half", "other"))
+    assert 0 < text.index(first) < text.index(second)
     assert text.count("Better and worse mean") == 1  # what holds for all stands there once
 
 
@@ -1055,7 +1061,7 @@ def test_a_row_whose_later_training_failed_lacks_none(root: Path) -> None:
     write_bytes(note, b"It stopped.\n")
     results = read(root)
     assert results.status(STUDENT, "cwd").startswith("3 of 3; seed 1: an earlier record")
-    assert answer.outcome(results, STUDENT).endswith("Not finished: 1 of 6 rows lack trainings.")  # kd
+    assert answer.lacking(results, STUDENT).endswith(", 1 of 6 rows lack trainings.")  # kd
 
 
 def test_a_status_is_no_number(done: Path) -> None:
@@ -1097,8 +1103,8 @@ def test_an_easy_seed_alone_makes_no_largest_gain(done: Path) -> None:
     kd = results.cells["method"] == "kd"
     cells = results.cells[~kd | (results.cells["seed"] == 0)].copy()
     cells.loc[cells["method"] == "kd", "test/miou"] += 50.0
-    text = answer.outcome(replace(results, cells=cells), STUDENT)
-    assert f"The largest mean gain is that of {results.label(best)}, " in text
+    row = answer.row(replace(results, cells=cells), STUDENT)
+    assert row[answer.COLUMNS.index("largest mean gain")].startswith(f"{results.label(best)} +")
 
 
 def test_what_compute_leaves_out_is_said(done: Path) -> None:
@@ -1186,7 +1192,7 @@ def test_a_benchmark_that_the_suite_does_not_run_has_its_own_students_and_seeds(
         update={"benchmark": "streets", "student": STUDENT, "methods": ["kd", "cwd"]}
     )
     text = readme.block([found], elsewhere.model_copy(update={"tuning": tuned}))
-    assert "1 method has been trained with one seed" in text and "Not trained yet: cwd." in text
+    assert " | 1 | – | – | – |" in text and "Not trained yet: cwd." in text
 
 
 def test_ranks_need_two_blocks_and_rank_what_all_have(done: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from pipelines.reports import conditions, statistics
 from pipelines.reports.results import COMPUTE, FEWEST, SCORE, Results, Standing
-from pipelines.reports.table import between
+from pipelines.reports.table import between, number
 
 
 def sentences(results: Results, student: str) -> list[str]:
@@ -136,65 +136,87 @@ def longer(results: Results, student: str) -> list[str]:
     return [f"The student alone scores {plain:.2f}; trained for {named(parts)}, by the means.{end}"]
 
 
-def outcome(results: Results, student: str) -> str:
-    """Whether distillation helps on one benchmark and student, in one or two sentences, and whether all has
-    run."""
-    tested, reference = _tested(results, student), results.reference
-    place = f"{results.benchmark} with {student}"
-    rows = results.rows(student)
-    lacking = sum(not results.by_seed(student, m).keys() >= {*results.seeds.get(student, ())} for m in rows)
-    rest = f" Not finished: {lacking} of {len(rows)} rows lack trainings." if lacking else ""
-    if not tested:
-        return f"On {place}, no method has finished beside {reference} yet.{rest}"
-    several = [m for m in tested if tested[m].gain.paired.n > 1]
-    best = max(several or tested, key=lambda m: tested[m].gain.paired.mean or 0.0)
-    gain = tested[best].gain
-    if not several:
-        return (
-            f"Not known yet. On {place}, {len(tested)} method{'s have' if len(tested) > 1 else ' has'} been "
-            "trained with one seed, and one seed cannot say how far another would move a score. The largest "
-            f"gain is that of {results.label(best)}, {gain.paired.mean:+.2f}.{rest}"
-        )
-    seeds = " or ".join(str(n) for n in sorted({s.gain.paired.n for s in tested.values()}))
-    verdicts = [s.gain.verdict for s in tested.values()]
-    equal = [s.equal.verdict for s in tested.values() if s.equal.verdict]
-    better, worse = verdicts.count("gain"), verdicts.count("loss")
-    ahead, behind = equal.count("gain"), equal.count("loss")
-    reasons = dict.fromkeys(s.why for s in tested.values() if not s.equal.verdict and s.why)
-    unknown = f" ({len(tested) - len(equal)} not compared: {'; '.join(reasons)})" if equal and reasons else ""
-    return (
-        f"On {place} ({seeds} seeds), {better} of {len(tested)} methods {_are(better)} better than the "
-        f"student trained alone for the same steps and {worse} {_are(worse)} worse; at the same compute "
-        f"{ahead} of {len(equal)} {_are(ahead)} better and {behind} worse{unknown}. The largest mean gain is "
-        f"that of {results.label(best)}, {gain.paired.mean:+.2f} {between(gain.over_seeds)}.{rest}"
-    )
+def row(results: Results, student: str) -> list[str]:
+    """The answer for a student as a row of ``COLUMNS``."""
+    alone, tested = results.mean(student, results.reference), _tested(results, student)
+    several = {m: stand for m, stand in tested.items() if stand.gain.paired.n > 1}  # one seed decides nothing
+
+    def counted(which: str) -> str:
+        words = [word for stand in several.values() if (word := getattr(stand, which).verdict)]
+        return f"{words.count('gain')} / {words.count('loss')} of {len(words)}" if words else "–"
+
+    best = max(several, key=lambda m: several[m].gain.paired.mean or 0.0, default=None)
+    gain = several[best].gain if best else None
+    longest = max(results.controls.items(), key=lambda pair: pair[1], default=("", 0.0))
+    more = results.mean(student, longest[0])
+    return [
+        f"{student}, {conditions.begins(results, student)}",
+        " or ".join(str(n) for n in sorted({stand.gain.paired.n for stand in tested.values()})) or "–",
+        counted("gain"),
+        counted("equal"),
+        f"{results.label(best)} {gain.paired.mean:+.2f} {between(gain.over_seeds)}" if best and gain else "–",
+        number(alone, ".2f") + ("" if more is None else f" → {more:.2f} (×{longest[1]:g})"),
+        number(results.teacher(SCORE), ".2f"),
+    ]
+
+
+COLUMNS = (
+    "student",
+    "seeds",
+    "better / worse, equal steps",
+    "better / worse, equal compute",
+    "largest mean gain",
+    "student alone → longer",
+    "teacher",
+)
+
+
+def lacking(results: Results, student: str) -> str:
+    """Whether all that was asked for has run; nothing where it has."""
+    rows, seeds = results.rows(student), {*results.seeds.get(student, ())}
+    short = sum(not results.by_seed(student, m).keys() >= seeds for m in rows)
+    place = f"{results.benchmark}, {student}"
+    return f"Not finished: on {place}, {short} of {len(rows)} rows lack trainings." if short else ""
 
 
 def caveats(results: Results, students: Sequence[str]) -> list[str]:
-    """How sure the outcomes for ``students`` are, and after what training: sentences."""
-    found = []
+    """How sure the answers for ``students`` are, and what they do not say: sentences."""
+    joint, few, rising = list[str](), list[str](), list[str]()
     for student in students:
         tested = _tested(results, student)
-        if not any(s.gain.paired.n > 1 for s in tested.values()):
+        if not any(stand.gain.paired.n > 1 for stand in tested.values()):
             continue
-        least = statistics.smallest_p(max(s.gain.paired.n for s in tested.values()))
-        joint = sum(_above(stand) for stand in tested.values())
+        least = statistics.smallest_p(max(stand.gain.paired.n for stand in tested.values()))
+        if least > conditions.ALPHA:
+            few.append(
+                f"With {student} this is exploratory: with so few seeds no sign-flip test could reach "
+                f"p < {conditions.ALPHA:g} (smallest possible: {least:.2g})."
+            )
+        else:
+            joint.append(f"{sum(map(_above, tested.values()))} of {len(tested)} with {student}")
+        if any(results.gain(student, longer).verdict == "gain" for longer in results.controls):
+            rising.append(student)
+    if not (joint or few):
+        return []
+    found = [
+        "Better and worse mean that two 95 % intervals exclude 0, one over seeds and one over "
+        f"{results.units}, without correction for the number of methods."
+    ]
+    if joint:
         found.append(
-            f"With {student}, {joint} of {len(tested)} {_are(joint)} better at equal steps by the max-T "
-            "test, which corrects for testing them all."
-            if least <= conditions.ALPHA
-            else f"With {student} this is exploratory: with so few seeds no sign-flip test could reach "
-            f"p < {conditions.ALPHA:g} (smallest possible: {least:.2g})."
+            "By the max-T test, which corrects for testing them all, better at equal steps are "
+            f"{named(joint)}."
         )
-    if found:
-        meaning = "Better and worse mean that two 95 % intervals exclude 0, one over seeds and one over "
-        found.insert(0, f"{meaning}{results.units}, without correction for the number of methods.")
-        found.append(_uncounted(results, students))
-        if results.trials:
-            tried = conditions.trials(results)
-            found.append(f"The loss weights come from {tried}: worse means worse with these.")
-    if schedules := [text for student in students if (text := conditions.schedule(results, student))]:
-        found += [*schedules, "A gain after so few steps may mean faster learning, not a better final score."]
+    found += [*few, _uncounted(results, students)]
+    if results.trials:
+        found.append(
+            f"The loss weights come from {conditions.trials(results)}: worse means worse with these."
+        )
+    if rising:
+        found.append(
+            f"Trained longer, {named(rising)} alone still {'gain' if len(rising) > 1 else 'gains'}: what a "
+            "method gains here may be faster learning, and says nothing about a student that has converged."
+        )
     return found
 
 
@@ -212,7 +234,3 @@ def _above(stand: Standing) -> bool:
 def named(names: Sequence[str]) -> str:
     """``a, b and c``."""
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
-
-
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"

@@ -175,6 +175,14 @@ def schedule(results: Results, student: str) -> str:
     )
 
 
+def begins(results: Results, student: str) -> str:
+    """From which weights a student starts, and for how many steps it trains; nothing without a record."""
+    for record in results.finished:
+        if record.cell.student == student and record.cell.method not in results.controls:
+            return f"{_start(record.run)} weights, {record.run['steps']} steps"
+    return "not trained"
+
+
 def _start(run: Mapping[str, Any]) -> str:
     return "random" if run["config"]["network"]["weights"] is None else "ImageNet"
 

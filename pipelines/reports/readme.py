@@ -55,13 +55,22 @@ def block(every: Sequence[Results], params: Params, root: Path = ROOT) -> str:
     folder = f"reports/{results.benchmark}"
     ordered = [student, *(name for name in students if name != student)]
     others = [found for found in every if found is not results]
-    outcomes = [escape_markdown(answer.outcome(results, name)) for name in ordered]
-    outcomes += [
-        f"{escape_markdown(answer.outcome(found, name))} [All rows](reports/{found.benchmark}/comparison.md)."
-        for found in others
-        for name in found.students
+    lines = [
+        f"| benchmark | {' | '.join(answer.COLUMNS)} |",
+        f"|---|---|{'--:|' * (len(answer.COLUMNS) - 1)}",
     ]
-    lines = [*(f"- {text}" for text in outcomes), ""] if len(outcomes) > 1 else [*outcomes, ""]
+    each = [(results, name) for name in ordered] + [(own, name) for own in others for name in own.students]
+    for found, name in each:
+        cells = " | ".join(map(escape_markdown, answer.row(found, name)))
+        lines.append(f"| [{found.benchmark}](reports/{found.benchmark}/comparison.md) | {cells} |")
+    lines += [
+        "",
+        "Of the methods, how many are better and how many are worse than the student alone trained for the "
+        "same steps, and than the student alone trained with the same compute. The last three columns are in "
+        "points of test mIoU.",
+        "",
+    ]
+    lines += [f"{escape_markdown(text)}\n" for found, name in each if (text := answer.lacking(found, name))]
     tuned = params.tuning.methods if results.benchmark == wanted else []
     if left := [results.label(m) for m in tuned if not results.by_seed(student, m)]:
         lines += [f"Not trained yet: {escape_markdown(', '.join(left))}.", ""]
@@ -89,16 +98,16 @@ def block(every: Sequence[Results], params: Params, root: Path = ROOT) -> str:
         f"*Mean gain against the FLOPs of the training, both relative to {results.reference}; dotted: the "
         "student alone, trained longer.*",
     ]
+    lines += ["", "What these numbers say, and what they do not:", ""]
     said = answer.caveats(results, ordered)
-    lines += ["", escape_markdown(" ".join(said))] if said else []
     for found in others:
-        more = [text for name in found.students for text in answer.longer(found, name)]
-        more += [text for text in answer.caveats(found, found.students) if text not in said]
-        lines += ["", escape_markdown(f"{found.benchmark}: {' '.join(more)}")] if more else []
+        if more := [text for text in answer.caveats(found, found.students) if text not in said]:
+            said.append(f"{found.benchmark}: {' '.join(more)}")
     if (root / published.FILE).is_file():
         known = published.load(root / published.FILE)
         told = (claims.paper(known, every, params), orders.sentence(orders.orders(known, every)))
-        lines += [line for text in told if text for line in ("", escape_markdown(text))]
+        said += [text for text in told if text]
+    lines += [f"- {escape_markdown(text)}" for text in said]
     return "\n".join(lines)
 
 
