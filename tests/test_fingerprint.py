@@ -322,6 +322,14 @@ def test_where_the_files_of_a_data_set_lie_moves_nothing() -> None:
     assert [fingerprint(load(raw), cell, DATA, TEACHER) for cell in cells] == before
     raw["benchmarks"]["camvid-half"]["data"]["size"] = [90, 120]
     assert not set(before) & {fingerprint(load(raw), cell, DATA, TEACHER) for cell in cells}
+    own = {"dataset": "custom", "images": "a", "labels": "b", "classes": {"x": [0, 0, 0], "y": [9, 9, 9]}}
+    own |= {"splits": dict.fromkeys(("train", "val", "test"), "list.txt"), "ignore_index": 255, "size": None}
+    found = set()
+    for images, colour in (("a", 0), ("./a/", 0), ("a", 1)):
+        raw["benchmarks"]["camvid-half"]["data"] = own | {"images": images}
+        own["classes"]["x"][0] = colour
+        found.add(fingerprint(load(raw), cells[0], DATA, TEACHER))
+    assert len(found) == 2  # another spelling of a path is no other, another colour is
 
 
 def test_the_network_of_the_teacher_moves_the_students() -> None:

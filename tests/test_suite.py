@@ -791,6 +791,9 @@ def test_what_is_due(place: Path) -> None:
     assert not due.train_teacher and due.cells == cells
     found = needs(params, set(), {"export@streets-pspnet-resnet18"}, place)
     assert found.fetch == ["streets"] and found.exports == [("streets", "pspnet-resnet18")]
+    told = found.told()
+    assert told[0] == "would fetch the data of streets" and len(told) == 2 + len({c.method for c in cells})
+    assert "would train streets/pspnet-resnet18/kd, 1 seed" in told and "export" in told[-1]
     shutil.rmtree(file.parent)
     due = plan.due(params, "streets", place)
     assert due.train_teacher and due.cells == cells and due.data is None
@@ -948,6 +951,23 @@ def test_a_lost_task_says_why(error: Exception, said: str, place: Path) -> None:
     assert said in (records.failure(NONE, place) or "")
 
 
+def test_a_dry_run_says_what_is_due_and_does_nothing(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    change(copy, lambda raw: raw["suite"].update(seeds=[0, 1]))
+    before = {
+        path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and ".dvc" not in path.parts
+    }
+    monkeypatch.chdir(copy)
+    with caplog.at_level("INFO"):
+        assert head.repro(argparse.Namespace(dry=True), copy) == []
+    after = {
+        path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and ".dvc" not in path.parts
+    }
+    assert after == before
+    assert "would train streets/pspnet-resnet18/kd, 1 seed." in caplog.text and "teacher" not in caplog.text
+
+
 def test_a_report_that_fails_takes_nothing_from_the_commit(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -960,7 +980,7 @@ def test_a_report_that_fails_takes_nothing_from_the_commit(
     monkeypatch.setattr(report, "report", lambda *_: 1 / 0)
     monkeypatch.chdir(copy)
     with pytest.raises(ZeroDivisionError):
-        head.repro(argparse.Namespace(), copy)
+        head.repro(argparse.Namespace(dry=False), copy)
     stages = pipeline.locked(copy)
     assert {"train_teacher@streets", "distill@streets-pspnet-resnet18-kd-0"} <= stages.keys()
     assert "report" not in stages
@@ -979,7 +999,7 @@ def test_settings_that_changed_meanwhile_are_not_those_of_what_was_trained(
     monkeypatch.setattr(head, "needs", lambda *_: Needs())
     monkeypatch.setattr(report, "report", edit)
     monkeypatch.chdir(copy)
-    head.repro(argparse.Namespace(), copy)
+    head.repro(argparse.Namespace(dry=False), copy)
     names = {name for name in pipeline.locked(copy) if "@streets-pspnet-resnet18-" in name}
     assert {name for name in names if name.startswith("distill@") and "-none-" in name}
     assert not {name for name in names if "-kd-" in name}
@@ -993,7 +1013,7 @@ def test_settings_that_are_half_written_at_the_commit_are_one_sentence(
     monkeypatch.chdir(copy)
     (copy / "dvc.lock").unlink()  # so that the report is made
     with pytest.raises(ConfigError, match=r"params\.yaml"):
-        head.repro(argparse.Namespace(), copy)
+        head.repro(argparse.Namespace(dry=False), copy)
 
 
 def test_a_student_is_exported_where_its_weights_are_or_will_be(copy: Path) -> None:

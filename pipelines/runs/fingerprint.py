@@ -19,6 +19,7 @@ from typing import Any
 from pipelines.config import PAPER, ROOT, ConfigError, Network, Params
 from pipelines.runs.records import Cell, Record
 
+PLACES = ("mirror", "images", "labels", "splits")  # of `data`: where files lie; what they hold has a sum
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -46,7 +47,7 @@ def settings(params: Params, cell: Cell) -> dict[str, Any]:
         network, training = params.student(cell.student), params.schedule(cell.benchmark, cell.method)
         method, teacher = params.method_values(cell.method), _network(params, benchmark.teacher.network)
     return {
-        "data": {**benchmark.data, **({"mirror": None} if "mirror" in benchmark.data else {})},
+        "data": {key: None if key in PLACES else value for key, value in benchmark.data.items()},
         "network": _network(params, network),
         "training": training.written(),
         "method": dict(method),

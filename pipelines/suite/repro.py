@@ -28,6 +28,7 @@ import contextlib  # noqa: E402
 import itertools  # noqa: E402
 import logging  # noqa: E402
 import time  # noqa: E402
+from collections import Counter  # noqa: E402
 from collections.abc import Callable, Collection, Iterator  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -71,6 +72,20 @@ class Needs:
     @property
     def any(self) -> bool:
         return bool(self.weights or self.count or self.fetch or self.due or self.exports)
+
+    def told(self) -> list[str]:
+        """What would be done, a line each."""
+        lines = [f"would fetch the encoder weights {name}" for name in self.weights]
+        lines += [f"would fetch the data of {name}" for name in self.fetch]
+        for name, due in self.due.items():
+            lines += [f"would train the teacher of {name}"] if due.train_teacher else []
+            rows = Counter(f"{cell.student}/{cell.method}" for cell in due.cells)
+            lines += [
+                f"would train {name}/{row}, {count} seed{'s' * (count > 1)}" for row, count in rows.items()
+            ]
+        lines += [f"would measure the export of {student} of {name}" for name, student in self.exports]
+        lines += ["would count networks and methods"] if self.count else []
+        return lines or ["nothing is to be done but the report, if that"]
 
 
 def needs(params: Params, changed: set[str], stages: Collection[str], root: Path = ROOT) -> Needs:
@@ -363,6 +378,10 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
     pipeline = dvc.Pipeline(root)
     changed = pipeline.changed()
     needed = needs(params, changed, pipeline.stages, root)
+    if options.dry:
+        for line in needed.told():
+            log.info("%s.", line)
+        return []
     failed, broken = list[str](), set[str]()
     if needed.any:
         suite = run(options, params, needed, root)
@@ -458,6 +477,7 @@ def main() -> None:
     parser.add_argument(
         "--dashboard", action="store_true", help="start Dask's dashboard and print its address"
     )
+    parser.add_argument("--dry", action="store_true", help="say what would be done, and do nothing")
     options = parser.parse_args()
     if cluster.some(options.jobs) is None and options.cluster:
         raise ConfigError(
