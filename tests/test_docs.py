@@ -37,6 +37,7 @@ ELSEWHERE = {
     r"make repro (SCHEDULER|JOBS)=.*|(?:CUDA_VISIBLE_DEVICES=0 )?dask .*|cd /shared/checkout.*": (
         "tests/test_suite.py: def test_a_running_cluster_gives_the_bytes_of_a_serial_run"
     ),
+    r"make repro DRY=1": "tests/test_suite.py: def test_a_dry_run_says_what_is_due_and_does_nothing",
     r"make repro (CLUSTER|DASHBOARD)=.*": (
         "tests/test_suite.py: def test_a_cluster_that_is_not_there_is_one_sentence"
     ),
