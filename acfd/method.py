@@ -13,8 +13,8 @@ t_c = channel c of the student's and the teacher's map, over the positions:
     L_CSD = tau² * mean over images and classes of v_c KL(p_t || p_s),
             p = softmax over positions of the logits of class c / tau
 
-w_c is small for a channel that resembles many others, v_c is the teacher's peak probability of class c; both
-have mean 1.
+w_c is small for a hub, a channel that others resemble more than they resemble each other; v_c is the
+teacher's peak probability of class c; both have mean 1.
 
 A component with weight 0 is not computed, its taps are not asked for and its adapters are not built. All
 adapters are for training only.

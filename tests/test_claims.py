@@ -497,7 +497,7 @@ def test_an_order_is_set_beside_that_of_a_published_table(tmp_path: Path) -> Non
     assert order.rho == pytest.approx(rho)
     assert order.interval.low == pytest.approx(np.tanh(np.arctanh(rho) - half), abs=1e-6)
     assert order.interval.high == pytest.approx(np.tanh(np.arctanh(rho) + half), abs=1e-6)
-    assert "Against 1 published table of 5 methods or more (from 1 source; 0 with" in orders.sentence([order])
+    assert "Against 1 published table of 5 methods or more (from 1 source; in 0" in orders.sentence([order])
     assert order.others == []
     alike = [results({m: [1.0] * 4 for m in methods})]
     assert orders.orders(found, alike) == []  # an order of equal scores is none
@@ -523,7 +523,7 @@ def test_rows_of_another_loss_are_marked_in_an_order(tmp_path: Path) -> None:
     found = orders.orders(make_claims(tmp_path, change), [own])
     assert found[0].others == ["skd", "cwd"]  # of at all terms run
     assert "kd, skd*, cwd*, at, ifvd" in "".join(orders.table(found).markdown).replace("\\", "")
-    assert "(from 1 source; 1 with other losses" in orders.sentence(found)
+    assert "(from 1 source; in 1 some methods have another loss" in orders.sentence(found)
 
 
 def test_an_order_compares_the_seeds_that_rows_share(tmp_path: Path) -> None:
@@ -562,7 +562,8 @@ def test_sentences_count_the_verdicts_and_name_what_is_seen(
         "Of 5 published accuracies of the methods of this suite (5 of them state a gain): 1 reproduced, "
         "1 not reproduced, 1 undecided, 2 not comparable, 0 not run. " + reason,
         "acfd's +5.79 (unit not stated) can be neither confirmed nor refuted here (data set not stated; unit "
-        "of the gain not stated). The suite's reading of acfd gains +1.00 (n = 1) on roads, small.",
+        "of the gain not stated). The suite's reading of acfd changes test mIoU by +1.00 (n = 1) on roads, "
+        "small.",
         "acfd's unchanged inference cost: reproduced (it holds by construction, as adapters are dropped: "
         "equal on roads, small: 12,000,000 parameters, 3,000,000,000 FLOPs).",
         "A clear gain over the student alone is seen here, at equal steps, for kd on roads, "
@@ -572,7 +573,10 @@ def test_sentences_count_the_verdicts_and_name_what_is_seen(
     ]
     four = [results({"acfd-full": [4.0, 5.0, 6.0, 7.0]}), replace(every[0], benchmark="lanes")]
     own = claims.sentences(found, claims.judge_all(found, four, params), four, params)[1]
-    assert "gains +5.50 (+3.45 to +7.55, n = 4) on roads, small; +1.00 (n = 1) on lanes, small." in own
+    assert (
+        "changes test mIoU by +5.50 (+3.45 to +7.55, n = 4) on roads, small; +1.00 (n = 1) on lanes, small."
+        in own
+    )
     assert own.endswith("Taken as points of mIoU, +5.79 lies within the interval of small.")
     twice = [four[0], replace(four[0], benchmark="lanes")]
     own = claims.sentences(found, claims.judge_all(found, twice, params), twice, params)[1]

@@ -85,6 +85,6 @@ def test_every_method_of_params_yaml_runs(published: Path) -> None:
     assert before.items() < scores(published).items()
     rows = comparison(published)
     methods = [key for key in read_params(published)["methods"] if key != "none"]
-    assert {*methods, "kd (official weight)"} <= set(rows)
-    assert {rows[name]["status"] for name in (*methods, "kd (official weight)")} == {"complete"}
+    assert {*methods, "kd (authors' weight)"} <= set(rows)
+    assert {rows[name]["status"] for name in (*methods, "kd (authors' weight)")} == {"complete"}
     assert due(published) == set() and not json.loads(run_dvc(published, "status", "--json").stdout)

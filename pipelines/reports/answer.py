@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pipelines.config import TEACHER
 from pipelines.reports import conditions, statistics
 from pipelines.reports.results import COMPUTE, FEWEST, SCORE, Results, Standing
 from pipelines.reports.table import between, number
+
+PARAMETERS = "student/parameters"
 
 
 def sentences(results: Results, student: str) -> list[str]:
@@ -103,18 +106,20 @@ def _at_equal_compute(
     )
 
 
-def _uncounted(results: Results, students: Sequence[str]) -> str:
+def _uncounted(results: Results, students: Sequence[str], again: bool = False) -> str:
     """What the compute of a method does not contain, in one sentence; nothing without a record."""
     taught, parts = results.teacher(COMPUTE), []
     for student in students:
         alone = results.mean(student, results.reference, COMPUTE)
         if taught is not None and alone is not None:
             parts.append(f"{taught / alone:.1f} times that of {student} alone")
+    if not parts:
+        return ""
+    if again:
+        return f"The teacher's training, not in the compute of a method, takes {', '.join(parts)}."
     return (
-        f"A method's compute has the teacher's forward passes in it, but neither the teacher's training "
+        "A method's compute has the teacher's forward passes in it, but neither the teacher's training "
         f"({', '.join(parts)}) nor the search for its loss weights."
-        if parts
-        else ""
     )
 
 
@@ -179,9 +184,38 @@ def lacking(results: Results, student: str) -> str:
     return f"Not finished: on {place}, {short} of {len(rows)} rows lack trainings." if short else ""
 
 
-def caveats(results: Results, students: Sequence[str]) -> list[str]:
-    """How sure the answers for ``students`` are, and what they do not say: sentences."""
-    joint, few, rising = list[str](), list[str](), list[str]()
+def headline(every: Sequence[tuple[Results, str]]) -> str:
+    """Does distillation help? In a sentence for students that start from ImageNet weights and one for those
+    that start from random ones, and what longer training does instead."""
+    found: dict[str, list[str]] = {}
+    ahead = longer = 0
+    for results, student in every:
+        several = {m: s for m, s in _tested(results, student).items() if s.gain.paired.n > 1}
+        if not several:
+            continue
+        better = sum(stand.gain.verdict == "gain" for stand in several.values())
+        start = conditions.begins(results, student).split(" weights")[0]
+        found.setdefault(start, []).append(
+            f"{better} of {len(several)} methods ({student}, {results.benchmark})"
+        )
+        if known := [own for m in results.controls if (own := results.mean(student, m)) is not None]:
+            longer += 1
+            ahead += max(known) > max(results.mean(student, m) or 0.0 for m in several)
+    if not found:
+        return "Not known yet: no student has finished with a method and without one, with two seeds or more."
+    parts = [f"{named(own)} where the student starts from {start} weights" for start, own in found.items()]
+    text = f"Better than the student alone at equal steps are {'; '.join(parts)}."
+    more = (
+        f" Trained longer, the student alone ends above every method, by the means, in {ahead} of {longer} "
+    )
+    return text + f"{more}case{'s' * (longer > 1)}." * (longer > 0)
+
+
+def caveats(results: Results, students: Sequence[str], again: bool = False) -> list[str]:
+    """How sure the answers for ``students`` are, and what they do not say: sentences; ``again`` without what
+    has been said of another benchmark."""
+    joint, few, rising, larger = list[str](), list[str](), list[str](), list[str]()
+    taught, pretrained = results.teacher(PARAMETERS), conditions.begins(results, TEACHER).split(" weights")[0]
     for student in students:
         tested = _tested(results, student)
         if not any(stand.gain.paired.n > 1 for stand in tested.values()):
@@ -196,28 +230,44 @@ def caveats(results: Results, students: Sequence[str]) -> list[str]:
             joint.append(f"{sum(map(_above, tested.values()))} of {len(tested)} with {student}")
         if any(results.gain(student, longer).verdict == "gain" for longer in results.controls):
             rising.append(student)
+        size = results.mean(student, results.reference, PARAMETERS)
+        start = conditions.begins(results, student).split(" weights")[0]
+        if taught and size and size > taught and start != pretrained:
+            larger.append(f"{student} ({size / 1e6:.1f} M, from {start} weights)")
     if not (joint or few):
         return []
-    found = [
-        "Better and worse mean that two 95 % intervals exclude 0, one over seeds and one over "
-        f"{results.units}, without correction for the number of methods."
-    ]
+    found = (
+        []
+        if again
+        else [
+            "Better and worse mean that two 95 % intervals exclude 0, one over seeds and one over "
+            f"{results.units}, without correction for the number of methods."
+        ]
+    )
     if joint:
         found.append(
             "By the max-T test, which corrects for testing them all, better at equal steps are "
             f"{named(joint)}."
         )
-    found += [*few, _uncounted(results, students)]
-    if results.trials:
+    found += [*few, _uncounted(results, students, again)]
+    if larger and taught:
         found.append(
-            f"The loss weights come from {conditions.trials(results)}: worse means worse with these."
+            f"The teacher ({taught / 1e6:.1f} M parameters, from {pretrained} weights) is "
+            f"smaller than {named(larger)}: what it passes on may be its pretraining, not capacity."
+        )
+    if results.trials and not again:
+        middle = sum(choice.middle for choice in results.choices.values())
+        found.append(
+            f"The loss weights come from {conditions.trials(results)}; {middle} of {len(results.choices)} "
+            f"kept the middle of their ranges. Worse means worse with these.{conditions.agreement(results)}"
         )
     if rising:
+        means = ": a gain here may be faster learning, and says nothing about a student that has converged"
         found.append(
-            f"Trained longer, {named(rising)} alone still {'gain' if len(rising) > 1 else 'gains'}: what a "
-            "method gains here may be faster learning, and says nothing about a student that has converged."
+            f"Trained longer, {named(rising)} alone still {'gain' if len(rising) > 1 else 'gains'}"
+            f"{'' if again else means}."
         )
-    return found
+    return list(filter(None, found))
 
 
 def _tested(results: Results, student: str) -> dict[str, Standing]:

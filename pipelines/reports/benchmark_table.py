@@ -105,7 +105,7 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
             # not "wall": the cells of a pack share that
             spent = sum(record.run["seconds"][part] for record in records for part in PARTS) / 3600
             devices = ", ".join(sorted({record.run["hardware"]["device"] for record in records}))
-            time = f"{spent:.1f} h of one process, measured, for {len(records)} trainings ({devices})"
+            time = f"{spent:.1f} h of one process for the {len(records)} trainings committed here ({devices})"
         elif found := speed_table.hours(name, params, root):
             time = f"{_hours(found[0])} GPU hours, from measured steps ({found[1]})"
         elif planned[name] is None:
@@ -124,33 +124,43 @@ def overview(params: Params, every: Sequence[Results], root: Path = ROOT) -> str
     if estimated:
         lines += [
             "",
-            f"{'All GPU hours' if whole else f'The hours of {listed}'} are **estimates**, from "
-            f"counted operations at {rate / 1e12:.3g} TFLOP/s ({source}). `streets` (minutes) and "
-            "`camvid-half` (hours) run on two CPU cores.",
+            f"{'All GPU hours' if whole else f'The hours of {listed}'} are **estimates**, from counted "
+            f"operations at {rate / 1e12:.3g} TFLOP/s ({source}), without evaluation and without what the "
+            "methods themselves compute. `streets` (minutes) and `camvid-half` (hours) run on two CPU cores.",
         ]
     for results in every:
         for student in results.students:
-            made = f"The results of {results.benchmark} with {student} are of this `suite`:"
-            lines += ["", made, f"`{_made_with(results, student, params)}`."]
+            made = [f"`{text}`" for text in _made_with(results, student, params)]
+            begin = f"The results of {results.benchmark} with {student} are of this `suite`:"
+            lines += ["", begin, f"{', and '.join(made)}."]
     return "\n".join(lines)
 
 
-def _made_with(results: Results, student: str, params: Params) -> str:
-    """The lists of ``suite`` that give the finished cells of a student."""
+def _made_with(results: Results, student: str, params: Params) -> list[str]:
+    """The lists of ``suite`` that give the finished cells of a student; those of an ablation with seeds of
+    its own apart."""
     cells = [record.cell for record in results.finished if record.cell.student == student]
-    done = {cell.method for cell in cells}
-    own = [m for m in results.methods if m in done - {HEADLINE, *results.controls}]
-    lists: dict[str, Sequence[Any]] = {
-        "benchmarks": [results.benchmark],
-        "students": [student],
-        "seeds": sorted({cell.seed for cell in cells}),
-        "controls": [f"{factor:g}" for key, factor in results.controls.items() if key in done],
-        "methods": [m for m in own if not m.endswith(OFFICIAL)],
-        "official": [m.removesuffix(OFFICIAL) for m in own if m.endswith(OFFICIAL)],
-        "variants": [variant(key) for key in results.variants if key in done],
-        "weights": _weights(params, student, results.benchmark),
-    }
-    return ", ".join(f"{name}: [{', '.join(map(str, values))}]" for name, values in lists.items())
+    ablation = {key for key in results.variants if key != HEADLINE}
+    blocks = [[cell for cell in cells if (cell.method in ablation) == apart] for apart in (False, True)]
+    seeds = [sorted({cell.seed for cell in block}) for block in blocks]
+    if seeds[1] in ([], seeds[0]):
+        blocks, seeds = [cells], seeds[:1]
+    texts = []
+    for block, own in zip(blocks, seeds, strict=True):
+        done = {cell.method for cell in block}
+        methods = [m for m in results.methods if m in done - {HEADLINE, *results.controls}]
+        lists: dict[str, Sequence[Any]] = {
+            "benchmarks": [results.benchmark],
+            "students": [student],
+            "seeds": own,
+            "controls": [f"{factor:g}" for key, factor in results.controls.items() if key in done],
+            "methods": [m for m in methods if not m.endswith(OFFICIAL)] or [results.reference],
+            "official": [m.removesuffix(OFFICIAL) for m in methods if m.endswith(OFFICIAL)],
+            "variants": [variant(key) for key in results.variants if key in done],
+            "weights": _weights(params, student, results.benchmark),
+        }
+        texts.append(", ".join(f"{name}: [{', '.join(map(str, values))}]" for name, values in lists.items()))
+    return texts
 
 
 def _settings(params: Params, name: str, students: Sequence[str]) -> tuple[str, list[str]]:

@@ -304,7 +304,7 @@ def _of_the_paper(claim: Claim, verdict: Verdict, every: Sequence[Results]) -> s
     if not (found := _measurements(claim.method, every)):
         return text
     named = "; ".join(f"{_measured_text(own)} on {_place(own)}" for own in found)
-    text += f" The suite's reading of {PAPER} gains {named}."
+    text += f" The suite's reading of {PAPER} changes test mIoU by {named}."
     known = [own for own in found if own.interval is not None]
     if claim.claimed is not None and known:
         once = len({own.student for own in known}) == len(known)

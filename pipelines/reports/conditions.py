@@ -39,13 +39,8 @@ def warnings(results: Results, times: bool = True) -> list[str]:
             known = len({*results.classes()} - {*results.absent("test")})
             found.append(
                 f"with every method, {student} has barely learned {', '.join(lost)} (mean IoU below "
-                f"{UNLEARNT:g} %): it is far from the end of its training. Alone, its mIoU rests on "
-                f"{known - len(alone)} of {known} classes"
-                + (
-                    "."
-                    if alone == lost
-                    else ", and a gain may say no more than that a method finds a class earlier."
-                )
+                f"{UNLEARNT:g} %): it is far from the end of its training. Alone, it has learned "
+                f"{known - len(alone)} of {known} classes."
             )
     found += [
         f"the last training of the teacher failed: {note}."
@@ -85,10 +80,15 @@ def warnings(results: Results, times: bool = True) -> list[str]:
     if times and len({kind for kinds in results.machines.values() for kind in kinds}) > 1:
         found.append("seeds ran on different machines: compare times only within a seed, as the tables do.")
     rows = {*results.methods, *results.variants}
-    if away := list(dict.fromkeys(method for _, method in results.elsewhere if method in rows)):
+    away = [
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} of {results.label(method)}"
+        for (_, method), seeds in results.elsewhere.items()
+        if method in rows
+    ]
+    if away:
         found.append(
-            f"seeds of {', '.join(map(results.label, away))} come from another kind of machine than those of "
-            f"{results.reference}: their gains hold a difference of rounding, too."
+            f"{'; '.join(dict.fromkeys(away))}: trained on another kind of machine than "
+            f"{results.reference}, so that their gains contain a difference of rounding, too."
         )
     return found
 
@@ -230,10 +230,10 @@ def tuning(results: Results) -> str:
         text += f" At an end of a range, beyond which there may be better: {', '.join(ends)}."
     if most := [results.label(m) for m, own in results.choices.items() if own.outermost and not own.at_end]:
         text += f" At the largest or smallest value tried, beyond which nothing is known: {', '.join(most)}."
-    return text + _agreement(results)
+    return text + agreement(results)
 
 
-def _agreement(results: Results) -> str:
+def agreement(results: Results) -> str:
     """Whether what scored well in the short trials of tuning scores well in the table."""
     if results.benchmark != results.tuning.benchmark:
         return ""
@@ -294,19 +294,27 @@ def significance(results: Results, student: str, methods: Sequence[str]) -> str 
         return None
 
     def below(name: str) -> str:
-        found = [results.label(m) for m, s in tested.items() if getattr(s, name) < ALPHA]
-        return f"{', '.join(found) if found else 'nothing'} below {ALPHA:g}"
+        small = {m: (s.gain.paired.mean or 0) > 0 for m, s in tested.items() if getattr(s, name) < ALPHA}
+        parts = [
+            f"{', '.join(found)} {word}"
+            for word, wanted in (("better", True), ("worse", False))
+            if (found := [results.label(m) for m, above in small.items() if above == wanted])
+        ]
+        return f"{' and '.join(parts) or 'nothing'} below {ALPHA:g}"
 
     seeds = sorted({s.gain.paired.n for s in tested.values()})
     n = seeds[-1]
-    first, least = min(1.0, len(tested) * statistics.smallest_p(n)), statistics.smallest_p(n)
+    first = min(1.0, len(tested) * statistics.smallest_p(n))
+    least = ", ".join(
+        f"{statistics.smallest_p(own):.2g}" + f" with n = {own}" * (len(seeds) > 1) for own in seeds
+    )
     how = f"smallest possible: {first:.2g}"
     if first >= ALPHA:
         how += f"; n = {statistics.seeds_needed(len(tested), ALPHA)} is needed"
     return (
         f"sign-flip tests of {len(tested)} method{'s' * (len(tested) > 1)}, n = "
         f"{' or '.join(map(str, seeds))}: {below('p_holm')} by "
-        f"Holm ({how}), {below('p_max')} by max-T (smallest possible: {least:.2g})"
+        f"Holm ({how}), {below('p_max')} by max-T (smallest possible: {least})"
     )
 
 

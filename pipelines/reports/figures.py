@@ -295,7 +295,7 @@ def _ordered(results: Results, student: str) -> list[str]:
 
 
 def _name(results: Results, method: str) -> str:
-    return results.label(method).replace("official weight", "official")
+    return results.label(method).replace("authors' weight", "authors'")
 
 
 def _margin_labels(

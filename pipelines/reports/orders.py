@@ -101,9 +101,10 @@ def sentence(found: Sequence[Order]) -> str:
     sources, others = {order.source for order in found}, sum(bool(order.others) for order in found)
     return (
         f"Does the order of the methods hold? Against {len(found)} published table{'s' * (len(found) > 1)} "
-        f"of {FEWEST} methods or more (from {len(sources)} source{'s' * (len(sources) > 1)}; "
-        f"{others} with other losses for some of the methods), Spearman's rank correlation with the means "
-        f"here lies between {low:+.2f} and {high:+.2f}; "
+        f"of {FEWEST} methods or more (from {len(sources)} source{'s' * (len(sources) > 1)}"
+        f"{', whose tables are not independent' * (len(found) > len(sources))}; in {others} some methods "
+        "have another loss than here), Spearman's rank correlation with the means here lies "
+        f"between {low:+.2f} and {high:+.2f}; "
         + (
             f"its 95 % interval lies above 0 in {agree} and below 0 in {against} of them."
             if agree or against

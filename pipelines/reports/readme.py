@@ -55,19 +55,22 @@ def block(every: Sequence[Results], params: Params, root: Path = ROOT) -> str:
     folder = f"reports/{results.benchmark}"
     ordered = [student, *(name for name in students if name != student)]
     others = [found for found in every if found is not results]
+    each = [(results, name) for name in ordered] + [(own, name) for own in others for name in own.students]
     lines = [
+        escape_markdown(answer.headline(each)),
+        "",
         f"| benchmark | {' | '.join(answer.COLUMNS)} |",
         f"|---|---|{'--:|' * (len(answer.COLUMNS) - 1)}",
     ]
-    each = [(results, name) for name in ordered] + [(own, name) for own in others for name in own.students]
     for found, name in each:
         cells = " | ".join(map(escape_markdown, answer.row(found, name)))
         lines.append(f"| [{found.benchmark}](reports/{found.benchmark}/comparison.md) | {cells} |")
     lines += [
         "",
-        "Of the methods, how many are better and how many are worse than the student alone trained for the "
-        "same steps, and than the student alone trained with the same compute. The last three columns are in "
-        "points of test mIoU.",
+        "*Better / worse*: how many methods are clearly above and below the student alone after the same "
+        "number of steps, and after the same training FLOPs (without those that need more than its longest "
+        "training). *Largest mean gain*: the best of several means, so biased upwards. In points of test "
+        "mIoU.",
         "",
     ]
     lines += [f"{escape_markdown(text)}\n" for found, name in each if (text := answer.lacking(found, name))]
@@ -87,9 +90,10 @@ def block(every: Sequence[Results], params: Params, root: Path = ROOT) -> str:
     longer = f"; ×{most:g}: trained for {most:g} times as many steps" if most else ""
     lines += [
         "",
-        f"{student}. `{results.reference}`: the student alone{longer}. ±: standard deviation over seeds; Δ: "
-        "difference in points, with its 95 % interval over seeds; ↑ better, ↓ worse: the interval over test "
-        f"images excludes 0 too. {len(order)} of {len(own)} rows, with the highest and the lowest "
+        f"{student}. `{results.reference}`: the student alone{longer}. ±: standard deviation over seeds; "
+        "rank: the places that a row may have; Δ: difference in points, with its 95 % interval over seeds; "
+        "↑ better, ↓ worse: the interval over test images excludes 0 too. "
+        f"{len(order)} of {len(own)} rows, with the highest and the lowest "
         f"by mean test mIoU. All: [comparison]({folder}/comparison.md); the terms of ACFD one by one: "
         f"[ablation]({folder}/ablation.md); [what the columns mean](docs/tables.md#comparison).",
         "",
@@ -101,7 +105,7 @@ def block(every: Sequence[Results], params: Params, root: Path = ROOT) -> str:
     lines += ["", "What these numbers say, and what they do not:", ""]
     said = answer.caveats(results, ordered)
     for found in others:
-        if more := [text for text in answer.caveats(found, found.students) if text not in said]:
+        if more := answer.caveats(found, found.students, again=True):
             said.append(f"{found.benchmark}: {' '.join(more)}")
     if (root / published.FILE).is_file():
         known = published.load(root / published.FILE)
@@ -133,7 +137,10 @@ def rules() -> str:
 def methods(params: Params, root: Path = ROOT) -> str:
     """Every method of params.yaml by the words of its own file."""
     counted = counts.read(root)["methods"]
-    lines = ["| method | what it does | compares | source | published weights |", "|---|---|---|---|---|"]
+    lines = [
+        "| method | what it does | compares | source | published loss weights |",
+        "|---|---|---|---|---|",
+    ]
     for name in params.methods:
         file = Path("baselines") / f"{name}.py"
         text = ast.get_docstring(ast.parse((root / file).read_text(encoding="utf-8"))) or ""

@@ -463,12 +463,12 @@ def gather(
 
 
 def label(method: str, controls: Mapping[str, float] | None = None) -> str:
-    """The name of a row: ``acfd``, ``none ×1.5`` for a control, ``kd (official weight)``."""
+    """The name of a row: ``acfd``, ``none ×1.5`` for a control, ``kd (authors' weight)``."""
     if controls and method in controls:
         factor = controls[method]
         return f"{method.removesuffix(f'-x{factor}')} ×{factor:g}"
     if method.endswith(OFFICIAL):
-        return f"{method.removesuffix(OFFICIAL)} (official weight)"
+        return f"{method.removesuffix(OFFICIAL)} (authors' weight)"
     return PAPER if method == HEADLINE else method
 
 

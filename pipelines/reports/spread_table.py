@@ -103,7 +103,8 @@ def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
     apart = [f"{max(found) - min(found):.2f} ({cell})" for cell, found in rounded_apart.items()]
     if apart:
         notes.append(
-            "How far apart rounding alone put the scores of a cell, over the modes and the kinds of CPU: "
+            "How far apart rounding alone put the scores of a cell of today's settings, over the modes and "
+            "the kinds of CPU: "
             f"{'; '.join(apart)}."
         )
     if any(row["mode"] == TABLES for row in data):

@@ -9,7 +9,7 @@ are made, so making them twice gives the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def ablation(results: Results) -> Table:
             scores = _score_text(row)[:-1]
             text.append([student, variant(method), ", ".join(named) or "–", *scores, row["status"]])
     columns = ["student", "variant", "terms and weights", *_score_columns(results)[:-1], "status"]
-    notes = [_lead(results), " ".join(tests)]
+    notes = [_lead(results, results.variants), " ".join(tests)]
     return Table("ablation", f"ablation of {PAPER}", data, columns, text, notes, _wide(results))
 
 
@@ -164,8 +164,9 @@ def _wide(results: Results) -> frozenset[str]:
     return frozenset({"status", *(["student"] if len(results.students) == 1 else [])})
 
 
-def _lead(results: Results) -> str:
-    """The first note: what there was to distil, and how many trainings stand behind a number."""
+def _lead(results: Results, methods: Sequence[str] = ()) -> str:
+    """The first note: what there was to distil, and how many trainings stand behind a number of the
+    ``methods``, by default those of the suite."""
     score = results.teacher(SCORE)
     leads = [
         f"over {student} {lead:+.2f}"
@@ -177,7 +178,7 @@ def _lead(results: Results) -> str:
         text = f"Teacher: {score:.2f} test mIoU; its lead on validation: {', '.join(leads)}."
     parts = []
     for student in results.students:
-        if counts := {len(results.by_seed(student, m)) for m in results.methods} - {0}:
+        if counts := {len(results.by_seed(student, m)) for m in methods or results.methods} - {0}:
             parts.append(f"{student}, {conditions.power(min(counts))}.")
     return " ".join([text, *parts]) if parts else f"{text} No cell has finished yet."
 
