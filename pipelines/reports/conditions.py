@@ -80,14 +80,14 @@ def warnings(results: Results, times: bool = True) -> list[str]:
     if times and len({kind for kinds in results.machines.values() for kind in kinds}) > 1:
         found.append("seeds ran on different machines: compare times only within a seed, as the tables do.")
     rows = {*results.methods, *results.variants}
-    away = [
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} of {results.label(method)}"
-        for (_, method), seeds in results.elsewhere.items()
-        if method in rows
-    ]
-    if away:
+    away: dict[str, list[str]] = {}
+    for (_, method), seeds in results.elsewhere.items():
+        if method in rows:
+            named = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} of"
+            away.setdefault(named, []).append(results.label(method))
+    for named, labels in away.items():
         found.append(
-            f"{'; '.join(dict.fromkeys(away))}: trained on another kind of machine than "
+            f"{named} {', '.join(dict.fromkeys(labels))}: trained on another kind of machine than "
             f"{results.reference}, so that their gains contain a difference of rounding, too."
         )
     return found
