@@ -9,6 +9,7 @@ import errno
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -83,8 +84,14 @@ def test_a_second_process_waits_and_keeps_the_record(place: Path) -> None:
     lock = Cell("streets", "pspnet-resnet18", "kd", 0).lock(place)
     while not (lock.is_file() and lock.read_text().strip()):
         time.sleep(0.05)
-    second = start()
-    (_, one), (_, two) = first.communicate(timeout=120), second.communicate(timeout=120)
+    os.kill(first.pid, signal.SIGSTOP)  # however busy this machine is, it has not ended
+    second, two = start(), ""
+    while "waiting" not in two:
+        assert (line := second.stderr.readline() if second.stderr else ""), two
+        two += line
+    os.kill(first.pid, signal.SIGCONT)
+    _, one = first.communicate(timeout=120)
+    two += second.communicate(timeout=120)[1]
     assert first.returncode == second.returncode == 0, one + two
     assert f"is being run by process {first.pid}: waiting" in two and f"`kill {first.pid}`" in two
     assert "has finished before, with exactly these inputs" in two
