@@ -289,7 +289,7 @@ def test_sixteen_bit_label(root):
 
 def test_file_that_is_no_image(root):
     (root / "test/00000.png").write_text("not a picture")
-    with pytest.raises(ConfigError, match=r"test/00000.png is not a whole PNG file"):
+    with pytest.raises(ConfigError, match=r"test/00000.png is no image that can be read"):
         redescribed(root)
 
 

@@ -41,7 +41,7 @@ def png(samples: np.ndarray, colour: int, depth: int, clear: bytes = b"") -> byt
     parts += [(b"PLTE", COLOURS[: 2**depth].tobytes())] if colour == PALETTE else []
     parts += [(b"tRNS", clear)] if clear else []
     parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    return folder.PNG_START + b"".join(chunk(*part) for part in parts)
+    return pixels.PNG_START + b"".join(chunk(*part) for part in parts)
 
 
 def shown(samples: np.ndarray, colour: int, depth: int) -> np.ndarray:

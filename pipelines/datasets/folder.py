@@ -10,15 +10,12 @@ torch before tensors are asked for.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import multiprocessing
 import os
 import re
 import reprlib
-import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -26,22 +23,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from pydantic import Field, TypeAdapter
 
 from pipelines.config import ConfigError, Positive
+from pipelines.datasets import pixels
 from pipelines.files import sha256
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 AHEAD = 2  # batches that each worker process prepares in advance
 SPLITS = ("train", "val", "test")
 IN_MEMORY = 2**30  # bytes of pixels; a set with a larger split is read from disk sample by sample
 DESCRIPTION = "dataset.json"
-PIXELS = 2**26  # of one image: a damaged header may claim any size, which would be allocated
 PART = r"[\w+@(),=-][\w+@(),=.-]*"  # of a path in a list: it does not begin with a dot
-PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"IEND\xaeB`\x82"  # the last bytes of every whole PNG file
 
 log = logging.getLogger(__name__)
@@ -244,7 +240,8 @@ def write_description(
             ) from None
         contents[path] = sha256(content)
         if path in images:
-            sizes.add(_claimed_size(content, path))
+            with _opened(content, path) as image:
+                sizes.add(image.size[::-1])
     record = asdict(meta) | {
         "size": list(sizes.pop()) if len(sizes) == 1 else None,
         "splits": {split: len(pairs) for split, pairs in samples.items()},
@@ -280,76 +277,17 @@ def decode(content: bytes, path: str, mode: str) -> np.ndarray:
     """The pixels of a PNG, or a JPEG where the name says so, whose mode must be ``mode``: (H, W, 3) uint8 for
     "RGB", (H, W) uint8 for "L"."""
     with _opened(content, path) as image:
-        # Pillow opens 16-bit colour as 8-bit RGB and 4-bit gray as L, both rescaled: ask the header.
-        depth = content[24] if image.format == "PNG" else 8
+        depth = pixels.bits(image)
         if image.mode != mode or depth != 8:
             need = "8-bit RGB" if mode == "RGB" else "8-bit with one channel (L)"
             raise ConfigError(f"{path} has the mode {image.mode} with {depth} bits; it must be {need}.")
-        try:
+        with pixels.reading(path):
             return np.asarray(image)
-        except Exception as error:  # Pillow has no one family of errors for broken pixels
-            raise _broken(path, str(error), _kind(path)) from None
-
-
-def _claimed_size(content: bytes, path: str) -> tuple[int, int]:
-    """(height, width) of an image by its header."""
-    with _opened(content, path) as image:
-        return image.height, image.width
 
 
 def _opened(content: bytes, path: str) -> Image.Image:
-    """An image whose pixels are not decoded yet, of a size that can be."""
-    kind = _kind(path)
-    if kind == "PNG" and (more := len(content) - whole_png(content, path)):
-        raise _broken(path, f"{more} bytes follow its end")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=[kind])
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _too_large(path) from None
-    except Exception as error:  # as above; the text of the first one holds an address
-        unknown = isinstance(error, UnidentifiedImageError)
-        raise _broken(path, "its header is damaged" if unknown else str(error), kind) from None
-    if image.width * image.height > PIXELS:
-        raise _too_large(path)
-    return image
-
-
-def whole_png(content: bytes, path: str) -> int:
-    """The length of a PNG file without what may follow it, after its chunks were checked by their lengths and
-    sums, which Pillow checks in part only (PNG, 3rd edition, section 5)."""
-    if not content.startswith(PNG_START):
-        raise _broken(path, "it does not begin as one")
-    at, kinds = len(PNG_START), list[bytes]()
-    while at < len(content) and kinds[-1:] != [b"IEND"]:
-        end = at + 12 + int.from_bytes(content[at : at + 4], "big")  # length, kind, data, sum
-        if end > len(content):
-            raise _broken(path, "it is truncated")
-        if zlib.crc32(content[at + 4 : end - 4]) != int.from_bytes(content[end - 4 : end], "big"):
-            raise _broken(path, "a checksum in it is wrong")
-        kinds.append(content[at + 4 : at + 8])
-        at = end
-    if kinds[:1] != [b"IHDR"] or kinds[-1:] != [b"IEND"] or content[8:12] != b"\0\0\0\r":
-        raise _broken(path, "it is truncated")
-    width, height = (int.from_bytes(content[first : first + 4], "big") for first in (16, 20))
-    if width * height > PIXELS:
-        raise _too_large(path)
-    return at
-
-
-def _broken(path: str, why: str, kind: str = "PNG") -> ConfigError:
-    return ConfigError(f"{path} is not a whole {kind} file: {' '.join(why.split())[:200]}.")
-
-
-def _too_large(path: str) -> ConfigError:
-    return ConfigError(
-        f"{path} has more than {PIXELS:,} pixels by its header: scale it down, or mend it if it is damaged."
-    )
-
-
-def _kind(path: str) -> str:
-    return "JPEG" if path.endswith(".jpg") else "PNG"
+    """An image of the kind that its name says, whose pixels are not decoded yet."""
+    return pixels.opened(content, path, ("JPEG" if path.endswith(".jpg") else "PNG",), exact=True)
 
 
 def check(root: Path, published: bool = False, smallest: int = 1) -> Description:
@@ -405,7 +343,7 @@ def _absent(
     found = {}
     for split, values in counts.items():
         known = values[: len(description.classes)]
-        missing = [name for name, pixels in zip(description.classes, known, strict=True) if not pixels]
+        missing = [name for name, count in zip(description.classes, known, strict=True) if not count]
         if not known.any() or (missing and split == "train" and not published):
             what = f"No pixel is of {few(missing)} in" if known.any() else "No pixel has a label in"
             raise ConfigError(

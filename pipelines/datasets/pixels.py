@@ -12,6 +12,7 @@ import contextlib
 import functools
 import io
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -20,10 +21,11 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pipelines.config import ConfigError
-from pipelines.datasets.folder import PIXELS, PNG_START, whole_png
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF", "TGA", "PCX", "SGI")
 LOSSLESS = ("PNG", "TIFF", "BMP")  # what a label may be
+PIXELS = 2**26  # of one image: a damaged header may claim any size, which would be allocated
+PNG_START = b"\x89PNG\r\n\x1a\n"
 WHITE = 255  # what lies behind transparent pixels
 BACK = {  # what undoes an EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,12 +47,20 @@ def endings(formats: tuple[str, ...] = FORMATS) -> tuple[str, ...]:
 
 
 def opened(
-    source: bytes | Path, origin: str, formats: tuple[str, ...] = FORMATS, most: int = PIXELS
+    source: bytes | Path,
+    origin: str,
+    formats: tuple[str, ...] = FORMATS,
+    most: int = PIXELS,
+    exact: bool = False,
 ) -> Image.Image:
-    """An image of at most ``most`` pixels that is not decoded yet. ConfigError, which calls it ``origin``."""
+    """An image of at most ``most`` pixels that is not decoded yet; with ``exact``, nothing may follow the end
+    of a PNG. ConfigError, which calls it ``origin``."""
     if isinstance(source, bytes) and source.startswith(PNG_START) and "PNG" in formats:
-        source = source[: whole_png(source, origin)]
-    with _reading(origin):
+        end = whole_png(source, origin)
+        if exact and end < len(source):
+            raise broken(origin, f"{len(source) - end} bytes follow its end")
+        source = source[:end]
+    with reading(origin):
         # not by its path: Pillow would map the file, and read one that is turned as if it were not
         file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
         try:
@@ -68,7 +78,7 @@ def opened(
 
 
 @contextlib.contextmanager
-def _reading(origin: str) -> Iterator[None]:
+def reading(origin: str) -> Iterator[None]:
     """What Pillow raises for broken pixels, as one sentence: it has no one family of errors for them."""
     try:
         yield
@@ -81,7 +91,7 @@ def _reading(origin: str) -> Iterator[None]:
 def rgb(image: Image.Image, origin: str, upright: bool = True) -> Image.Image:
     """The frame that an opened image shows as 8-bit RGB; ``upright`` turns it as its EXIF says."""
     depth, clear = bits(image), image.info.get("transparency")
-    with _reading(origin):
+    with reading(origin):
         image = _turned(image, upright)
         if image.mode in ("P", "PA") and not (image.palette and image.palette.palette):
             raise ValueError("it has no palette")
@@ -111,7 +121,7 @@ def rgb(image: Image.Image, origin: str, upright: bool = True) -> Image.Image:
 def samples(image: Image.Image, origin: str, upright: bool = True) -> np.ndarray:
     """The values of an opened label, (H, W), or its colours (H, W, 3) uint8 where it has three channels."""
     depth = bits(image)
-    with _reading(origin):
+    with reading(origin):
         image = _turned(image, upright)
         if image.mode in ("RGBA", "LA", "PA") and depth == 8:
             if image.getchannel("A").getextrema() != (255, 255):
@@ -168,8 +178,8 @@ def _unknown(file: IO[bytes], origin: str, formats: tuple[str, ...]) -> ConfigEr
     with contextlib.suppress(Exception), Image.open(file) as other:
         if other.format not in formats:
             return ConfigError(
-                f"{origin} is a {other.format} by its content: save it as {', '.join(formats[:-1])} or "
-                f"{formats[-1]}."
+                f"{origin} is a {other.format} by its content: save it as "
+                f"{', '.join(formats[:-1])}{' or ' * (len(formats) > 1)}{formats[-1]}."
             )
     kind = "PNG" if head.startswith(PNG_START) else "TIFF" if head[:4] in (b"II*\0", b"MM\0*") else None
     if kind:
@@ -195,7 +205,27 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return content.getvalue()
 
 
-def broken(origin: str, error: Exception) -> ConfigError:
+def whole_png(content: bytes, origin: str) -> int:
+    """The length of a PNG file without what may follow it, after its chunks were checked by their lengths and
+    sums, which Pillow checks in part only (PNG, 3rd edition, section 5)."""
+    at, kinds = len(PNG_START), list[bytes]()
+    while at < len(content) and kinds[-1:] != [b"IEND"]:
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")  # length, kind, data, sum
+        if end > len(content):
+            raise broken(origin, "it is truncated")
+        if zlib.crc32(content[at + 4 : end - 4]) != int.from_bytes(content[end - 4 : end], "big"):
+            raise broken(origin, "a checksum in it is wrong")
+        kinds.append(content[at + 4 : at + 8])
+        at = end
+    if kinds[:1] != [b"IHDR"] or kinds[-1:] != [b"IEND"] or content[8:12] != b"\0\0\0\r":
+        raise broken(origin, "it is truncated")
+    width, height = (int.from_bytes(content[first : first + 4], "big") for first in (16, 20))
+    if width * height > PIXELS:
+        raise too_large(origin, PIXELS)
+    return at
+
+
+def broken(origin: str, error: Exception | str) -> ConfigError:
     """What is said of a file that cannot be read, with the reason where there is more than an address."""
     text = " ".join(str(error).split())[:200].rstrip(".")
     return ConfigError(f"{origin} is damaged or cut off{': ' if text else ''}{text}.")

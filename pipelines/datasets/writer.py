@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipelines.config import ConfigError
 from pipelines.datasets import pixels
-from pipelines.datasets.folder import PART, SPLITS, few, whole_png
+from pipelines.datasets.folder import PART, SPLITS, few
 
 ENDS = {"JPEG": "jpg", "PNG": "png"}  # of files that are kept
 LONGEST = 200  # bytes of a file's name, of the 255 that file systems allow
@@ -63,7 +63,7 @@ class Writer:
                 picture = picture.resize(self.size[::-1], Image.Resampling.BOX)
             end, content = "png", pixels.encoded(picture)
         elif end == "png":
-            content = content[: whole_png(content, origin)]
+            content = content[: pixels.whole_png(content, origin)]
         self._one_size(split, name, shape, origin, held)
         self.turned += [origin] * (held != 1)
         file = f"{split}/{self._internal(name)}.{end}"
