@@ -12,8 +12,6 @@ import re
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from pipelines.config import ConfigError, Model, Positive, Size
 from pipelines.datasets.archives import obtain
 from pipelines.datasets.folder import Meta, few
@@ -96,9 +94,7 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> None:
         raise ConfigError(f"{source.path} lacks {few(missing)}: it is incomplete. Fetch {URL} again.")
     val = held_out([name for part, name in images.values() if part == "training"], config.holdout)
 
-    table = np.full(256, -1, np.int16)
-    table[0] = IGNORE
-    table[1 : len(CLASSES) + 1] = range(len(CLASSES))
+    known = {0: IGNORE} | {value + 1: value for value in range(len(CLASSES))}
     writer = Writer(target, config.size)
     for file, content in source.files({**images, **labels}):
         part, name = images.get(file) or labels[file]
@@ -106,5 +102,5 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> None:
         if file in images:
             writer.image(split, name, content, file)
         else:
-            writer.label(split, name, mapped(indices(content, file), table, file), file)
+            writer.label(split, name, mapped(indices(content, file), known, file), file)
     writer.close()

@@ -14,7 +14,6 @@ import re
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from pydantic import Field
 
 from pipelines.config import ConfigError, Model, Size
@@ -103,16 +102,14 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> None:
     def place(split: str, city: str) -> str:
         return "test" if split == "val" else "val" if city in config.holdout else "train"
 
-    table = np.full(256, -1, np.int16)
-    table[:34] = IGNORE
-    table[list(CLASSES)] = range(len(CLASSES))
+    known = dict.fromkeys(range(34), IGNORE) | {label: value for value, label in enumerate(CLASSES)}
     writer = Writer(target, config.size)
     for name, content in images.files(samples):
         split, city, stem = samples[name]
         writer.image(place(split, city), stem, content, name)
     for name, content in labels.files(annotations):
         split, city, stem = annotations[name]
-        writer.label(place(split, city), stem, mapped(indices(content, name), table, name), name)
+        writer.label(place(split, city), stem, mapped(indices(content, name), known, name), name)
     writer.close()
 
 

@@ -201,10 +201,8 @@ def _classes(file: Path, config: Config) -> np.ndarray:
         if (found != found[..., :1]).any():
             raise ConfigError(f"{name} is in colours: take `masks: values` out, or set `masks: colours`.")
         found = found[..., 0]
-    table = np.full(256, -1, np.int16)
-    table[: len(config.classes)] = range(len(config.classes))
-    table[config.ignore_index] = config.ignore_index
-    values = mapped(found, table, name)
+    known = {value: value for value in (*range(len(config.classes)), config.ignore_index)}
+    values = mapped(found, known, name)
     if mode == "P" and config.masks is None and _contradicts(colours, values, config):
         raise ConfigError(
             f"{name} shows other classes by the colours of its palette than by its values: set `masks: "

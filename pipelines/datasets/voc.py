@@ -99,20 +99,18 @@ def prepare(config: Config, target: Path, mirror: Path | None) -> None:
         if missing := sorted(wanted.keys() - set(source.names())):
             raise ConfigError(f"{source.path} lacks {few(missing)}: it is incomplete. Fetch it again.")
 
-    table = np.full(256, -1, np.int16)
-    table[: len(CLASSES)] = range(len(CLASSES))
-    table[IGNORE] = IGNORE
+    known = {value: value for value in (*range(len(CLASSES)), IGNORE)}
     writer = Writer(target, config.size)
     for file, content in voc.files({**images, **labels}):
         if file in images:
             writer.image(split[images[file]], images[file], content, file)
         else:
             name = labels[file]
-            writer.label(split[name], name, mapped(indices(content, file), table, file), file)
+            writer.label(split[name], name, mapped(indices(content, file), known, file), file)
     for file, content in sbd.files(others):
         name = others[file]
         values = indices(content, file) if aug else _segmentation(content, file)
-        writer.label(split[name], name, mapped(values, table, file), file)
+        writer.label(split[name], name, mapped(values, known, file), file)
     writer.close()
 
 

@@ -133,8 +133,10 @@ def indices(content: bytes, origin: str) -> np.ndarray:
     return found
 
 
-def mapped(values: np.ndarray, table: np.ndarray, origin: str) -> np.ndarray:
-    """``table[values]``, (H, W) uint8; a −1 in the table (256,) marks a value that no label may have."""
+def mapped(values: np.ndarray, known: Mapping[int, int], origin: str) -> np.ndarray:
+    """``known[value]`` of every pixel, (H, W) uint8; a label may have no other values."""
+    table = np.full(256, -1, np.int16)
+    table[[*known]] = [*known.values()]
     found = np.where((values >= 0) & (values < len(table)), table[np.clip(values, 0, len(table) - 1)], -1)
     if (found < 0).any():
         raise ConfigError(
