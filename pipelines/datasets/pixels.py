@@ -27,15 +27,6 @@ LOSSLESS = ("PNG", "TIFF", "BMP")  # what a label may be
 PIXELS = 2**26  # of one image: a damaged header may claim any size, which would be allocated
 PNG_START = b"\x89PNG\r\n\x1a\n"
 WHITE = 255  # what lies behind transparent pixels
-BACK = {  # what undoes an EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
 
 Image.MAX_IMAGE_PIXELS = None  # `opened` says how many are too many, before one is decoded
 
@@ -142,12 +133,13 @@ def samples(image: Image.Image, origin: str, upright: bool = True) -> np.ndarray
 
 def _turned(image: Image.Image, upright: bool) -> Image.Image:
     """The image decoded, as its EXIF says or as it is stored: Pillow turns a TIFF whenever it decodes it."""
-    back = None
-    if image.format == "TIFF" and not upright:
-        back = BACK.get(orientation(image))
+    held = orientation(image) if image.format == "TIFF" and not upright else 1
     image = ImageOps.exif_transpose(image) if upright else image
     image.load()
-    return image if back is None else image.transpose(back)
+    if held == 1:
+        return image
+    image.getexif()[ExifTags.Base.Orientation] = {6: 8, 8: 6}.get(held, held)  # what undoes it
+    return ImageOps.exif_transpose(image)
 
 
 def orientation(image: Image.Image) -> int:
