@@ -162,7 +162,8 @@ class Stream:
         for batch in loader:
             if isinstance(batch, str):
                 raise ConfigError(batch)
-            yield batch
+            images, labels = batch
+            yield images, labels
 
 
 @dataclass(frozen=True)
@@ -178,16 +179,10 @@ class _Reader:
             return str(error)
 
 
-def _together(samples: list[tuple[Tensor, Tensor] | str]) -> tuple[Tensor, Tensor] | str:
-    import torch
+def _together(samples: list[Any]) -> Any:
+    from torch.utils.data import default_collate
 
-    images, labels = [], []
-    for sample in samples:
-        if isinstance(sample, str):
-            return sample
-        images.append(sample[0])
-        labels.append(sample[1])
-    return torch.stack(images), torch.stack(labels)
+    return next((sample for sample in samples if isinstance(sample, str)), None) or default_collate(samples)
 
 
 def few(names: Iterable[str], shown: int = 5) -> str:
