@@ -87,7 +87,8 @@ def test_a_second_process_waits_and_keeps_the_record(place: Path) -> None:
     os.kill(first.pid, signal.SIGSTOP)  # however busy this machine is, it has not ended
     second, two = start(), ""
     while "waiting" not in two:
-        assert (line := second.stderr.readline() if second.stderr else ""), two
+        line = second.stderr.readline() if second.stderr else ""
+        assert line, two
         two += line
     os.kill(first.pid, signal.SIGCONT)
     _, one = first.communicate(timeout=120)
