@@ -15,7 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from pipelines import config, files
@@ -47,14 +46,7 @@ VERDICT_COLOURS = {claims.REPRODUCED: "#009e73", claims.NOT_REPRODUCED: "#d55e00
 def write(params: Params, every: Sequence[Results], folder: Path, root: Path) -> None:
     """Write ``folder/index.html``; figures, panels and what is published are read in ``root/reports``."""
     ranked = ranks.rank(every)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(table.TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = table.environment(autoescape=True)
     environment.filters |= {"number": _number, "between": _between, "named": answer.named}
     environment.filters["picture"] = _picture
     content = environment.get_template("page.html.j2").render(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ CONDITIONS = "conditions.md"  # of a benchmark, beside its tables
 MOST = 8  # columns that are read at a glance
 LINES = 45  # rows of a TeX table that fit a page
 NUMBER = re.compile(r"[-+<]?\d.*|–.*|")
+
+environment = partial(
+    jinja2.Environment,
+    loader=jinja2.FileSystemLoader(TEMPLATES),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
 
 
 @dataclass(frozen=True)
@@ -78,25 +88,20 @@ def render(
     """Write one table as ``folder/<name>.{csv,md,tex}``. ``benchmark`` stands before its title; the ``facts``
     are comments in TeX; ``up`` leads from the folder to the repository."""
     files.write_bytes(folder / f"{table.name}.csv", table.csv)
+    name, anchor = escape_markdown(table.name), table.name.replace("_", "-")
+    how = f", [what was measured, and how]({CONDITIONS})" * bool(facts)
+    lines = [f"# {escape_markdown(benchmark)}: {escape_markdown(table.title)}", ""]
+    lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in warnings]
+    lines += [f"- {escape_markdown(text)}" for text in table.notes if text]
+    lines += [f"- [What the columns mean]({up}docs/tables.md#{anchor}){how}, [all columns]({name}.csv).", ""]
+    files.write_bytes(folder / f"{table.name}.md", "\n".join([*lines, *table.markdown, ""]).encode())
+    # Every value that the template prints goes through `escape_tex`; what stands in the template does not.
+    tex = environment(finalize=escape_tex, comment_start_string="<#", comment_end_string="#>")
     head = {"benchmark": benchmark, "facts": facts, "warnings": warnings}
-    for kind, escape, shown in (("md", escape_markdown, table), ("tex", escape_tex, table.narrow())):
-        # Every value that a template prints goes through `escape`; what stands in the template does not.
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(TEMPLATES),
-            finalize=escape,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-            comment_start_string="<#",
-            comment_end_string="#>",
-        )
-        anchor = table.name.replace("_", "-")
-        about = {"table": shown, "up": up, "anchor": anchor, "conditions": CONDITIONS}
-        content = environment.get_template(f"table.{kind}.j2").render(**about, **head)
-        if kind == "tex" and any(character > "\u024f" and character.isalpha() for character in content):
-            content = f"{SCRIPTS}\n{content}"
-        files.write_bytes(folder / f"{table.name}.{kind}", content.encode())
+    content = tex.get_template("table.tex.j2").render(table=table.narrow(), **head)
+    if any(character > "\u024f" and character.isalpha() for character in content):
+        content = f"{SCRIPTS}\n{content}"
+    files.write_bytes(folder / f"{table.name}.tex", content.encode())
 
 
 def plus_minus(mean: float | None, sd: float | None) -> str:
