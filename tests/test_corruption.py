@@ -33,6 +33,7 @@ from pipelines.runs import budget, counts, exports, fingerprint, records, tracki
 from pipelines.runs.records import Cell, teacher_cell
 from pipelines.stages import report
 from pipelines.stages.fetch import fetch
+from pipelines.suite import dvc
 from pipelines.tools import readme, tune, verify
 
 pytestmark = varied
@@ -465,7 +466,7 @@ def test_a_damaged_dvc_lock_is_among_the_problems(root: Path) -> None:
     count = refused = 0
     for how in damages(root / "dvc.lock", MANY):
         count += 1
-        refused += (said := sentence(lambda: verify.code_changes(root))) is not None
+        refused += (said := sentence(lambda: dvc.locked(root))) is not None
         assert said is None or ("dvc.lock" in said), how
     assert refused
     (root / "dvc.lock").write_text("stages: [")

@@ -9,7 +9,6 @@ weights, no data and no MLflow; where data or weights are present, their sums ar
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import shutil
 import tempfile
@@ -87,17 +86,6 @@ def problems(params: Params, root: Path = ROOT) -> list[str]:
         )
     except ConfigError as error:  # a damaged README
         return [*listed, str(error)]
-
-
-def code_changes(root: Path = ROOT) -> list[str]:
-    """Files of code that dvc.lock knows in another version: what they made can still be verified."""
-    changed = {
-        dep.path
-        for stage in dvc.locked(root).values()
-        for dep in stage.deps
-        if dep.path.endswith(".py") and _md5(root / dep.path) != dep.md5
-    }
-    return sorted(changed)
 
 
 def _record(record: Record) -> Iterator[str]:
@@ -401,11 +389,6 @@ def main() -> None:
     ).parse_args()
     params = config.load()
     found = problems(params)
-    with contextlib.suppress(ConfigError):  # a damaged dvc.lock is among the problems
-        if changed := code_changes():
-            log.info(
-                "code that has changed since, so that `dvc repro` would rerun cells: %s.", ", ".join(changed)
-            )
     if found:
         last = f"{len(found)} problem{'s' * (len(found) > 1)}: the records do not support the reports."
         raise ConfigError("\n".join(["", *found, last]))
