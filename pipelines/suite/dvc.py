@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,17 +65,13 @@ class Pipeline:
                 if (stage := self.stages.get(name)) is not None
                 and all(item.exists for item in (*stage.deps, *stage.outs))
             ]
+            # Of links to the cache; a copy stays as it is: DVC would remove it and copy it back.
+            linked = self._repo.cache.local.cache_types[0] in ("hardlink", "symlink")
             for stage in whole:
                 stage.save(run_cache=False)
-                stage.commit(relink=self._linked)
+                stage.commit(relink=linked)
             if whole:
                 whole[0].dvcfile.dump_stages(whole, update_pipeline=False)
-
-    @property
-    def _linked(self) -> bool:
-        """Whether files are links to DVC's cache. A copy stays as it is: DVC would remove it and copy it
-        back."""
-        return self._repo.cache.local.cache_types[0] in ("hardlink", "symlink")
 
     def _locked(self, act: Any) -> Any:
         """Do something for which DVC locks the checkout; wait while another DVC has it."""
@@ -132,13 +129,19 @@ def heal(root: Path = ROOT) -> None:
 
     dvc.lock is derived: it is made anew from that of the commit and from the records that are whole.
     """
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from dvc.utils.serialize import parse_yaml
+
     busy, lock = root / ".dvc" / "tmp" / "rwlock", root / "dvc.lock"
-    if busy.is_file() and not _is_json(busy):
+    if busy.is_file() and not _works(lambda: json.loads(busy.read_bytes()).items()):
         busy.unlink(missing_ok=True)
     if not lock.is_file():
         return
-    text, committed = lock.read_bytes(), _committed(root)
-    if text.endswith(b"\n") and (text == committed or _loads(text)):
+    text, committed = lock.read_bytes(), (git(root, "show", "HEAD:./dvc.lock") or "").encode()
+    whole = text == committed or _works(
+        lambda: COMPILED_LOCKFILE_SCHEMA(parse_yaml(text.decode(), "dvc.lock"))
+    )
+    if text.endswith(b"\n") and whole:
         return
     aside = lock.with_name("dvc.lock.damaged")
     files.write_bytes(aside, text)
@@ -149,29 +152,12 @@ def heal(root: Path = ROOT) -> None:
     log.warning("dvc.lock is damaged: it is kept as %s and made anew from the records.", aside.name)
 
 
-def _committed(root: Path) -> bytes:
-    """The dvc.lock of the commit that is checked out; empty when there is none."""
-    return (git(root, "show", "HEAD:./dvc.lock") or "").encode()
-
-
-def _loads(text: bytes) -> bool:
-    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-    from dvc.utils.serialize import parse_yaml
-
+def _works(act: Callable[[], Any]) -> bool:
     try:
-        COMPILED_LOCKFILE_SCHEMA(parse_yaml(text.decode(), "dvc.lock"))
+        act()
     except Exception:  # each of its parsers has a family of errors
         return False
     return True
-
-
-def _is_json(file: Path) -> bool:
-    import json
-
-    try:
-        return isinstance(json.loads(file.read_bytes()), dict)
-    except ValueError:
-        return False
 
 
 def _words(error: BaseException) -> str:
