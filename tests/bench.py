@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from suites import change
 
 from pipelines.engine import machine
 from pipelines.reports import readme
-from pipelines.runs import journal
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {
@@ -127,7 +125,7 @@ def suite(install: bool) -> None:
 def note(what: str, **found: Any) -> None:
     """Put what was measured into the record, beside what is there."""
     found = {name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}
-    journal.add(readme.BENCH, "`make bench`", {"what": what, **found}, itemgetter("what", "processor"), ROOT)
+    readme.BENCH.add({"what": what, **found}, ROOT)
 
 
 def packs(pair: str) -> None:

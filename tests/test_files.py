@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import files
-from pipelines.runs import journal
+from pipelines.runs.journal import Journal
 
 
 def test_what_a_living_process_writes_is_not_cleared(tmp_path: Path) -> None:
@@ -75,10 +75,11 @@ def test_who_holds_a_lock_is_said(
 
 
 def test_entries_that_are_added_at_once_are_all_kept(tmp_path: Path) -> None:
+    some = Journal(Path("runs") / "some.json", "`make some`", itemgetter("n"))
+
     def add(number: int) -> None:
-        journal.add(Path("runs") / "some.json", "`make some`", {"n": number}, itemgetter("n"), tmp_path)
+        some.add({"n": number}, tmp_path)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(add, range(40)))
-    found = journal.read(Path("runs") / "some.json", "`make some`", tmp_path)
-    assert [entry["n"] for entry in found] == [*range(40)]
+    assert [entry["n"] for entry in some.read(tmp_path)] == [*range(40)]

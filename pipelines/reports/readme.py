@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from pipelines.reports import answer, claims, conditions, orders, published, tab
 from pipelines.reports.method_table import PAPERS, compares
 from pipelines.reports.results import COMPLETE, HEADLINE, Results
 from pipelines.reports.table import escape_markdown
-from pipelines.runs import counts, journal
+from pipelines.runs import counts
+from pipelines.runs.journal import Journal
 
-BENCH = Path("runs") / "bench.json"  # by `make bench`
+BENCH = Journal(Path("runs") / "bench.json", "`make bench`", itemgetter("what", "processor"))
 FIGURE = "compute"
 ROWS, LOWEST = 8, 2  # of the table in the README, and how many of them are the lowest
 
@@ -163,7 +165,7 @@ def methods(params: Params, root: Path = ROOT) -> str:
 
 def minutes(root: Path = ROOT) -> str:
     """How long the default benchmark takes from nothing; nothing where it was not measured."""
-    found = [entry for entry in _bench(root) if entry["what"] == "suite"]
+    found = [entry for entry in BENCH.read(root) if entry["what"] == "suite"]
     if not found:
         return ""
     took = [round(entry["seconds"] / 60) for entry in found]
@@ -177,7 +179,7 @@ def minutes(root: Path = ROOT) -> str:
 
 def speed(root: Path = ROOT) -> str:
     """What ``make bench`` measured, as two tables."""
-    found = _bench(root)
+    found = BENCH.read(root)
     lines = []
     if own := [entry for entry in found if entry["what"] == "suite"]:
         rows: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -214,7 +216,3 @@ def speed(root: Path = ROOT) -> str:
             "measured step may lie below it.",
         ]
     return "\n".join(lines)
-
-
-def _bench(root: Path) -> list[dict[str, Any]]:
-    return journal.read(BENCH, "`make bench`", root)

@@ -16,11 +16,12 @@ import numpy as np
 from pipelines.config import ROOT, TEACHER, Benchmark, Params
 from pipelines.reports.results import label
 from pipelines.reports.table import Table, number, render
-from pipelines.runs import journal
-from pipelines.runs.journal import device, on_gpu
+from pipelines.runs.journal import Journal, device, on_gpu
 
 FILE = Path("runs") / "speed.json"
 COMMAND = "`make speed BENCHMARK=<name>`"
+JOURNAL = Journal(FILE, COMMAND, lambda e: (e["benchmark"], e["student"], device(e), e["batch_size"]))
+read, add = JOURNAL.read, JOURNAL.add
 OUT_OF_MEMORY = 3  # the exit status of a measurement that did not fit
 COLUMNS = [
     "benchmark (batch)",
@@ -33,19 +34,6 @@ COLUMNS = [
     "status",
 ]
 WIDE = frozenset({"device", "status"})
-
-
-def read(root: Path = ROOT) -> list[dict[str, Any]]:
-    return journal.read(FILE, COMMAND, root)
-
-
-def add(entry: Mapping[str, Any], root: Path = ROOT) -> None:
-    """Add an entry in place of an older one of the same benchmark, student, device and batch size."""
-    journal.add(FILE, COMMAND, entry, _key, root)
-
-
-def _key(entry: Mapping[str, Any]) -> tuple[str, str, str, int]:
-    return entry["benchmark"], entry["student"], device(entry), entry["batch_size"]
 
 
 def is_current(entry: Mapping[str, Any], params: Params) -> bool:

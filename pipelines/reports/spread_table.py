@@ -14,13 +14,14 @@ from pipelines.config import ROOT, Params
 from pipelines.reports import statistics
 from pipelines.reports.results import Results, label
 from pipelines.reports.table import Table, number, plus_minus, render, rounded
-from pipelines.runs import journal
 from pipelines.runs.fingerprint import same_settings
-from pipelines.runs.journal import device, on_gpu
+from pipelines.runs.journal import Journal, device, on_gpu
 from pipelines.runs.records import Cell, Record
 
 FILE = Path("runs") / "spread.json"
 COMMAND = "`make spread BENCHMARK=<name>`"
+JOURNAL = Journal(FILE, COMMAND, lambda entry: (_cell(entry).path, device(entry)))
+read, add = JOURNAL.read, JOURNAL.add
 FAST, STRICT = MODES = ("fast", "strict")  # suite.strict: false, true
 TABLES = "in the tables"
 COLUMNS = [
@@ -34,15 +35,6 @@ COLUMNS = [
     "status",
 ]
 WIDE = frozenset({"device", "status"})
-
-
-def read(root: Path = ROOT) -> list[dict[str, Any]]:
-    return journal.read(FILE, COMMAND, root)
-
-
-def add(entry: Mapping[str, Any], root: Path = ROOT) -> None:
-    """Add an entry in place of an older one of the same cell and device."""
-    journal.add(FILE, COMMAND, entry, lambda known: (_cell(known).path, device(known)), root)
 
 
 def _cell(entry: Mapping[str, Any]) -> Cell:

@@ -4,6 +4,7 @@ replaces an earlier one of the same key."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,33 @@ CPU = "cpu"  # the device where there is no GPU
 Entry = Mapping[str, Any]
 
 
-def read(file: Path, command: str, root: Path = ROOT) -> list[dict[str, Any]]:
-    """The entries of ``root/file``; none when nothing was measured. :class:`ConfigError`, which names the
-    command that measures, when the file is damaged."""
-    if not (root / file).is_file():
-        return []
-    try:
-        return list(files.unseal((root / file).read_bytes())["entries"])
-    except (OSError, ValueError, KeyError, TypeError):
-        name = file.as_posix()
-        raise ConfigError(
-            f"{name} is damaged or was changed by hand: restore it by `git checkout -- {name}`, or delete it "
-            f"and run {command}."
-        ) from None
+@dataclass(frozen=True)
+class Journal:
+    """A file of measurements, the command that makes them, and what tells two of them apart."""
 
+    file: Path
+    command: str
+    key: Callable[[Entry], tuple[Any, ...]]
 
-def add(
-    file: Path, command: str, entry: Entry, key: Callable[[Entry], tuple[Any, ...]], root: Path = ROOT
-) -> None:
-    """Add an entry in place of an older one of the same key."""
-    with files.hold(root / ".scratch" / "locks" / f"{file.name}.lock", file.as_posix()):
-        entries = [old for old in read(file, command, root) if key(old) != key(entry)] + [dict(entry)]
-        content = {"entries": sorted(entries, key=key)}
-        files.write_sealed(root / file, content)
+    def read(self, root: Path = ROOT) -> list[dict[str, Any]]:
+        """The entries; none when nothing was measured. :class:`ConfigError`, which names the command that
+        measures, when the file is damaged."""
+        if not (root / self.file).is_file():
+            return []
+        try:
+            return list(files.unseal((root / self.file).read_bytes())["entries"])
+        except (OSError, ValueError, KeyError, TypeError):
+            name = self.file.as_posix()
+            raise ConfigError(
+                f"{name} is damaged or was changed by hand: restore it by `git checkout -- {name}`, or "
+                f"delete it and run {self.command}."
+            ) from None
+
+    def add(self, entry: Entry, root: Path = ROOT) -> None:
+        """Add an entry in place of an older one of the same key."""
+        with files.hold(root / ".scratch" / "locks" / f"{self.file.name}.lock", self.file.as_posix()):
+            entries = [old for old in self.read(root) if self.key(old) != self.key(entry)] + [dict(entry)]
+            files.write_sealed(root / self.file, {"entries": sorted(entries, key=self.key)})
 
 
 def on_gpu(entry: Entry) -> bool:
