@@ -280,13 +280,9 @@ def _deployed(results: Results, student: str, method: str) -> dict[str, Any]:
     }
     record = results.exported(student, method)
     for runtime in exports.RUNTIMES:
-        timing = exports.timing(record, method, results.reference, runtime) if record else None
-        row |= {
-            f"{runtime}_ms": timing.median if timing else None,
-            f"{runtime}_ms_q1": timing.low if timing else None,
-            f"{runtime}_ms_q3": timing.high if timing else None,
-            f"{runtime}_ratio": timing.ratio if timing else None,
-        }
+        found = exports.timing(record, method, results.reference, runtime) if record else (None,) * 4
+        names = [f"{runtime}_{what}" for what in ("ms", "ms_q1", "ms_q3", "ratio")]
+        row |= zip(names, found, strict=True)
     apart = exports.difference(record, method) if record else None
     return rounded(row) | {"largest_difference": None if apart is None else float(f"{apart:.6g}")}
 

@@ -8,7 +8,6 @@ quartiles and ratios are made from these here. It is sealed like run.json.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,6 @@ from pipelines import files
 from pipelines.config import EXPORTS, ROOT, ConfigError
 
 RUNTIMES = ("onnxruntime", "torch")  # whose times are recorded
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one inference: median and quartiles over the rounds; ratio of the median to that of the
-    student alone (None for that student itself). The graphs are equal: what differs from 1 is noise of the
-    machine, of which the rounds of one session do not show the size."""
-
-    median: float
-    low: float
-    high: float
-    ratio: float | None
 
 
 def path(benchmark: str, student: str, root: Path = ROOT) -> Path:
@@ -60,11 +47,15 @@ def write(record: Mapping[str, Any], root: Path = ROOT) -> None:
     files.write_sealed(file, record)
 
 
-def timing(record: Mapping[str, Any], method: str, reference: str, runtime: str) -> Timing:
-    """How fast the student of a method is, beside that of the student alone."""
+def timing(
+    record: Mapping[str, Any], method: str, reference: str, runtime: str
+) -> tuple[float, float, float, float | None]:
+    """Milliseconds of one inference: median and quartiles over the rounds; ratio of the median to that of the
+    student alone (None for that student itself). The graphs are equal: what differs from 1 is noise of the
+    machine, of which the rounds of one session do not show the size."""
     own, plain = (np.asarray(record["methods"][key]["ms"][runtime]) for key in (method, reference))
     low, median, high = (float(value) for value in np.percentile(own, [25, 50, 75]))
-    return Timing(median, low, high, None if method == reference else median / float(np.median(plain)))
+    return median, low, high, None if method == reference else median / float(np.median(plain))
 
 
 def difference(record: Mapping[str, Any], method: str) -> float:
