@@ -100,11 +100,6 @@ class Direction:
     measured: Measured | None
 
     @property
-    def gains(self) -> list[float]:
-        """The published gains in points of mIoU."""
-        return [gain for c in self.claims if c.unit is not None and (gain := c.claimed) is not None]
-
-    @property
     def word(self) -> str:
         return NOT_RUN if self.measured is None else self.measured.direction
 
@@ -130,7 +125,9 @@ def judge(claim: Claim, claims: Claims, every: Sequence[Results], params: Params
     }
     nearest = min(measurements, key=lambda s: (distance(s), -measurements[s].n), default=None)
     measured = None if nearest is None else measurements[nearest]
-    gap = None if measured is None or not claim.in_points else measured.mean - (claim.claimed or 0.0)
+    gap = None
+    if measured is not None and claim.unit is not None and claim.claimed is not None:
+        gap = measured.mean - claim.claimed
 
     def verdict(word: str, reasons: list[str], setting: tuple[str, str] | None) -> Verdict:
         return Verdict(word, reasons, _unstated(claim, claims, params), setting, measured, gap)
@@ -554,7 +551,7 @@ def _measured_text(measured: Measured) -> str:
 
 def _published_text(item: Direction) -> str:
     """The range of the published gains, in points where the sources say so."""
-    gains = item.gains
+    gains = [gain for c in item.claims if c.unit is not None and (gain := c.claimed) is not None]
     if gains:
         low, high = (f"{value:+.2f}" for value in (min(gains), max(gains)))
         return low if low == high else f"{low} to {high}"

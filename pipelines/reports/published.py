@@ -80,11 +80,6 @@ class Claim(Entry):
             return self.gain
         return round(self.score - self.baseline, 6)
 
-    @property
-    def in_points(self) -> bool:
-        """Whether there is a claimed gain that a measured one can be subtracted from."""
-        return self.unit is not None and self.claimed is not None
-
 
 class Claims(Entry):
     """The whole of claims.yaml."""
