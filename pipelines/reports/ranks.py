@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipelines.reports import statistics
 from pipelines.reports.results import RESAMPLES, RESAMPLING_SEED, Results, label
 from pipelines.reports.statistics import Interval
-from pipelines.reports.table import Table, between, ends, render, rounded
+from pipelines.reports.table import Table, between, ends, rounded
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,3 @@ def sentence(found: Ranks) -> str:
         f"{found.critical_difference:.2f}, so the ranking {what} methods apart "
         "(a bar in the figure joins those that it does not)."
     )
-
-
-def write(found: Ranks, folder: Path) -> None:
-    """Write ``folder/ranks.{md,csv,tex}``."""
-    render(table(found), folder, "all benchmarks and students", warnings=warnings(found))

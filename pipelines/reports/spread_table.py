@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.config import ROOT, Params
 from pipelines.reports import statistics
 from pipelines.reports.results import Results, label
-from pipelines.reports.table import Table, number, plus_minus, render, rounded
+from pipelines.reports.table import Table, number, plus_minus, rounded
 from pipelines.runs.fingerprint import same_settings
 from pipelines.runs.journal import Journal, device, on_gpu
 from pipelines.runs.records import Cell, Record
@@ -127,9 +127,3 @@ def _text(row: Mapping[str, Any]) -> list[str]:
         number(row["range"] if row["repeats"] > 1 else None, ".3f"),
         str(row["status"]),
     ]
-
-
-def write(params: Params, every: Sequence[Results], folder: Path, root: Path = ROOT) -> None:
-    """Write ``folder/spread.{md,csv,tex}``, if anything was measured."""
-    if (found := table(params, every, root)).rows:
-        render(found, folder, "all benchmarks")

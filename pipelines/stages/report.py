@@ -32,6 +32,7 @@ from pipelines.reports import (
     tables,
 )
 from pipelines.reports.results import Results, gather
+from pipelines.reports.table import render
 from pipelines.runs import records, tracking
 from pipelines.runs.records import Record
 
@@ -110,7 +111,7 @@ def write_texts(params: Params, every: Sequence[Results], root: Path, target: Pa
     for results in every:
         tables.write(results, folder / results.benchmark)
     if ranked := ranks.rank(every):
-        ranks.write(ranked, folder)
+        render(ranks.table(ranked), folder, "all benchmarks and students", warnings=ranks.warnings(ranked))
     else:
         for path in folder.glob("ranks.*"):  # of more benchmarks
             path.unlink()
@@ -122,7 +123,8 @@ def write_texts(params: Params, every: Sequence[Results], root: Path, target: Pa
         method_table.write(params, folder, root)
         speed_table.write(params, folder, root)
         benchmark_table.write(params, folder, root)
-    spread_table.write(params, every, folder, root)
+    if (repeated := spread_table.table(params, every, root)).rows:
+        render(repeated, folder, "all benchmarks")
     if every or (root / published.FILE).is_file():
         page.write(params, every, folder, root)
 
