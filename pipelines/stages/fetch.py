@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipelines import cli, config, files
 from pipelines.config import ConfigError
@@ -28,36 +27,30 @@ def fetch(
     networks = [*students, *([settings.teacher.network] if "teacher" in settings.model_fields_set else [])]
     smallest = max((network.smallest for network in networks), default=1)
     with files.hold(data.parent / ".scratch" / "locks" / f"data--{benchmark}.lock", f"data/{benchmark}"):
-        return _build(data, benchmark, module, checked, archives.mirror(), smallest)
-
-
-def _build(
-    data: Path, benchmark: str, module: Any, checked: Any, mirror: Path | None, smallest: int
-) -> folder.Description:
-    target = data / benchmark
-    part = data / f"{benchmark}.part-{os.getpid()}"
-    clear_leftovers(data, benchmark)
-    try:
-        part.mkdir(parents=True)
-        names = module.prepare(checked, part, mirror)
-        folder.write_description(part, module.meta(checked), names)
-        description = folder.check(part, hasattr(module, "TEST"), smallest)
-        if description.absent:
-            description = folder.write_description(part, module.meta(checked), names, description.absent)
-        if target.exists():
-            target.rename(f"{part}-old")  # a rename cannot be interrupted half way, a removal can
-        part.rename(target)
-    except OSError as error:
-        if error.errno in cli.NO_ROOM:
-            raise
-        raise ConfigError(
-            f"{target.parent.name}/{benchmark} could not be made: {error}. Nothing incomplete is left: mend "
-            "this and run the same command again."
-        ) from None
-    finally:
-        for rest in (part, Path(f"{part}-old")):
-            shutil.rmtree(rest, ignore_errors=True)
-    return description
+        target = data / benchmark
+        part = data / f"{benchmark}.part-{os.getpid()}"
+        clear_leftovers(data, benchmark)
+        try:
+            part.mkdir(parents=True)
+            names = module.prepare(checked, part, archives.mirror())
+            folder.write_description(part, module.meta(checked), names)
+            description = folder.check(part, hasattr(module, "TEST"), smallest)
+            if description.absent:
+                description = folder.write_description(part, module.meta(checked), names, description.absent)
+            if target.exists():
+                target.rename(f"{part}-old")  # a rename cannot be interrupted half way, a removal can
+            part.rename(target)
+        except OSError as error:
+            if error.errno in cli.NO_ROOM:
+                raise
+            raise ConfigError(
+                f"{target.parent.name}/{benchmark} could not be made: {error}. Nothing incomplete is left: "
+                "mend this and run the same command again."
+            ) from None
+        finally:
+            for rest in (part, Path(f"{part}-old")):
+                shutil.rmtree(rest, ignore_errors=True)
+        return description
 
 
 def clear_leftovers(data: Path, benchmark: str) -> None:

@@ -53,24 +53,20 @@ def report(params: Params, root: Path = config.ROOT, only: Collection[str] | Non
     """Write everything that is made from the records, ``reports/``; from those of the benchmarks ``only``, if
     given."""
     with files.hold(root / ".scratch" / "locks" / "report.lock", "The report"):
-        _report(params, root, only)
-
-
-def _report(params: Params, root: Path, only: Collection[str] | None) -> None:
-    files.clear_parts(root / "reports")
-    found = {name: own for name, own in finished(params, root).items() if only is None or name in only}
-    frames = tracking.collect(root, found)
-    if server := os.environ.get("MLFLOW_TRACKING_URI"):
-        trouble = tracking.publish(server, [record for own in found.values() for record in own])
-        if trouble:
-            log.warning("%s: the reports are made all the same.", trouble)
-    every = gather_all(params, root, found, frames)
-    for results in every:
-        figures.write(results, root / "reports" / results.benchmark)
-        panels.update(results, root)
-    if ranked := ranks.rank(every):
-        figures.write_ranks(ranked, every, root / "reports")
-    write_texts(params, every, root, root)
+        files.clear_parts(root / "reports")
+        found = {name: own for name, own in finished(params, root).items() if only is None or name in only}
+        frames = tracking.collect(root, found)
+        if server := os.environ.get("MLFLOW_TRACKING_URI"):
+            trouble = tracking.publish(server, [record for own in found.values() for record in own])
+            if trouble:
+                log.warning("%s: the reports are made all the same.", trouble)
+        every = gather_all(params, root, found, frames)
+        for results in every:
+            figures.write(results, root / "reports" / results.benchmark)
+            panels.update(results, root)
+        if ranked := ranks.rank(every):
+            figures.write_ranks(ranked, every, root / "reports")
+        write_texts(params, every, root, root)
 
 
 def prepare(root: Path) -> None:
