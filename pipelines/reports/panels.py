@@ -14,15 +14,17 @@ import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipelines import files
 from pipelines.config import PHOTOS, TEACHER, TRUTH, ConfigError
 from pipelines.datasets import folder as data_folder
+from pipelines.datasets import pixels
 from pipelines.reports.results import Results
 from pipelines.runs.confusion import iou
 from pipelines.runs.records import Record
@@ -31,6 +33,7 @@ IMAGES = 6
 SIDES = (240, 192, 144, 96)  # pixels of a tile's longer side, the largest with which all fit
 MOST = 1_500_000  # bytes of all sheets of a benchmark
 FOLDER, INDEX = "panels", "panels.json"
+_webp = partial(pixels.encoded, kind="WEBP", method=6)
 WRONG, RIGHT, UNLABELLED = (213, 94, 0, 235), (255, 255, 255, 165), (0, 0, 0, 120)
 
 log = logging.getLogger(__name__)
@@ -251,19 +254,8 @@ def _errors(mask: np.ndarray, label: np.ndarray, ignore_index: int) -> np.ndarra
 
 def _fitted(layer: np.ndarray, tile: tuple[int, ...]) -> np.ndarray:
     """A layer of an image in a tile (height, width), as large as it fits; classes are never mixed."""
-    height, width = layer.shape[:2]
-    share = min(tile[0] / height, tile[1] / width)
-    size = (max(1, round(width * share)), max(1, round(height * share)))
     how = Image.Resampling.BILINEAR if layer.shape[2] == 3 else Image.Resampling.NEAREST
-    small = np.asarray(Image.fromarray(layer).resize(size, how))
-    room = [(0, tile[0] - small.shape[0]), (0, tile[1] - small.shape[1]), (0, 0)]
-    return np.pad(small, room)
-
-
-def _webp(image: Image.Image, **how: Any) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "WEBP", method=6, **how)
-    return content.getvalue()
+    return np.asarray(ImageOps.pad(Image.fromarray(layer), (tile[1], tile[0]), how, 0, (0, 0)))
 
 
 def _chosen(choice: Choice) -> dict[str, Any]:
