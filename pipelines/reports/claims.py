@@ -304,21 +304,12 @@ def _of_the_paper(claim: Claim, verdict: Verdict, every: Sequence[Results]) -> s
     text += f" The suite's reading of {PAPER} changes test mIoU by {named}."
     known = [own for own in found if own.interval is not None]
     if claim.claimed is not None and known:
-        once = len({own.student for own in known}) == len(known)
-        within = [
-            own.student if once else _where(own)
-            for own in known
-            if own.interval and own.interval.contains(claim.claimed)
-        ]
-        out = [name for own in known if (name := own.student if once else _where(own)) not in within]
+        within = [_place(own) for own in known if own.interval and own.interval.contains(claim.claimed)]
+        out = [name for own in known if (name := _place(own)) not in within]
         where = f"within the interval of {' and '.join(within)}" if within else "in none of these intervals"
         where += f", and outside that of {' and '.join(out)}" if within and out else ""
         text += f" Taken as points of mIoU, {claim.claimed:+.2f} lies {where}."
     return text
-
-
-def _where(measured: Measured) -> str:
-    return f"{measured.student} on {measured.benchmark}"
 
 
 def paper(claims: Claims, every: Sequence[Results], params: Params) -> str:
