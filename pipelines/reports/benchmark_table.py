@@ -173,18 +173,8 @@ def _settings(params: Params, name: str, students: Sequence[str]) -> tuple[str, 
     plain = params.student(first)
     same = (plain.architecture, plain.encoder)
     tuned = params.tuning.student if name == params.tuning.benchmark else None
-    student = (
-        tuned
-        or next(iter(students), None)
-        or next(
-            (
-                key
-                for key, network in params.students.items()
-                if network.weights and (network.architecture, network.encoder) == same
-            ),
-            first,
-        )
-    )
+    alike = [k for k, n in params.students.items() if n.weights and (n.architecture, n.encoder) == same]
+    student = next(filter(None, (tuned, *students, *alike, first)))
     weights = _weights(params, student, name)
     return f"{found}, students: [{student}], weights: [{', '.join(weights)}]", weights
 
