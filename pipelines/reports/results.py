@@ -424,13 +424,8 @@ def gather(
         for key in params.method_keys
     }
     rows = {*params.suite_methods, *cells["method"], *(cell.method for cell, note in notes.items() if note)}
-    order = [  # a method with its authors' weights beside the method
-        key
-        for base in params.method_keys
-        if not base.endswith(OFFICIAL)
-        for key in (base, f"{base}{OFFICIAL}")
-        if key in params.method_keys
-    ]
+    listed = params.method_keys  # a method with its authors' weights goes beside the method
+    order = sorted(listed, key=lambda key: listed.index(key.removesuffix(OFFICIAL)))
     return Results(
         benchmark=benchmark,
         students=students,
