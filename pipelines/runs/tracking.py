@@ -120,18 +120,14 @@ def collect(root: Path, records: Mapping[str, Sequence[Record]]) -> dict[str, pd
         return direct
 
 
-def uri(root: Path) -> str:
-    """Absolute: a relative one would make a new store in every working directory."""
-    return f"sqlite:///{root.resolve() / 'mlflow.db'}"
-
-
 def connect(root: Path) -> MlflowClient:
     """A client of the store of this checkout, which is created when there is none. ValueError where the path
     means something else in an address."""
     if {"?", "%"} & {*str(root.resolve())}:
         raise ValueError("its address takes no ? or % in the path of the checkout")
-    files.probe(root.resolve() / "mlflow.db")
-    return _client(uri(root))
+    store = root.resolve() / "mlflow.db"  # absolute: a relative one would be new in every working directory
+    files.probe(store)
+    return _client(f"sqlite:///{store}")
 
 
 def _client(address: str) -> MlflowClient:
