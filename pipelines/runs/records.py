@@ -177,12 +177,17 @@ def read(cell: Cell, root: Path = ROOT) -> Record | None:
     return Record(cell, _json(folder / "metrics.json", root), run, history, folder)
 
 
+def whole(cell: Cell, root: Path = ROOT) -> Record | None:
+    """A record, or None if there is none, or a damaged one."""
+    try:
+        return read(cell, root)
+    except ConfigError:  # whoever needs it says so
+        return None
+
+
 def is_finished(cell: Cell, fingerprint: str, root: Path = ROOT) -> bool:
     """Whether there is a whole record of this fingerprint; its weights, if present, must be its own."""
-    try:
-        record = read(cell, root)
-    except ConfigError:  # damaged
-        return False
+    record = whole(cell, root)
     if record is None or record.run["fingerprint"] != fingerprint:
         return False
     weights = record.folder / "weights.safetensors"
@@ -195,10 +200,7 @@ def restore_teacher(params: Params, benchmark: str, root: Path = ROOT) -> None:
     file = cell.folder(root) / "weights.safetensors"
     if not kept.is_file() or file.is_file():
         return
-    try:
-        record = read(cell, root)
-    except ConfigError:  # damaged: whoever needs it says so
-        return
+    record = whole(cell, root)
     if record is not None and files.sha256(content := kept.read_bytes()) == record.run["weights_sha256"]:
         files.write_bytes(file, content)
 

@@ -41,7 +41,7 @@ def due(params: Params, benchmark: str, root: Path = ROOT) -> Due:
     """Compare the records with what would be trained now. A clone without data takes the data of the
     teacher's record for today's, if its settings are."""
     own, cells = teacher_cell(params, benchmark), suite_cells(params, benchmark)
-    record = _read(own, root)
+    record = records.whole(own, root)
     data = _data_sha256(root / "data" / benchmark)
     if data is None and record is not None:
         data = str(record.run["data_sha256"])
@@ -56,14 +56,6 @@ def due(params: Params, benchmark: str, root: Path = ROOT) -> Due:
         left = [cell for cell, done in zip(cells, whole, strict=True) if not done]
     missing = bool(left) and not (record.folder / "weights.safetensors").is_file()
     return Due(data, teacher, missing, left)
-
-
-def _read(cell: Cell, root: Path) -> records.Record | None:
-    """A record, or None if there is none, or a damaged one."""
-    try:
-        return records.read(cell, root)
-    except ConfigError:
-        return None
 
 
 def _data_sha256(folder: Path) -> str | None:
@@ -118,6 +110,6 @@ def _step_seconds(cells: Sequence[Cell], params: Params, root: Path) -> dict[tup
     for benchmark in {cell.benchmark for cell in cells}:
         for cell in records.expected_cells(params, benchmark, root):
             key = _of(cell)
-            if key in wanted and key not in found and (record := _read(cell, root)) is not None:
+            if key in wanted and key not in found and (record := records.whole(cell, root)) is not None:
                 found[key] = record.run["seconds"]["step_median"]
     return found
