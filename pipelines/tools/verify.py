@@ -40,52 +40,45 @@ DIGITS = ".6g"  # of the numbers in history.csv
 
 def problems(params: Params, root: Path = ROOT) -> list[str]:
     """Everything that does not agree, one sentence each; [] when all numbers are supported."""
-    try:
-        found = report.finished(params, root)
-    except ConfigError as error:  # a damaged record
-        return [str(error)]
-    everything = [record for own in found.values() for record in own]
-    try:
-        exported = list(_exports(params, found, root))
-    except ConfigError as error:
-        return [str(error)]
     listed: list[str] = []
+    try:
+        for text in _problems(params, root):
+            listed.append(text)
+    except ConfigError as error:  # a damaged file, or unequal budgets, which are in the list already
+        listed.append(str(error))
+    return list(dict.fromkeys(listed))
+
+
+def _problems(params: Params, root: Path) -> Iterator[str]:
+    found = report.finished(params, root)
+    everything = [record for own in found.values() for record in own]
+    exported, scored = list(_exports(params, found, root)), list[str]()
     for record in everything:
         path = record.cell.path
         try:
-            listed += [f"{path}: {text}" for text in _record(record)]
+            scored += [f"{path}: {text}" for text in _record(record)]
         except (KeyError, TypeError, IndexError) as error:
-            return [
+            raise ConfigError(
                 f"{path}: the record has no {error}: it is of another version or damaged; rerun its cell."
-            ]
-    if any(text.endswith(UNREADABLE) for text in listed):
-        return listed  # no table can be made from these
-    listed += [
-        f"{cell.path}: not of today ({', '.join(parts)} differ)."
-        for own in found.values()
-        for cell, parts in outdated(own, params).items()
-    ]
+            ) from None
+    yield from scored
+    if any(text.endswith(UNREADABLE) for text in scored):
+        return  # no table can be made from these
     for own in found.values():
-        listed += _same_inputs(own, root)
-    listed += exported
+        for cell, parts in outdated(own, params).items():
+            yield f"{cell.path}: not of today ({', '.join(parts)} differ)."
+    for own in found.values():
+        yield from _same_inputs(own, root)
+    yield from exported
     for check in (_lock(everything, params, root), _sizes(params, root), _tuning(params, root)):
         try:
-            listed += check
+            yield from check
         except ConfigError as error:  # a damaged file
-            listed.append(str(error))
-    try:
-        every = report.gather_all(params, root, found)
-    except ConfigError as error:  # unequal budgets: in the list already
-        return list(dict.fromkeys([*listed, str(error)]))
-    try:
-        return (
-            listed
-            + list(_texts(params, every, root))
-            + list(_figures(every, root))
-            + list(_panels(every, root))
-        )
-    except ConfigError as error:  # a damaged README
-        return [*listed, str(error)]
+            yield str(error)
+    every = report.gather_all(params, root, found)
+    yield from _texts(params, every, root)
+    yield from _figures(every, root)
+    yield from _panels(every, root)
 
 
 def _record(record: Record) -> Iterator[str]:
