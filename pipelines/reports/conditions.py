@@ -214,6 +214,7 @@ def tuning(results: Results) -> str:
     text, how = trials(results), results.tuning
     if not results.trials:
         return f"{text}."
+    text += "".join(f"; {results.label(m)}: {n} different ones" for m, n in results.different.items())
     middle = sum(choice.middle for choice in results.choices.values())
     text += (
         f". {middle} of {len(results.choices)} methods keep the middle of their ranges: no trial led it by "

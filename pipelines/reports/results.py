@@ -86,6 +86,7 @@ class Results:
     failures: dict[Cell, str] = field(default_factory=dict)  # of the last training of a cell, and why
     stale: dict[Cell, list[str]] = field(default_factory=dict)  # left out of all these, and why
     trials: dict[str, int] = field(default_factory=dict)  # of tuning, by method
+    different: dict[str, int] = field(default_factory=dict)  # of them, where some had the same weights
     choices: dict[str, budget.Choice] = field(default_factory=dict)  # of tuning, by method
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)  # records of exports, by student
     untuned: list[str] = field(default_factory=list)  # methods whose weights are not those that tuning chose
@@ -444,6 +445,7 @@ def gather(
         },
         stale=stale,
         trials=budget.trials(params, root),
+        different=budget.different(params, root),
         choices=budget.choices(params, root),
         exports={
             student: record

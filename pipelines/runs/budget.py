@@ -80,6 +80,13 @@ def trials(params: Params, root: Path = ROOT) -> dict[str, int]:
     return dict(counts)
 
 
+def different(params: Params, root: Path = ROOT) -> dict[str, int]:
+    """By method: how many of its trials had weights of their own, where some had the same."""
+    rows = read(path(params, root))
+    own = {m: [row["weights"] for row in rows if row["method"] == m] for m in trials(params, root)}
+    return {m: len(set(tried)) for m, tried in own.items() if len(set(tried)) < len(tried)}
+
+
 def choose(scores: Sequence[float | None], margin: float) -> int:
     """Which trial is chosen: the first, the middle of the ranges, unless the best one leads it by more than
     ``margin`` points of mIoU (as the one-standard-error rule of Breiman et al. 1984, section 3.4.3). A trial
