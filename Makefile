@@ -8,7 +8,6 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_OFFLINE := 1
 export PYTHONPATH := $(CURDIR)
-unexport PYTHONDONTWRITEBYTECODE  # what is imported is compiled once, not in every process
 
 # The scripts of an environment name its place: one that was moved with its checkout is made again.
 ifeq ($(shell test -e $(READY) && ! grep -qxF "$$(realpath $(VENV))" $(READY) && echo moved),moved)
@@ -77,5 +76,5 @@ $(READY): requirements.lock
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
-	$(VENV)/bin/python -m uv pip install --quiet --python $(VENV)/bin/python --require-hashes -r requirements.lock
+	$(VENV)/bin/python -m uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python --require-hashes -r requirements.lock
 	realpath $(VENV) > $@
