@@ -151,7 +151,7 @@ def methods(params: Params, root: Path = ROOT) -> str:
         own = params.official.get(name, {})
         weights = ", ".join(f"{key.removeprefix('weight_')} {value:g}" for key, value in own.items())
         cells = (
-            (first.partition(": ")[2] or first).removesuffix("."),
+            first.removesuffix("."),
             "–" if name == params.suite.reference else compares(counted.get(name, {}).get("taps", ())),
             source[1] if source else "–",
             weights or "–",
