@@ -545,6 +545,8 @@ def test_a_perfect_order_of_few_is_not_certain() -> None:
     assert rho == pytest.approx(1) and 0 < interval.low < 0.9 < interval.high < 1
     low = statistics.rank_correlation([1, 2, 3, 4, 5], [9, 8, 7, 6, 5])[1]
     assert (low.low, low.high) == pytest.approx((-interval.high, -interval.low))
+    with pytest.raises(ValueError, match="four pairs"):
+        statistics.rank_correlation([1, 2, 3], [1, 2, 3])
 
 
 def test_sentences_count_the_verdicts_and_name_what_is_seen(

@@ -9,7 +9,7 @@ import itertools
 import tracemalloc
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import ceil, inf, log2, nan, sqrt
 
 import numpy as np
@@ -217,6 +217,13 @@ def test_no_difference_is_no_evidence() -> None:
     assert (smallest_p(0), smallest_p(1)) == (1, 1)
 
 
+@pytest.mark.parametrize("call", [sign_flip_p, t_interval])
+@pytest.mark.parametrize("value", [nan, inf])
+def test_what_is_not_finite_is_refused(call: Callable[[Sequence[float]], object], value: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        call([1.0, value, 2.0])
+
+
 def test_many_differences_are_sampled_close_to_the_exact_p_and_always_the_same_way() -> None:
     differences = [int(d) for d in np.random.default_rng(8).integers(-20, 31, 20)]
     expected = counted_p(differences)
@@ -276,6 +283,12 @@ def test_holm_is_the_closure_of_bonferroni(p: dict[str, float]) -> None:
         assert p[name] <= adjusted[name] <= 1
     order = sorted(p, key=lambda name: p[name])
     assert [adjusted[name] for name in order] == sorted(adjusted.values())
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, nan])
+def test_holm_refuses_what_is_no_p(value: float) -> None:
+    with pytest.raises(ValueError, match="p value of b"):
+        holm({"a": 0.1, "b": value})
 
 
 def test_holm_keeps_the_familywise_error() -> None:
@@ -376,6 +389,8 @@ def test_max_t_by_hand() -> None:
     # a alone has 2 / 2^3, but the flips (1, -1, 1) and (-1, 1, -1) make more of b than a is
     assert max_t({"a": {0: 1.0, 1: 2.0, 2: 3.0}, "b": {0: 1.0, 1: -1.0, 2: 1.0}}) == {"a": 0.5, "b": 1.0}
     assert max_t({}) == max_t({"a": {}}) == {}
+    with pytest.raises(ValueError, match="finite"):
+        max_t({"a": {0: 1.0}, "b": {0: nan}})
 
 
 def test_many_seeds_are_sampled_close_to_the_exact_max_t_and_always_the_same_way(
@@ -679,6 +694,28 @@ def test_methods_are_scored_on_the_same_resamples() -> None:
     assert found.difference("a", "b") == Interval(0, 0)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "sentence"),
+    [
+        ([(3, 4, 4), (2, 4, 4)], "same images and classes"),
+        ([(3, 4, 4), (3, 5, 5)], "same images and classes"),
+        ([], "no cell"),
+        ([(3, 4, 5)], "images, C, C"),
+        ([(4, 4)], "images, C, C"),
+        ([(0, 4, 4)], "images, C, C"),
+    ],
+)
+def test_counts_that_do_not_fit_are_refused(shapes: list[tuple[int, ...]], sentence: str) -> None:
+    counts = {("a", seed): np.ones(shape, dtype=np.int64) for seed, shape in enumerate(shapes)}
+    with pytest.raises(ValueError, match=sentence):
+        image_bootstrap(counts.items(), 10, 0)
+
+
+def test_a_cell_without_labels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\('b', 0\) carries a label"):
+        image_bootstrap({("a", 0): np.ones((2, 3, 3)), ("b", 0): np.zeros((2, 3, 3))}.items(), 10, 0)
+
+
 def test_the_bootstrap_never_holds_all_resamples_of_the_images() -> None:
     counts = {("a", 0): np.ones((500, 2, 2), dtype=np.int64)}
     tracemalloc.start()
@@ -789,6 +826,12 @@ def test_critical_differences_equal_demsars_table(alpha: float) -> None:
         assert critical_difference(methods, 7, alpha) == pytest.approx(expected, rel=4e-4)
 
 
+@pytest.mark.parametrize(("methods", "blocks"), [(1, 5), (3, 0)])
+def test_ranks_of_nothing_have_no_critical_difference(methods: int, blocks: int) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        critical_difference(methods, blocks)
+
+
 def test_friedman_and_nemenyi_err_as_often_as_they_say() -> None:
     cd = critical_difference(5, 20)
 
@@ -843,6 +886,7 @@ runs = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=5)
 def test_probability_of_improvement_by_hand() -> None:
     found = probability_of_improvement([[1.0, 3.0], [5.0]], [[2.0, 3.0], [5.0, 4.0, 6.0]])
     # 0 + 0 + 1 + 1/2 of 4 pairs; 1/2 + 1 + 0 of 3
+    assert found is not None
     assert found[0] == pytest.approx((1.5 / 4 + 1.5 / 3) / 2)
 
 
@@ -853,6 +897,8 @@ def test_probability_of_improvement_equals_mann_whitney(
 ) -> None:
     a, b = [np.array(x) for x, _ in blocks], [np.array(y) for _, y in blocks]
     there, back = (probability_of_improvement(*pair, resamples=50) for pair in ((a, b), (b, a)))
+    assert there is not None
+    assert back is not None
     shares = [stats.mannwhitneyu(x, y, method="asymptotic").statistic / (len(x) * len(y)) for x, y in blocks]
     assert there[0] == pytest.approx(np.mean(shares))
     assert there[0] + back[0] == pytest.approx(1)
@@ -864,6 +910,7 @@ def test_probability_of_improvement_resamples_runs_inside_their_blocks() -> None
     found = probability_of_improvement([[9.0, 8.0], [1.0, 2.0]], [[5.0, 4.0], [6.0, 7.0]], resamples=100)
     assert found == (0.5, Interval(0.5, 0.5))
     found = probability_of_improvement([[9.0, 8.0]] * 3, [[1.0, 2.0, 3.0]] * 3)
+    assert found is not None
     assert (found[0], found[1].low, found[1].high) == pytest.approx((1, 1, 1))
 
 
@@ -880,6 +927,7 @@ def test_the_interval_of_the_probability_equals_a_plain_bootstrap() -> None:
         for _ in range(4000)
     ]
     found = probability_of_improvement(a, b)
+    assert found is not None
     assert (found[1].low, found[1].high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.015)
     assert found == probability_of_improvement(a, b)
     assert found != probability_of_improvement(a, b, seed=1)
@@ -892,7 +940,16 @@ def test_the_interval_of_the_probability_holds_the_truth() -> None:
     for _ in range(300):
         a, b = random.normal(0.5, 1, (4, 25)), random.normal(0, 1, (4, 25))
         found = probability_of_improvement(list(a), list(b), resamples=500)
+        assert found is not None
         covered.append(found[1].contains(float(truth)))
         planted.append(found[1].low > 0.5)
     assert 0.92 <= np.mean(covered) <= 0.98
     assert np.mean(planted) > 0.85
+
+
+def test_an_empty_block_has_no_probability_of_improvement() -> None:
+    assert probability_of_improvement([[1.0], []], [[1.0], [2.0]]) is None
+    assert probability_of_improvement([[1.0]], [[]]) is None
+    assert probability_of_improvement([], []) is None
+    with pytest.raises(ValueError, match="same blocks"):
+        probability_of_improvement([[1.0]], [[1.0], [2.0]])

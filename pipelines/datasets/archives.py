@@ -10,6 +10,7 @@ import http.client
 import logging
 import lzma
 import os
+import re
 import ssl
 import tarfile
 import urllib.error
@@ -17,7 +18,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Literal, Protocol
 
 from tqdm import tqdm
@@ -92,7 +93,9 @@ class Zip:
     def names(self) -> list[str]:
         try:
             with zipfile.ZipFile(self.path) as archive:
-                return [info.filename for info in archive.infolist() if not info.is_dir()]
+                return [_safe(self.path, info.filename) for info in archive.infolist() if not info.is_dir()]
+        except ConfigError:
+            raise
         except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
             raise _damaged(self.path, error) from None
 
@@ -115,7 +118,7 @@ class Tar:
         self.path = path
 
     def names(self) -> list[str]:
-        return [member.name for member, _ in self._members()]
+        return [_safe(self.path, member.name) for member, _ in self._members()]
 
     def files(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
         left = set(wanted)
@@ -136,6 +139,8 @@ class Tar:
                 for member in archive:
                     if member.isreg():
                         yield member, archive
+        except ConfigError:
+            raise
         except (tarfile.TarError, *BROKEN, OSError, ValueError, OverflowError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -287,6 +292,17 @@ def _content(archive: Path, name: str, member: IO[bytes]) -> bytes:
     if len(content) > LARGEST:
         raise _too_large(archive, name)
     return content
+
+
+def _safe(archive: Path, name: str) -> str:
+    """``name``, unless it points outside of the folder that an archive is extracted to."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if ".." in parts or name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name):
+        raise ConfigError(
+            f"{archive} holds {name!r}, a path outside of the archive: this is not the published file. Fetch "
+            f"it again from its source."
+        )
+    return name
 
 
 def _too_large(archive: Path, name: str) -> ConfigError:

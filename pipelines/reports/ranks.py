@@ -68,9 +68,9 @@ def rank(every: Sequence[Results]) -> Ranks | None:
                 resamples=RESAMPLES,
                 seed=RESAMPLING_SEED,
             )
-            # of one run there is no resample, and where none beats another all agree
-            known = min(seeds[method], seeds[reference]) > 1 and chance[1].width > statistics.TIE
-            improvement[method] = chance if known else (chance[0], None)
+            if chance is not None:  # of one run there is no resample, and where none beats another all agree
+                known = min(seeds[method], seeds[reference]) > 1 and chance[1].width > statistics.TIE
+                improvement[method] = chance if known else (chance[0], None)
     return Ranks(
         reference=reference,
         blocks=list(scores),

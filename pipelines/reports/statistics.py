@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, groupby, pairwise
-from math import atanh, inf, sqrt, tanh
+from math import atanh, inf, isfinite, sqrt, tanh
 from pathlib import PurePosixPath
 from string import digits as DIGITS
 from typing import TypeVar
@@ -130,8 +130,9 @@ def paired(scores: Mapping[int, float], reference: Mapping[int, float]) -> Paire
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
     """Two-sided Student t interval of the mean of paired differences; None below two of them.
 
-    mean ± t(n - 1) sd / √n (Student 1908), exact for normal differences.
+    mean ± t(n - 1) sd / √n (Student 1908), exact for normal differences. ValueError if one is not finite.
     """
+    _check_finite(values)
     spread = sd(values)
     if spread is None:
         return None
@@ -145,7 +146,7 @@ def sign_flip_p(differences: Sequence[float]) -> float | None:
 
     The share of all 2^n assignments of signs whose |sum| reaches the observed one (Fisher 1935);
     exact for differences that are symmetric about 0. Beyond ``EXACT`` differences a seeded sample of
-    assignments, with the observed one counted in (Phipson and Smyth 2010).
+    assignments, with the observed one counted in (Phipson and Smyth 2010). ValueError if one is not finite.
     """
     return max_t({"": dict(enumerate(differences))}).get("")
 
@@ -173,13 +174,14 @@ def max_t(differences: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
     it stays finite. Two-sided; the familywise error is kept if, where the methods do not differ from the
     reference, their differences of a seed are symmetric about 0 together. The smallest p is 2 / 2^n, however
     many methods there are. Enumerated or sampled as in :func:`sign_flip_p`, of which it is the same for one
-    method; methods without a difference are left out.
+    method; methods without a difference are left out. ValueError if one is not finite.
     """
     names = [name for name, own in differences.items() if own]
     if not names:
         return {}
     seeds = sorted(set().union(*(differences[name] for name in names)))
     values = np.array([[float(differences[name].get(seed, 0.0)) for name in names] for seed in seeds])
+    _check_finite(list(values.ravel()))
     length = np.sqrt((values**2).sum(axis=0))
     values = np.divide(values, length, out=np.zeros_like(values), where=length > 0)
     signs, extra = _signs(len(seeds))
@@ -211,11 +213,13 @@ def holm(mapping: Mapping[str, float]) -> dict[str, float]:
     """Holm's step-down adjusted p values (Holm 1979), in the order of the keys.
 
     The i-th smallest of m is multiplied by m - i + 1, is at least the one before it and at most 1. Rejecting
-    those up to α keeps the familywise error at α under any dependence.
+    those up to α keeps the familywise error at α under any dependence. ValueError if a p is not in [0, 1].
     """
     adjusted: dict[str, float] = {}
     before = 0.0
     for i, name in enumerate(sorted(mapping, key=lambda name: mapping[name])):
+        if not 0 <= mapping[name] <= 1:
+            raise ValueError(f"The p value of {name} is not between 0 and 1: {mapping[name]}.")
         before = adjusted[name] = min(1.0, max(before, (len(mapping) - i) * mapping[name]))
     return {name: adjusted[name] for name in mapping}
 
@@ -232,13 +236,25 @@ def image_bootstrap(
     :mod:`pipelines.runs.confusion`, the images in the same order for all. Those of a block, see
     :func:`block_starts`, are drawn together; without ``starts`` each by itself. The score of a resample is
     the mIoU of its summed matrix, in percent: the mean over the classes in the ground truth of the whole
-    split, without those that no image of the resample has (NaN if it has none).
+    split, without those that no image of the resample has (NaN if it has none). ValueError when there is no
+    cell, when cells differ in the number of images or classes, and when no pixel of a cell carries a label.
     """
-    sums = {}
+    sums, shapes = {}, set[tuple[int, ...]]()
     for cell, array in counts:  # one at a time: they may be read from files
+        shapes.add(array.shape)
+        if len(shapes) > 1:
+            raise ValueError(
+                f"All cells must have counts of the same images and classes, not of shapes {sorted(shapes)}."
+            )
+        if array.ndim != 3 or array.shape[0] == 0 or array.shape[1] != array.shape[2]:
+            raise ValueError(f"Counts must be (images, C, C), not {array.shape}.")
+        if not array.any():
+            raise ValueError(f"No pixel of cell {cell} carries a label: there is nothing to score.")
         sums[cell] = _image_sums(array)
         if starts is not None:
             sums[cell] = np.add.reduceat(sums[cell], starts)
+    if not sums:
+        raise ValueError("There is no cell to score.")
     blocks = len(next(iter(sums.values())))
     scores = {cell: np.empty(resamples) for cell in sums}
     random = np.random.default_rng(seed)
@@ -303,7 +319,10 @@ def critical_difference(methods: int, blocks: int, alpha: float = 0.05) -> float
     """Difference of mean ranks that is significant in Nemenyi's test (Demšar 2006, section 3.2.2).
 
     q √(k (k + 1) / 6N) for k methods and N blocks, q the upper α quantile of the studentized range over √2.
+    ValueError below two methods or one block.
     """
+    if methods < 2 or blocks < 1:
+        raise ValueError(f"Ranks need two methods and one block at least, not {methods} and {blocks}.")
     q = float(stats.studentized_range.ppf(1 - alpha, methods, inf)) / sqrt(2)
     return q * sqrt(methods * (methods + 1) / (6 * blocks))
 
@@ -329,9 +348,11 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, Int
     """Spearman's rank correlation of paired values, with its 95 % interval over the pairs.
 
     tanh(artanh ρ ± z √((1 + ρ²/2) / (n - 3))) (Bonett and Wright 2000), an approximation. Of a perfect order
-    it is that of the largest ρ but half a step, as artanh 1 is infinite. Of four pairs at least.
+    it is that of the largest ρ but half a step, as artanh 1 is infinite. ValueError below four pairs.
     """
     n = len(a)
+    if n < FEWEST_PAIRS or n != len(b):
+        raise ValueError(f"A rank correlation needs four pairs at least, not {n} and {len(b)} values.")
     rho = float(stats.spearmanr(a, b).statistic)
     most = 1 - 6 / (n**3 - n)
     centre = min(max(rho, -most), most)
@@ -341,17 +362,22 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, Int
 
 def probability_of_improvement(
     a_blocks: Sequence[ArrayLike], b_blocks: Sequence[ArrayLike], resamples: int = 10_000, seed: int = 0
-) -> tuple[float, Interval]:
+) -> tuple[float, Interval] | None:
     """P(a run of ``a`` beats one of ``b``), mean over the blocks, with its 95 % percentile interval.
 
     ``a_blocks``, ``b_blocks``: per block the scores of the runs, (runs,) each, not paired. In a block it is
     the share of all pairs of runs that ``a`` wins, ties as half. The bootstrap is stratified: it draws the
-    runs of each method anew inside every block (Agarwal et al. 2021, rliable).
+    runs of each method anew inside every block (Agarwal et al. 2021, rliable). None without a block or when
+    one is empty. ValueError when the numbers of blocks differ.
     """
+    if len(a_blocks) != len(b_blocks):
+        raise ValueError(f"Both methods need the same blocks, not {len(a_blocks)} and {len(b_blocks)}.")
     blocks = [
         (np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
         for a, b in zip(a_blocks, b_blocks, strict=True)
     ]
+    if not blocks or any(a.size == 0 or b.size == 0 for a, b in blocks):
+        return None
     random = np.random.default_rng(seed)
     share = 0.0
     drawn = np.zeros(resamples)
@@ -373,6 +399,11 @@ def _signs(n: int) -> tuple[np.ndarray, int]:
         # Flipping every sign keeps |sum|, so the last difference can keep its own.
         return 1 - 2 * ((np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1), 0
     return 1 - 2 * np.random.default_rng(0).integers(0, 2, size=(FLIPS, n)), 1
+
+
+def _check_finite(values: Sequence[float]) -> None:
+    if not all(map(isfinite, values)):
+        raise ValueError(f"Differences must be finite: {list(values)}.")
 
 
 def _percentiles(samples: np.ndarray) -> Interval:
