@@ -59,7 +59,7 @@ def tried(many: int) -> settings:
 
 def short(error: ConfigError) -> str:
     text = str(error)
-    assert "\n" not in text and 10 < len(text) < 1500, text
+    assert "\n" not in text and 20 < len(text) < 1500, text
     return text
 
 

@@ -314,7 +314,8 @@ def test_the_command_ends_with_the_bad_files(
     with pytest.raises(SystemExit) as stop:
         cli.run(predict.main)
     text = str(stop.value.code)
-    assert "\nbad.png is empty.\n" in text and text.endswith("1 image could not be done; the others are.")
+    assert "\nbad.png is empty: put a whole image in its place.\n" in text
+    assert text.endswith("1 image could not be done; the others are.")
     assert mask(tmp_path, "good").shape == SMALL
 
 

@@ -1121,6 +1121,28 @@ def test_what_compute_leaves_out_is_said(done: Path) -> None:
     assert wanted in " ".join(answer.sentences(read(done), STUDENT))
 
 
+def test_a_teacher_that_is_smaller_and_pretrained_is_said(done: Path) -> None:
+    """Only where the student is larger, and does not start from such weights too."""
+    results = read(done)
+    larger = results.cells["student"] == STUDENT
+    cells = results.cells.assign(**{answer.PARAMETERS: np.where(larger, 9e6, 2.5e6)})
+    teacher, *rest = results.finished
+    run = teacher.run | {"config": teacher.run["config"] | {"network": {"weights": "resnet18"}}}
+    known = [replace(teacher, run=run), *rest]
+    wanted = (
+        f"The teacher (2.5 M parameters, from ImageNet weights) is smaller than {STUDENT} (9.0 M, from random"
+    )
+    assert wanted in " ".join(answer.caveats(replace(results, cells=cells, finished=known), [STUDENT]))
+    assert "smaller than" not in " ".join(answer.caveats(replace(results, cells=cells), [STUDENT]))
+    assert "smaller than" not in " ".join(answer.caveats(replace(results, finished=known), [STUDENT]))
+
+
+def test_an_ablation_says_how_few_seeds_it_has(done: Path) -> None:
+    own, others = ((done / f"reports/streets/{name}.md").read_text() for name in ("ablation", "comparison"))
+    assert "n = 1: one seed, so nothing can be told apart" in own  # of afd
+    assert "n = 1" not in others and "n = 2: the smallest p" in others
+
+
 def test_classes_that_nobody_learns_are_a_warning(done: Path) -> None:
     results = read(done)
     metric = f"test/iou/{metric_name(results.classes()[1])}"

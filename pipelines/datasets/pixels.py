@@ -163,7 +163,7 @@ def _unknown(file: IO[bytes], origin: str, formats: tuple[str, ...]) -> ConfigEr
     file.seek(0)
     head = file.read(100)
     if not head:
-        return ConfigError(f"{origin} is empty.")
+        return ConfigError(f"{origin} is empty: put a whole image in its place.")
     if head.startswith(b"version https://git-lfs"):
         return ConfigError(f"{origin} is a pointer of Git LFS and not the image: run `git lfs pull`.")
     file.seek(0)

@@ -39,7 +39,7 @@ def sentences(results: Results, student: str) -> list[str]:
     schedule = [text for text in [conditions.schedule(results, student)] if text]
     if seeds == 1:
         first = "Not known yet: one seed cannot say how far another would move a score."
-        return [first, highest, *longer(results, student), *schedule]
+        return [first, highest, *_longer(results, student), *schedule]
     better, worse, equal, behind = (
         those(word, which) for which in ("gain", "equal") for word in ("gain", "loss")
     )
@@ -79,7 +79,7 @@ def sentences(results: Results, student: str) -> list[str]:
         found.append(f"Worse than the student alone, with the loss weights used here: {listed(worse)}.")
     if single:
         found.append(f"Not known, with one seed each: {listed(single)}.")
-    return [*found, *longer(results, student), highest, *schedule]
+    return [*found, *_longer(results, student), highest, *schedule]
 
 
 def _at_equal_compute(
@@ -123,7 +123,7 @@ def _uncounted(results: Results, students: Sequence[str], again: bool = False) -
     )
 
 
-def longer(results: Results, student: str) -> list[str]:
+def _longer(results: Results, student: str) -> list[str]:
     """What the student alone reaches when it trains longer, beside the methods, in one sentence."""
     means = [results.mean(student, m) or 0 for m in _tested(results, student)]
     parts, rising, lead = [], False, None
@@ -152,10 +152,11 @@ def row(results: Results, student: str) -> list[str]:
 
     best = max(several, key=lambda m: several[m].gain.paired.mean or 0.0, default=None)
     gain = several[best].gain if best else None
+    start, steps = conditions.begins(results, student)
     longest = max(results.controls.items(), key=lambda pair: pair[1], default=("", 0.0))
     more = results.mean(student, longest[0])
     return [
-        f"{student}, {conditions.begins(results, student)}",
+        f"{student}, {start} weights, {steps} steps",
         " or ".join(str(n) for n in sorted({stand.gain.paired.n for stand in tested.values()})) or "–",
         counted("gain"),
         counted("equal"),
@@ -194,7 +195,7 @@ def headline(every: Sequence[tuple[Results, str]]) -> str:
         if not several:
             continue
         better = sum(stand.gain.verdict == "gain" for stand in several.values())
-        start = conditions.begins(results, student).split(" weights")[0]
+        start = conditions.begins(results, student)[0]
         found.setdefault(start, []).append(
             f"{better} of {len(several)} methods ({student}, {results.benchmark})"
         )
@@ -215,7 +216,7 @@ def caveats(results: Results, students: Sequence[str], again: bool = False) -> l
     """How sure the answers for ``students`` are, and what they do not say: sentences; ``again`` without what
     has been said of another benchmark."""
     joint, few, rising, larger = list[str](), list[str](), list[str](), list[str]()
-    taught, pretrained = results.teacher(PARAMETERS), conditions.begins(results, TEACHER).split(" weights")[0]
+    taught, pretrained = results.teacher(PARAMETERS), conditions.begins(results, TEACHER)[0]
     for student in students:
         tested = _tested(results, student)
         if not any(stand.gain.paired.n > 1 for stand in tested.values()):
@@ -231,7 +232,7 @@ def caveats(results: Results, students: Sequence[str], again: bool = False) -> l
         if any(results.gain(student, longer).verdict == "gain" for longer in results.controls):
             rising.append(student)
         size = results.mean(student, results.reference, PARAMETERS)
-        start = conditions.begins(results, student).split(" weights")[0]
+        start = conditions.begins(results, student)[0]
         if taught and size and size > taught and start != pretrained:
             larger.append(f"{student} ({size / 1e6:.1f} M, from {start} weights)")
     if not (joint or few):

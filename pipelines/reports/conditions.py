@@ -175,12 +175,12 @@ def schedule(results: Results, student: str) -> str:
     )
 
 
-def begins(results: Results, student: str) -> str:
-    """From which weights a student starts, and for how many steps it trains; nothing without a record."""
+def begins(results: Results, student: str) -> tuple[str, int]:
+    """From which weights a student, or the teacher, starts, and for how many steps it trains."""
     for record in results.finished:
         if record.cell.student == student and record.cell.method not in results.controls:
-            return f"{_start(record.run)} weights, {record.run['steps']} steps"
-    return "not trained"
+            return _start(record.run), int(record.run["steps"])
+    return "unknown", 0
 
 
 def _start(run: Mapping[str, Any]) -> str:

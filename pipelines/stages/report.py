@@ -39,10 +39,11 @@ from pipelines.runs.records import Record
 log = logging.getLogger(__name__)
 
 
-def finished(params: Params, root: Path) -> dict[str, list[Record]]:
-    """The records of every benchmark that has any, teacher first, in the order of params.yaml."""
+def finished(params: Params, root: Path, only: Collection[str] | None = None) -> dict[str, list[Record]]:
+    """The records of every benchmark, or of those of ``only``, that has any: teacher first, in the order of
+    params.yaml."""
     found = {}
-    for benchmark in params.benchmarks:
+    for benchmark in params.benchmarks if only is None else [b for b in params.benchmarks if b in only]:
         cells = [records.teacher_cell(params, benchmark), *records.expected_cells(params, benchmark, root)]
         if have := [record for cell in cells if (record := records.read(cell, root)) is not None]:
             found[benchmark] = have
@@ -54,7 +55,7 @@ def report(params: Params, root: Path = config.ROOT, only: Collection[str] | Non
     given."""
     with files.hold(root / ".scratch" / "locks" / "report.lock", "The report"):
         files.clear_parts(root / "reports")
-        found = {name: own for name, own in finished(params, root).items() if only is None or name in only}
+        found = finished(params, root, only)
         frames = tracking.collect(root, found)
         if server := os.environ.get("MLFLOW_TRACKING_URI"):
             trouble = tracking.publish(server, [record for own in found.values() for record in own])
@@ -77,9 +78,8 @@ def prepare(root: Path) -> None:
 
 def make_panels(params: Params, benchmark: str, root: Path) -> None:
     """The panels of a benchmark, ahead of the report, where its networks can be run."""
-    own = {benchmark: finished(params, root)[benchmark]}
     with files.hold(root / ".scratch" / "locks" / "report.lock", "The report"):
-        for results in gather_all(params, root, own):
+        for results in gather_all(params, root, finished(params, root, [benchmark])):
             panels.update(results, root)
 
 
