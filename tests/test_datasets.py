@@ -601,7 +601,7 @@ def test_ones_own_photographs_are_turned_as_they_were_seen(
         ),
         ("masks/a/1.png", b"GIF89a", r"masks/a/1.png is no image that can be read \(PNG, TIFF, BMP\), or it"),
         ("photos/a/1.jpg", b"GIF89a", "photos/a/1.jpg is no image that can be read"),
-        ("photos/a/1.jpg", b"", r"photos/a/1.jpg is empty\.$"),
+        ("photos/a/1.jpg", b"", r"photos/a/1.jpg is empty: put a whole image in its place\.$"),
         ("masks/a/1.png", jpeg(32, 44), "1.png is a JPEG by its content: save it as PNG, TIFF or BMP"),
         ("masks/a/1.png", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS .*`git lfs pull`"),
         ("val.txt", b"a/1\n", "a/1 stands twice in the split files"),
