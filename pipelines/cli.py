@@ -25,7 +25,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a stage. A :class:`ConfigError` becomes ``error: …`` on stderr and exit status 1, Ctrl-C status
     130."""
     os.environ.update(OFFLINE | QUIET)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    for ours in ("pipelines", "__main__"):  # of libraries, warnings only
+        logging.getLogger(ours).setLevel(logging.INFO)
     logging.addLevelName(logging.WARNING, "warning")
     logging.addLevelName(logging.INFO, "info")
     try:

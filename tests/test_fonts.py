@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
@@ -40,6 +44,16 @@ def made(place: Path) -> str:
     builder.setupPost()
     builder.save(place / "roads.ttf")
     return str(place / "roads.ttf")
+
+
+def test_nothing_is_said_of_a_first_look_for_fonts(tmp_path: Path) -> None:
+    look = "from pipelines import cli, fonts; cli.run(lambda: print(fonts.covering('a')))"
+    fresh = os.environ | {"MPLCONFIGDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", look], cwd=ROOT, env=fresh, capture_output=True, text=True, check=True
+    )
+    assert "DejaVuSans.ttf" in done.stdout and not done.stderr
+    assert [*tmp_path.glob("fontlist*")]
 
 
 def test_a_font_that_has_the_names_is_found(

@@ -689,6 +689,46 @@ def test_controls_are_named_as_dvc_names_them(tmp_path: Path, monkeypatch: pytes
     assert label("none-x2.0", params.controls) == "none ×2"
 
 
+@pytest.mark.parametrize("written", ["by DVC", "by hand"])
+def test_what_is_noted_in_dvc_lock_is_what_dvc_would_note(
+    written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a stage that is there and a new one; the other entries keep their bytes."""
+    root = copy_repository(tmp_path)
+    monkeypatch.chdir(root)
+    lock, found = root / "dvc.lock", pipeline.Pipeline(root)
+    text = lock.read_text().replace("  count:\n", "  uncounted:\n")
+    if written == "by hand":
+        text = text.replace("stages:\n", "# ours\nstages:\n", 1)
+    lock.write_text(text)
+    for name in ("networks.json", "speed.json"):
+        (root / "runs" / name).write_text("{}")
+    stages = [found.stages[name] for name in ("count", "report")]
+    for stage in stages:
+        stage.save(run_cache=False)
+    found._note(stages)
+    mine, read = lock.read_text(), config.read_yaml(lock)
+    lock.write_text(text)
+    stages[0].dvcfile.dump_stages(stages, update_pipeline=False)
+    assert read == config.read_yaml(lock) and list(read["stages"])[-1] == "count"
+    until = text.index("  report:\n")
+    assert mine[until:] != text[until:]
+    assert mine[:until] == text[:until]
+
+
+def test_bytecode_changes_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = copy_repository(tmp_path)
+    monkeypatch.chdir(root)
+    before = pipeline.Pipeline(root).stages["fetch@streets"]
+    before.save_deps()
+    compiled = root / "pipelines" / "datasets" / "__pycache__" / "camvid.cpython-311.pyc"
+    compiled.parent.mkdir(exist_ok=True)
+    compiled.write_bytes(b"x")
+    after = pipeline.Pipeline(root).stages["fetch@streets"]
+    after.save_deps()
+    assert [str(dep.hash_info) for dep in after.deps] == [str(dep.hash_info) for dep in before.deps]
+
+
 def test_what_dvc_refuses_is_one_sentence(tmp_path: Path) -> None:
     git(tmp_path, "init", "-q")
     subprocess.run(dvc("init", "-q"), cwd=tmp_path, env=environment(), check=True)

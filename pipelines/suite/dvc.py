@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Collection
 from functools import cached_property
@@ -18,6 +19,7 @@ from pipelines.place import git, in_git
 
 log = logging.getLogger(__name__)
 
+LOCK = "schema: '2.0'\nstages:\n"  # the first lines of dvc.lock
 PATIENCE = 600  # seconds to wait for another DVC
 
 
@@ -71,7 +73,25 @@ class Pipeline:
                 stage.save(run_cache=False)
                 stage.commit(relink=linked)
             if whole:
-                whole[0].dvcfile.dump_stages(whole, update_pipeline=False)
+                self._note(whole)
+
+    def _note(self, stages: list[Any]) -> None:
+        """Write the entries of ``stages`` in dvc.lock, where the others keep their bytes.
+
+        DVC parses and prints all of it, which takes longer than anything else at the end of a run: it does so
+        only where the file is not as it prints it itself.
+        """
+        from dvc.stage.serialize import to_lockfile
+        from dvc.utils.serialize import dumps_yaml
+
+        lock = self.root / "dvc.lock"
+        old = _entries(lock.read_text("utf-8") if lock.exists() else LOCK)
+        made = {name: entry for stage in stages for name, entry in to_lockfile(stage).items()}
+        new = _entries("schema: '2.0'\n" + dumps_yaml({"stages": _apart(made)}))
+        if old is None or new is None:
+            stages[0].dvcfile.dump_stages(stages, update_pipeline=False)
+        else:
+            files.write_bytes(lock, (LOCK + "".join((old | new).values())).encode())
 
     def _locked(self, act: Any) -> Any:
         """Do something for which DVC locks the checkout; wait while another DVC has it."""
@@ -150,6 +170,22 @@ def heal(root: Path = ROOT) -> None:
     else:
         lock.unlink()
     log.warning("dvc.lock is damaged: it is kept as %s and made anew from the records.", aside.name)
+
+
+def _entries(text: str) -> dict[str, str] | None:
+    """The text of each stage in a dvc.lock by its first line, None where it is not as DVC prints it."""
+    head, *entries = re.split(r"^(?=  \S)", text, flags=re.M)
+    found = {entry.partition("\n")[0]: entry for entry in entries}
+    plain = all(re.fullmatch(r"  [^\s?#].*:", name) for name in found) and len(found) == len(entries)
+    return found if head == LOCK and plain and not re.search(r"^ ?\S", "".join(entries), re.M) else None
+
+
+def _apart(value: Any) -> Any:
+    """The same with no part twice: what is shared would be printed as an anchor, which other entries have
+    too."""
+    if isinstance(value, dict):
+        return {key: _apart(part) for key, part in value.items()}
+    return [_apart(part) for part in value] if isinstance(value, list) else value
 
 
 def _works(act: Callable[[], Any]) -> bool:
