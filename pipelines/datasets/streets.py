@@ -284,10 +284,10 @@ class _Canvas:
         self, box: tuple[slice, slice], mask: np.ndarray | bool, label: int, colour: np.ndarray, item: int = 0
     ) -> None:
         """Paint ``mask`` within ``box``; ``colour`` is one, or one per pixel of the box."""
-        mask = np.broadcast_to(mask, self.label[box].shape)
-        self.label[box][mask] = label
-        self.item[box][mask] = item
-        self.colour[box][mask] = colour[mask] if colour.ndim == 3 else colour
+        where = ... if mask is True else mask
+        self.label[box][where] = label
+        self.item[box][where] = item
+        self.colour[box][where] = colour[where] if colour.ndim == 3 else colour
 
     def rectangle(
         self,
@@ -303,11 +303,9 @@ class _Canvas:
 
     def grid(self, box: tuple[slice, slice]) -> tuple[np.ndarray, np.ndarray]:
         """Rows (h, 1) and columns (1, w) of the pixel centres of a box."""
-        rows, columns = np.ogrid[
-            box[0].start : min(box[0].stop, self.view.height),
-            box[1].start : min(box[1].stop, self.view.width),
-        ]
-        return rows + 0.5, columns + 0.5
+        rows = np.arange(box[0].start + 0.5, min(box[0].stop, self.view.height))
+        columns = np.arange(box[1].start + 0.5, min(box[1].stop, self.view.width))
+        return rows[:, None], columns
 
     def ellipse(
         self,
