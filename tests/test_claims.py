@@ -577,13 +577,16 @@ def test_sentences_count_the_verdicts_and_name_what_is_seen(
         "changes test mIoU by +5.50 (+3.45 to +7.55, n = 4) on roads, small; +1.00 (n = 1) on lanes, small."
         in own
     )
-    assert own.endswith("Taken as points of mIoU, +5.79 lies within the interval of roads, small.")
+    assert own.endswith(
+        "Taken as points of mIoU, +5.79 lies within the interval of roads, small. Taken as a share of the "
+        "student alone (+2.92), it lies in none of these intervals."
+    )
     twice = [four[0], replace(four[0], benchmark="lanes")]
     own = claims.sentences(found, claims.judge_all(found, twice, params), twice, params)[1]
-    assert own.endswith("within the interval of roads, small and lanes, small.")
+    assert "within the interval of roads, small and lanes, small. Taken as a share of the" in own
     low = results({"acfd-full": [1.0, 1.2, 0.9, 1.1]}, student="tiny")
     own = claims.sentences(found, claims.judge_all(found, [four[0], low], params), [four[0], low], params)[1]
-    assert own.endswith("within the interval of roads, small, and outside that of roads, tiny.")
+    assert "within the interval of roads, small, and outside that of roads, tiny. Taken as" in own
     monkeypatch.setattr(claims, "MOST", 1)  # cases that are listed one by one
     assert claims.sentences(found, claims.judge_all(found, every, params), every, params)[3:] == [
         "Of the methods with a published gain, a clear one over the student alone is seen here in 1 of 2 "

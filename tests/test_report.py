@@ -22,7 +22,7 @@ from conftest import ROOT, rewrite
 from PIL import Image
 
 from pipelines import config
-from pipelines.config import Params, metric_name
+from pipelines.config import TEACHER, Params, metric_name
 from pipelines.files import json_bytes, write_bytes
 from pipelines.reports import (
     answer,
@@ -38,7 +38,7 @@ from pipelines.reports import (
     tables,
 )
 from pipelines.reports import table as table_module
-from pipelines.reports.results import COMPUTE, SCORE, Results, gather
+from pipelines.reports.results import COMPUTE, SCORE, STEP, Results, gather
 from pipelines.runs import tracking
 from pipelines.runs.budget import Choice
 from pipelines.runs.confusion import summary
@@ -355,6 +355,7 @@ def test_comparison_holds_both_uncertainties(done: Path) -> None:
         ]
         assert float(found["p"]) == pytest.approx(np.mean(extreme))
         assert float(found["over_images_low"]) < differences.mean() < float(found["over_images_high"])
+        assert float(found["over_both_low"]) < differences.mean() < float(found["over_both_high"])
         p[name] = float(found["p"])
     p["acfd"] = float(row(done, "acfd")["p"])
     assert min(p.values()) == 0.25  # all that three seeds can reach
@@ -405,7 +406,8 @@ def test_equal_compute_is_the_interpolated_student_alone_seed_by_seed(done: Path
     mean, low, high = (
         float(row(done, "cwd")[f"equal_{key}"]) for key in ("diff_mean", "over_seeds_low", "over_seeds_high")
     )
-    above = min(low, float(row(done, "cwd")["equal_over_images_low"])) > 0
+    ends = [float(row(done, "cwd")[f"equal_over_{kind}_low"]) for kind in ("images", "both")]
+    above = min(low, *ends) > 0
     assert row(done, "cwd")["equal_verdict"] == ("gain" if above else "undecided")
     assert rf"{mean:+.2f} \[{low:+.2f}, {high:+.2f}\]{' ↑' * above} |" in text
     assert "1.5, 2 times the steps" in (done / "reports/streets/conditions.md").read_text(encoding="utf-8")
@@ -1008,7 +1010,8 @@ def test_readme_block(done: Path) -> None:
     text = (done / "README.md").read_text(encoding="utf-8")
     assert text.startswith(
         "# A\n<!-- results:begin -->\nBetter than the student alone at equal steps are 3 of 3 methods "
-        "(psp\\_net-r18, streets) where the student starts from random weights. Trained longer, the student "
+        "(psp\\_net-r18, streets, exploratory) where the student starts from random weights. Trained for 2 "
+        "times the steps, the student alone ends above "
     )
     assert text.endswith("<!-- results:end -->\nafter\n")
     assert "\nold\n" not in text
@@ -1137,6 +1140,15 @@ def test_a_teacher_that_is_smaller_and_pretrained_is_said(done: Path) -> None:
     assert "smaller than" not in " ".join(answer.caveats(replace(results, finished=known), [STUDENT]))
 
 
+def test_an_ablation_compares_its_rows_with_the_whole_method_seed_by_seed(done: Path) -> None:
+    results = read(done)
+    assert not any("Minus full" in note for note in tables.ablation(results).notes)  # afd has one seed
+    cells = results.cells[results.cells["method"] != "acfd-afd"].replace({"method": {"kd": "acfd-afd"}})
+    (note,) = (n for n in tables.ablation(replace(results, cells=cells)).notes if "Minus full" in n)
+    gaps = [miou(done, "kd", seed) - miou(done, "acfd-full", seed) for seed in (0, 2)]
+    assert f"{STUDENT}: afd {np.mean(gaps):+.2f} [" in note and note.endswith("(n = 2).")
+
+
 def test_an_ablation_says_how_few_seeds_it_has(done: Path) -> None:
     own, others = ((done / f"reports/streets/{name}.md").read_text() for name in ("ablation", "comparison"))
     assert "n = 1: one seed, so nothing can be told apart" in own  # of afd
@@ -1169,7 +1181,43 @@ def test_classes_that_nobody_learns_are_a_warning(done: Path) -> None:
     assert f"learned {count - 2} of {count} classes." in text
     one = lost.cells[metric].where(lost.cells["method"] != "kd", 1.1)  # a single method finds it
     found = replace(lost, cells=lost.cells.assign(**{metric: one}))
+    (text,) = (text for text in conditions.warnings(found) if "far from the end" in text)
+    assert text.startswith(f"{STUDENT} alone has barely learned {results.classes()[1]} (mean")
+    both = lost.cells[metric].where(lost.cells["method"] == "kd", 1.1)  # so does the student alone
+    found = replace(lost, cells=lost.cells.assign(**{metric: both}))
     assert not [text for text in conditions.warnings(found) if "far from the end" in text]
+
+
+def test_the_headline_counts_the_methods_that_all_students_have(done: Path) -> None:
+    results = read(done)
+    fewer = replace(results, benchmark="other", methods=[m for m in results.methods if m != "acfd-full"])
+    text = answer.headline([(results, STUDENT), (fewer, STUDENT)])
+    assert f"3 of 3 methods ({STUDENT}, streets, exploratory) and 2 of 2 methods ({STUDENT}, other" in text
+    assert "Of the 2 methods that all of these students have, it is 2 and 2." in text
+    standings = results.standings(STUDENT, results.methods)
+    equal = [standings[m].equal.verdict for m in ("kd", "cwd", "acfd-full")]
+    below = [f"{own.count('gain')} of {len(own)}" for own in (equal, equal[:2])]
+    assert text.endswith(f"for as many FLOPs as the method, it is clearly below {' and '.join(below)}.")
+    alone = answer.headline([(results, STUDENT)])
+    assert "that all of these students have" not in alone
+    assert "times the steps" not in answer.headline([(replace(results, controls={}), STUDENT)])
+
+
+def test_time_beyond_the_compute_and_a_lead_that_training_gives_are_said(done: Path) -> None:
+    results = read(done)
+    said = " ".join(answer.caveats(results, [STUDENT]))
+    guided = results.cells["method"].isin(["kd", "cwd", "acfd-full"])
+    slow = results.cells[STEP].where(~guided, 5 * results.cells[STEP])
+    late = " ".join(answer.caveats(replace(results, cells=results.cells.assign(**{STEP: slow})), [STUDENT]))
+    ratios = [results.ratio(STUDENT, m, STEP) or 0 for m in ("kd", "cwd", "acfd-full")]
+    assert f"with {STUDENT} {5 * min(ratios):.2f} to {5 * max(ratios):.2f} times as long as alone" in late
+    assert late.count("which is rough") == 1 and "On test the teacher leads" not in said + late
+    longest = results.mean(STUDENT, "none-x2") or 0
+    first = longest - 4 - (results.mean(STUDENT, "none") or 0)  # the student alone, four points below
+    score = results.cells[SCORE].mask(results.cells["student"] == TEACHER, longest + 1)
+    score += first * (results.cells["method"] == "none")
+    near = " ".join(answer.caveats(replace(results, cells=results.cells.assign(**{SCORE: score})), [STUDENT]))
+    assert f"On test the teacher leads {STUDENT} alone by +5.00, and none ×2 by +1.00: most of" in near
 
 
 def test_seeds_beyond_the_suite_count(done: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Simulations have fixed seeds. Their bounds lie several standard errors from what
 from __future__ import annotations
 
 import itertools
+import math
 import tracemalloc
 import weakref
 from collections import Counter
@@ -30,6 +31,7 @@ from pipelines.reports.statistics import (
     interpolation,
     max_t,
     mean_ranks,
+    over_both,
     probability_of_improvement,
     seeds_needed,
     sign_flip_p,
@@ -93,10 +95,49 @@ def test_an_interval_contains_its_ends() -> None:
         (Interval(1, 2), None, False),
     ],
 )
-def test_methods_are_told_apart_only_by_both_intervals(
+def test_methods_are_told_apart_only_by_all_intervals(
     seeds: Interval | None, images: Interval | None, apart: bool
 ) -> None:
     assert told_apart(seeds, images) is apart
+    for third, also in ((Interval(0.5, 1), True), (Interval(-0.5, 1), False), (None, False)):
+        for order in itertools.permutations((seeds, images, third)):
+            assert told_apart(*order) is (apart and also and seeds is not None and seeds.low > 0)
+
+
+# --- over seeds and images at once ---
+
+
+def test_the_variances_over_seeds_and_images_add() -> None:
+    """By Student's table: t of 5, 18 and 19 degrees of freedom."""
+    seeds = Interval(2 - 2.570582, 2 + 2.570582)  # a standard error of 1 from 6 seeds
+    none, wide = Interval(1.9, 1.9), Interval(2 - 3.919928, 2 + 3.919928)  # of 0 and 2 from 15 blocks
+    found = over_both(seeds, none, 6, 15)
+    assert found is not None and (found.low, found.high) == pytest.approx((seeds.low, seeds.high), abs=1e-6)
+    found, error = over_both(seeds, wide, 6, 15), math.sqrt(1 + 4 * 15 / 14)
+    freedom = error**4 / (1 / 5 + (4 * 15 / 14) ** 2 / 14)
+    assert found is not None and 18 < freedom < 19
+    assert 2.093 * error < found.width / 2 < 2.101 * error  # t for 19 and for 18
+    assert found.low + found.high == pytest.approx(4)
+    assert over_both(none, none, 2, 10) == none
+    assert over_both(None, wide, 6, 15) is over_both(seeds, None, 6, 15) is None
+
+
+@pytest.mark.parametrize("images", [0.0, 0.5, 1.0, 2.0, 4.0])
+def test_no_difference_is_found_as_often_as_it_should_be(images: float) -> None:
+    """Both sources at once, 6 seeds and 15 blocks: ``images`` is the standard error of the images over that
+    of the seeds."""
+    random, seeds, blocks, found = np.random.default_rng(3), 6, 15, {"two": 0, "three": 0}
+    for _ in range(2000):
+        drawn = random.normal(0, images * math.sqrt(blocks / seeds), blocks)
+        differences = random.normal(drawn.mean(), 1, seeds)
+        half = 1.959964 * drawn.std() / math.sqrt(blocks)  # of the means of resamples
+        over_seeds, mean = t_interval(list(differences)), float(differences.mean())
+        over_images = Interval(mean - half, mean + half)
+        both = over_both(over_seeds, over_images, seeds, blocks)
+        found["two"] += told_apart(over_seeds, over_images)
+        found["three"] += told_apart(over_seeds, over_images, both)
+    assert 0.035 < found["three"] / 2000 < 0.07
+    assert images not in (1.0, 2.0) or found["two"] / 2000 > 0.07
 
 
 # --- over seeds: t ---

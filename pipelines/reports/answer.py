@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from pipelines.config import TEACHER
 from pipelines.reports import conditions, statistics
-from pipelines.reports.results import COMPUTE, FEWEST, SCORE, Results, Standing
+from pipelines.reports.results import COMPUTE, FEWEST, SCORE, STEP, Results, Standing
 from pipelines.reports.table import between, number
 
 PARAMETERS = "student/parameters"
@@ -29,7 +29,7 @@ def sentences(results: Results, student: str) -> list[str]:
 
     best = max(known, key=lambda m: known[m].gain.paired.mean or 0)
     lead, val = results.lead(student, metric=SCORE), results.lead(student)
-    sure = [m for m in known if _above(known[m])]
+    sure = [m for m in known if _sure(known[m]) > 0]
     highest = (
         f"The highest {'mean ' * (seeds > 1)}gain is {known[best].gain.paired.mean or 0:+.2f} points of test "
         f"mIoU ({results.label(best)})"
@@ -57,8 +57,8 @@ def sentences(results: Results, student: str) -> list[str]:
     found = [
         first,
         _at_equal_compute(known, equal, behind, results, student),
-        f"How sure: clearly means that two 95 % intervals of the gain exclude 0, one over {seeds} seeds, one "
-        f"over {results.units}.",
+        f"How sure: clearly means that the 95 % intervals of the gain exclude 0: over {seeds} seeds, over "
+        f"{results.units}, and over both at once.",
     ]
     if (least := statistics.smallest_p(seeds)) > conditions.ALPHA:
         found.append(
@@ -123,6 +123,25 @@ def _uncounted(results: Results, students: Sequence[str], again: bool = False) -
     )
 
 
+def _time(results: Results, student: str, methods: Sequence[str]) -> list[str]:
+    """How much more time the methods take for a step than the student alone, beside their compute; nothing
+    where it is not more than that."""
+    took, counted = (
+        [ratio for m in methods if (ratio := results.ratio(student, m, metric)) is not None]
+        for metric in (STEP, COMPUTE)
+    )
+    if (statistics.median(took) or 0.0) <= (statistics.median(counted) or 0.0):
+        return []
+    time, compute = (f"{min(own):.2f} to {max(own):.2f}" for own in (took, counted))
+    return [f"with {student} {time} times as long as alone, with {compute} times the FLOPs"]
+
+
+def _longest(results: Results, student: str) -> str:
+    """The student alone as it was trained longest; nothing where it was not."""
+    trained = (m for m in results.controls if results.by_seed(student, m))
+    return max(trained, key=lambda m: results.controls[m], default="")
+
+
 def _longer(results: Results, student: str) -> list[str]:
     """What the student alone reaches when it trains longer, beside the methods, in one sentence."""
     means = [results.mean(student, m) or 0 for m in _tested(results, student)]
@@ -132,7 +151,7 @@ def _longer(results: Results, student: str) -> list[str]:
             above = sum(own > mean for mean in means)
             parts.append(f"{factor:g} times the steps {own:.2f} (above {above} of {len(means)} methods)")
             rising = results.gain(student, control).verdict == "gain"
-            lead = results.lead(student, control)
+            lead = results.lead(student, control, SCORE)
     if not parts:
         return []
     plain = results.mean(student, results.reference) or 0
@@ -189,33 +208,49 @@ def headline(every: Sequence[tuple[Results, str]]) -> str:
     """Does distillation help? In a sentence for students that start from ImageNet weights and one for those
     that start from random ones, and what longer training does instead."""
     found: dict[str, list[str]] = {}
-    ahead = longer = 0
+    equal, families = list[str](), list[dict[str, Standing]]()
+    ahead, most = 0, set[float]()
     for results, student in every:
         several = {m: s for m, s in _tested(results, student).items() if s.gain.paired.n > 1}
         if not several:
             continue
         better = sum(stand.gain.verdict == "gain" for stand in several.values())
         start = conditions.begins(results, student)[0]
+        seeds = max(stand.gain.paired.n for stand in several.values())
+        few = ", exploratory" * (seeds < statistics.SEEDS_FOR_SIGNIFICANCE)
         found.setdefault(start, []).append(
-            f"{better} of {len(several)} methods ({student}, {results.benchmark})"
+            f"{better} of {len(several)} methods ({student}, {results.benchmark}{few})"
         )
-        if known := [own for m in results.controls if (own := results.mean(student, m)) is not None]:
-            longer += 1
-            ahead += max(known) > max(results.mean(student, m) or 0.0 for m in several)
+        families.append(several)
+        known = {f: own for m, f in results.controls.items() if (own := results.mean(student, m)) is not None}
+        if known:
+            most.add(max(known))
+            ahead += max(known.values()) > max(results.mean(student, m) or 0.0 for m in several)
+            words = [word for stand in several.values() if (word := stand.equal.verdict)]
+            equal.append(f"{words.count('gain')} of {len(words)}")
     if not found:
         return "Not known yet: no student has finished with a method and without one, with two seeds or more."
     parts = [f"{named(own)} where the student starts from {start} weights" for start, own in found.items()]
     text = f"Better than the student alone at equal steps are {'; '.join(parts)}."
-    more = (
-        f" Trained longer, the student alone ends above every method, by the means, in {ahead} of {longer} "
+    shared = [m for m in families[0] if all(m in own for own in families)]
+    if shared and len(shared) < max(map(len, families)):
+        counts = [str(sum(own[m].gain.verdict == "gain" for m in shared)) for own in families]
+        text += f" Of the {len(shared)} methods that all of these students have, it is {named(counts)}."
+    if not equal:
+        return text
+    times = " or ".join(f"{factor:g}" for factor in sorted(most))
+    return (
+        f"{text} Trained for {times} times the steps, the student alone ends above every method, by the "
+        f"means, in {ahead} of {len(equal)} case{'s' * (len(equal) > 1)}; trained for as many FLOPs as the "
+        f"method, it is clearly below {named(equal)}."
     )
-    return text + f"{more}case{'s' * (longer > 1)}." * (longer > 0)
 
 
 def caveats(results: Results, students: Sequence[str], again: bool = False) -> list[str]:
     """How sure the answers for ``students`` are, and what they do not say: sentences; ``again`` without what
     has been said of another benchmark."""
     joint, few, rising, larger = list[str](), list[str](), list[str](), list[str]()
+    spent, ahead = list[str](), list[str]()
     taught, pretrained = results.teacher(PARAMETERS), conditions.begins(results, TEACHER)[0]
     for student in students:
         tested = _tested(results, student)
@@ -228,9 +263,18 @@ def caveats(results: Results, students: Sequence[str], again: bool = False) -> l
                 f"p < {conditions.ALPHA:g} (smallest possible: {least:.2g})."
             )
         else:
-            joint.append(f"{sum(map(_above, tested.values()))} of {len(tested)} with {student}")
+            sure = [*map(_sure, tested.values())]
+            joint.append(f"{sure.count(1)} / {sure.count(-1)} of {len(sure)} with {student}")
         if any(results.gain(student, longer).verdict == "gain" for longer in results.controls):
             rising.append(student)
+        spent += _time(results, student, [*tested])
+        lead, longest = results.lead(student, metric=SCORE), _longest(results, student)
+        left = results.lead(student, longest, SCORE) if longest else None
+        if lead is not None and left is not None and left < conditions.LEAD <= lead:
+            ahead.append(
+                f"On test the teacher leads {student} alone by {lead:+.2f}, and "
+                f"{results.label(longest)} by {left:+.2f}: most of its lead is what longer training gives."
+            )
         size = results.mean(student, results.reference, PARAMETERS)
         start = conditions.begins(results, student)[0]
         if taught and size and size > taught and start != pretrained:
@@ -241,16 +285,20 @@ def caveats(results: Results, students: Sequence[str], again: bool = False) -> l
         []
         if again
         else [
-            "Better and worse mean that two 95 % intervals exclude 0, one over seeds and one over "
-            f"{results.units}, without correction for the number of methods."
+            f"Better and worse mean that the 95 % intervals over seeds, over {results.units} and over both "
+            "at once exclude 0, without correction for the number of methods. Another training of the "
+            "teacher is in none of them: each benchmark has one."
         ]
     )
     if joint:
         found.append(
-            "By the max-T test, which corrects for testing them all, better at equal steps are "
+            "By the max-T test, which corrects for testing them all, better / worse at equal steps are "
             f"{named(joint)}."
         )
-    found += [*few, _uncounted(results, students, again)]
+    uncounted = _uncounted(results, students, again)
+    if spent:
+        uncounted += f" By the measured time, which is rough, a step takes longer: {'; '.join(spent)}."
+    found += [*few, uncounted, *ahead]
     if larger and taught:
         found.append(
             f"The teacher ({taught / 1e6:.1f} M parameters, from {pretrained} weights) is "
@@ -277,9 +325,11 @@ def _tested(results: Results, student: str) -> dict[str, Standing]:
     return {m: standings[m] for m in results.tested(results.methods) if standings[m].gain.paired.n}
 
 
-def _above(stand: Standing) -> bool:
-    """Better by the test that allows for all methods together."""
-    return stand.p_max is not None and stand.p_max < conditions.ALPHA and (stand.gain.paired.mean or 0) > 0
+def _sure(stand: Standing) -> int:
+    """1 if better, -1 if worse by the test that allows for all methods together, else 0."""
+    if stand.p_max is None or stand.p_max >= conditions.ALPHA:
+        return 0
+    return 1 if (stand.gain.paired.mean or 0) > 0 else -1
 
 
 def named(names: Sequence[str]) -> str:

@@ -40,10 +40,10 @@ RULE = [
     f"**{NOT_RUN}**: a benchmark of params.yaml is comparable, but there is no seed for which both the "
     "method and the student alone have finished.",
     f"**{REPRODUCED}**: the gain over the student alone, paired by seed, is clear (its 95 % intervals over "
-    "seeds and over images both lie above 0), and the upper end of the one over seeds reaches the claimed "
-    "gain (for a claimed loss: below 0, and the lower end).",
+    "seeds, over images and over both at once lie above 0), and the upper end of the one over seeds reaches "
+    "the claimed gain (for a claimed loss: below 0, and the lower end).",
     f"**{UNDECIDED}**: fewer than two seeds, an interval over seeds that contains 0 and the claim, or one "
-    "over images that contains 0 or could not be had.",
+    "over images, or over both, that contains 0 or could not be had.",
     f"**{NOT_REPRODUCED}**: every other outcome: clearly less than the claim or the opposite of it, or an "
     "interval that contains 0 and not the claim.",
     f"A claim of unchanged inference cost is **{REPRODUCED}** if the deployed students of the method and the "
@@ -59,6 +59,7 @@ class Measured:
     benchmark: str
     student: str
     gain: Gain
+    alone: float  # mIoU of the student alone
 
     @property
     def n(self) -> int:
@@ -249,7 +250,7 @@ def directions(claims: Claims, every: Sequence[Results]) -> Table:
         "here",
     ]
     notes = [
-        f"here: {GAIN} or {LOSS} if the intervals over seeds and over images leave 0 out, else {UNDECIDED}.",
+        f"here: {GAIN} or {LOSS} if the intervals over seeds, images and both leave 0 out, else {UNDECIDED}.",
         "published gain: lowest to highest over all data sets, networks and schedules of the claims.",
     ]
     return Table("directions", "directions", [], columns, text, notes)
@@ -304,12 +305,24 @@ def _of_the_paper(claim: Claim, verdict: Verdict, every: Sequence[Results]) -> s
     text += f" The suite's reading of {PAPER} changes test mIoU by {named}."
     known = [own for own in found if own.interval is not None]
     if claim.claimed is not None and known:
-        within = [_place(own) for own in known if own.interval and own.interval.contains(claim.claimed)]
-        out = [name for own in known if (name := _place(own)) not in within]
-        where = f"within the interval of {' and '.join(within)}" if within else "in none of these intervals"
-        where += f", and outside that of {' and '.join(out)}" if within and out else ""
+        where = _within(known, [claim.claimed] * len(known))
         text += f" Taken as points of mIoU, {claim.claimed:+.2f} lies {where}."
+        shares = [claim.claimed * own.alone / 100 for own in known]
+        points = ", ".join(f"{share:+.2f}" for share in shares)
+        text += f" Taken as a share of the student alone ({points}), it lies {_within(known, shares)}."
     return text
+
+
+def _within(known: Sequence[Measured], wanted: Sequence[float]) -> str:
+    """In which of the intervals what was claimed lies."""
+    pairs = [
+        (_place(own), own.interval.contains(gain))
+        for own, gain in zip(known, wanted, strict=True)
+        if own.interval
+    ]
+    within, out = ([place for place, inside in pairs if inside is found] for found in (True, False))
+    where = f"within the interval of {' and '.join(within)}" if within else "in none of these intervals"
+    return where + (f", and outside that of {' and '.join(out)}" if within and out else "")
 
 
 def paper(claims: Claims, every: Sequence[Results], params: Params) -> str:
@@ -384,10 +397,11 @@ def _outcome(measured: Measured, claimed: float) -> tuple[str, str]:
         return UNDECIDED, "only one seed"
     text = f"{interval.low:+.2f} to {interval.high:+.2f}"
     if interval.excludes_zero and measured.direction == UNDECIDED:
+        over = measured.gain.over_images
         images = (
-            "the interval over images contains 0"
-            if measured.gain.over_images
-            else "there is none over images"
+            "there is none over images"
+            if over is None
+            else f"the interval over {'both' if over.excludes_zero else 'images'} contains 0"
         )
         return UNDECIDED, f"{text} over seeds, but {images}"
     if not interval.excludes_zero:
@@ -482,7 +496,8 @@ def _measurements(method: str, every: Iterable[Results]) -> list[Measured]:
     for results in every:
         for student in results.students:
             if (gain := results.gain(student, method)).paired.n:
-                found.append(Measured(results.benchmark, student, gain))
+                alone = results.mean(student, results.reference) or 0.0
+                found.append(Measured(results.benchmark, student, gain, alone))
     return found
 
 

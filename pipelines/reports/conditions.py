@@ -34,13 +34,15 @@ def warnings(results: Results, times: bool = True) -> list[str]:
                 f"less than {LEAD:g}: there is little to distil, so the differences say little about methods."
             )
         methods = (results.reference, *results.tested(results.methods))
-        if lost := _unlearnt(results, student, methods):
-            alone = _unlearnt(results, student, [results.reference])
+        lost = _unlearnt(results, student, methods)
+        alone = _unlearnt(results, student, [results.reference])
+        if lost or alone:
             known = len({*results.classes()} - {*results.absent("test")})
+            who = f"with every method, {student}" if lost else f"{student} alone"
             found.append(
-                f"with every method, {student} has barely learned {', '.join(lost)} (mean IoU below "
-                f"{UNLEARNT:g} %): it is far from the end of its training. Alone, it has learned "
-                f"{known - len(alone)} of {known} classes."
+                f"{who} has barely learned {', '.join(lost or alone)} (mean IoU below {UNLEARNT:g} %): it is "
+                f"far from the end of its training. Alone, it has learned {known - len(alone)} of {known} "
+                "classes."
             )
     found += [
         f"the last training of the teacher failed: {note}."
@@ -144,6 +146,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
         ("student alone", f"{reference}; {longer}" if controls else f"{reference}, not trained longer"),
         ("training", _training(results)),
         ("tuning", tuning(results)),
+        ("code", _code(results)),
         ("machine of each seed", "; ".join(_machines(results)) or "unknown"),
         ("latency", "; ".join(exported(results)) or "not measured"),
     ]
@@ -196,11 +199,29 @@ def _training(results: Results) -> str:
             size = "×".join(map(str, values["crop"]))
             parts.append(
                 f"{schedule(results, student)} Optimiser: {recipe['optimizer']}, learning rate "
-                f"{values['lr']:g}, weight decay {values['weight_decay']:g}, crops of {size} pixels, "
-                f"{values['precision']}."
+                f"{values['lr']:g} (warm-up of {values['warmup_steps']} steps, then to 0 with the power "
+                f"{values['power']:g}), weight decay {values['weight_decay']:g}, crops of {size} pixels, "
+                f"auxiliary head {values['auxiliary_weight']:g}, {values['precision']}. Augmentation: "
+                f"{', '.join(f'{name} {_plain(value)}' for name, value in values['augmentation'].items())}."
             )
             break
     return " ".join(parts).strip() or "unknown"
+
+
+def _plain(value: Any) -> str:
+    """``0.5``, or ``0.75 to 1.5``."""
+    return " to ".join(f"{end:g}" for end in value) if isinstance(value, list) else f"{value:g}"
+
+
+def _code(results: Results) -> str:
+    """From which commits the trainings are."""
+    states = [r.run["git"] for r in results.finished]
+    commits = {state["commit"] for state in states} - {None}
+    dirty = sum(bool(state["dirty"]) for state in states)
+    text = f"{len(commits)} commit{'s' * (len(commits) != 1)}"
+    if dirty:
+        text += f", with changes that were not committed in {dirty} of {len(states)} trainings"
+    return f"{text}; what decides a result is in every record's fingerprint, which is today's"
 
 
 def trials(results: Results) -> str:
@@ -237,17 +258,22 @@ def agreement(results: Results) -> str:
     """Whether what scored well in the short trials of tuning scores well in the table."""
     if results.benchmark != results.tuning.benchmark:
         return ""
-    pairs = [
-        (choice.score, mean)
+    student = results.tuning.student
+    rows = [
+        (choice.score, val, test)
         for method, choice in results.choices.items()
-        if (mean := results.mean(results.tuning.student, method)) is not None
+        if (test := results.mean(student, method)) is not None
+        and (val := results.mean(student, method, "val/miou")) is not None
     ]
-    if len(pairs) < statistics.FEWEST_PAIRS:
+    if len(rows) < statistics.FEWEST_PAIRS:
         return ""
-    rho, interval = statistics.rank_correlation(*zip(*pairs, strict=True))
+    tried, validated, tested = ([row[column] for row in rows] for column in range(3))
+    rho, interval = statistics.rank_correlation(tried, tested)
     return (
         f" Between the validation mIoU of the chosen trials and the mean test mIoU of the table, over "
-        f"{len(pairs)} methods, Spearman's ρ is {rho:+.2f} {between(interval)}."
+        f"{len(rows)} methods, Spearman's ρ is {rho:+.2f} {between(interval)}; between it and the final "
+        f"validation mIoU {statistics.rank_correlation(tried, validated)[0]:+.2f}, between that and test "
+        f"{statistics.rank_correlation(validated, tested)[0]:+.2f}."
     )
 
 
@@ -328,6 +354,6 @@ def tests(results: Results, methods: Sequence[str], *students: str) -> list[str]
         seeds = {tuple(s) for m in ranked if (s := results.by_seed(student, m))}
         if len(seeds) > 1:
             found.append(
-                f"{student}, the rows have different seeds: compare Δ {results.reference}, not the means."
+                f"{student}, the rows have different seeds: compare rows of one n, and not means of another."
             )
     return found

@@ -94,7 +94,7 @@ def block(every: Sequence[Results], params: Params, root: Path = ROOT) -> str:
         "",
         f"{student}. `{results.reference}`: the student alone{longer}. ±: standard deviation over seeds; "
         "rank: the places that a row may have; Δ: difference in points, with its 95 % interval over seeds; "
-        "↑ better, ↓ worse: the interval over test images excludes 0 too. "
+        "↑ better, ↓ worse: those over test images and over both exclude 0 too. "
         f"{len(order)} of {len(own)} rows, with the highest and the lowest "
         f"by mean test mIoU. All: [comparison]({folder}/comparison.md); the terms of ACFD one by one: "
         f"[ablation]({folder}/ablation.md); [what the columns mean](docs/tables.md#comparison).",

@@ -27,6 +27,7 @@ from pipelines.runs.records import Cell, Record
 HEADLINE = f"{PAPER}-full"  # the variant that stands for the paper's method, as the row `acfd`
 SCORE = "test/miou"
 COMPUTE = "compute/flops"
+STEP = "seconds/step_median"
 
 RESAMPLES = 10_000  # of the test images
 COMPLETE = "complete"  # how the status of a row begins that has all its seeds
@@ -41,14 +42,15 @@ class Gain:
     paired: Paired = field(default_factory=lambda: Paired({}))
     over_seeds: Interval | None = None  # 95 % t-interval
     over_images: Interval | None = None  # 95 % bootstrap interval, the training seeds held fixed
+    over_both: Interval | None = None  # 95 % interval for other seeds and other images at once
 
     @property
     def verdict(self) -> str:
-        """``gain`` or ``loss`` where the intervals over seeds and over images both exclude 0 on one side,
-        ``undecided`` where not; nothing for one seed, which cannot say how far another would move a score."""
+        """``gain`` or ``loss`` where all three intervals exclude 0 on one side, ``undecided`` where not;
+        nothing for one seed, which cannot say how far another would move a score."""
         if self.paired.n < 2:
             return ""
-        if self.over_seeds and statistics.told_apart(self.over_seeds, self.over_images):
+        if self.over_seeds and statistics.told_apart(self.over_seeds, self.over_images, self.over_both):
             return "gain" if self.over_seeds.low > 0 else "loss"
         return "undecided"
 
@@ -173,18 +175,19 @@ class Results:
         """The paired differences of test mIoU to the student alone, or to another method."""
         reference, images = reference or self.reference, self.bootstraps.get(student)
         found = self.paired(student, method, reference=reference)
-        return Gain(
-            found,
-            statistics.t_interval(list(found.by_seed.values())),
-            images.difference(method, reference) if images and found.n else None,
-        )
+        return self._gain(found, images.difference(method, reference) if images and found.n else None)
+
+    def _gain(self, found: Paired, over_images: Interval | None) -> Gain:
+        over_seeds = statistics.t_interval(list(found.by_seed.values()))
+        both = statistics.over_both(over_seeds, over_images, found.n, len(self.blocks))
+        return Gain(found, over_seeds, over_images, both)
 
     def at_equal_compute(self, student: str, method: str) -> tuple[Gain, str]:
         """A method minus the student alone at the method's own training FLOPs, seed by seed; and why seeds
         have no such difference.
 
         The score of the student alone is interpolated between the reference and its controls of one seed,
-        linearly in the logarithm of the FLOPs, and never beyond them. Both intervals are of these
+        linearly in the logarithm of the FLOPs, and never beyond them. The intervals are of these
         differences: over the seeds, and over the resampled images with the same weights.
         """
         curve = [self.reference, *self.controls]
@@ -210,16 +213,19 @@ class Results:
                 reason = f"{'more' if own > points[far] else 'less'} compute than {self.label(far)}"
             why.setdefault(reason, []).append(seed)
         images = self.bootstraps.get(student)
-        found = Gain(
-            Paired(gains),
-            statistics.t_interval(list(gains.values())),
-            images.combination({cell: w / len(gains) for cell, w in cells.items()}) if images else None,
-        )
+        shares = {cell: w / len(gains) for cell, w in cells.items()}
+        found = self._gain(Paired(gains), images.combination(shares) if images else None)
         named = (
             reason + ("" if [*why] == [reason] and not gains else f" (seed {', '.join(map(str, seeds))})")
             for reason, seeds in why.items()
         )
         return found, "; ".join(named)
+
+    def ratio(self, student: str, method: str, metric: str) -> float | None:
+        """A metric over that of the student alone, the median over the seeds: within each, as they may come
+        from different machines."""
+        alone, own = (self.by_seed(student, key, metric) for key in (self.reference, method))
+        return statistics.median([own[seed] / alone[seed] for seed in own.keys() & alone.keys()])
 
     def lead(self, student: str, method: str | None = None, metric: str = "val/miou") -> float | None:
         """mIoU of the teacher minus the mean of the student alone, or of a method, over its seeds."""

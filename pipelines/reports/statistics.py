@@ -3,9 +3,10 @@
 Scores are mIoU in percent, differences and interval bounds are in the same points. ± always means the sample
 standard deviation over n seeds (ddof 1). It is None for one seed, not 0.
 
-Uncertainty has two sources, which are never pooled: the seeds of the training (t_interval, sign_flip_p,
-max_t), and the choice of the test images with the trained networks held fixed (image_bootstrap, of blocks
-of frames where the images come from videos).
+Uncertainty has two sources, each with an interval of its own: the seeds of the training (t_interval,
+sign_flip_p, max_t), and the choice of the test images with the trained networks held fixed (image_bootstrap,
+of blocks of frames where the images come from videos). Whether methods differ is decided for both at once
+(over_both).
 """
 
 from __future__ import annotations
@@ -284,11 +285,33 @@ def block_starts(names: Sequence[str], frames: int) -> list[int]:
     return starts
 
 
-def told_apart(over_seeds: Interval | None, over_images: Interval | None) -> bool:
-    """Whether two methods differ: both intervals of the difference are known and on the same side of 0."""
+def over_both(
+    over_seeds: Interval | None, over_images: Interval | None, seeds: int, blocks: int
+) -> Interval | None:
+    """95 % interval of a mean difference for other trainings *and* other test images; None without either.
+
+    ``over_seeds``: :func:`t_interval` of ``seeds`` differences; ``over_images``: a percentile interval of
+    resamples of ``blocks`` of images, 2 or more. Their variances add, mean ± t(ν) √(a² + b²), with ν by Welch
+    (1947) of seeds - 1 and blocks - 1; b² times blocks / (blocks - 1), as resamples vary less than samples.
+    """
     if over_seeds is None or over_images is None:
+        return None
+    a = over_seeds.width / 2 / float(stats.t.ppf((1 + LEVEL) / 2, seeds - 1))
+    b = over_images.width / 2 / float(stats.norm.ppf((1 + LEVEL) / 2)) * sqrt(blocks / (blocks - 1))
+    if not a + b:
+        return over_seeds
+    freedom = (a**2 + b**2) ** 2 / (a**4 / (seeds - 1) + b**4 / (blocks - 1))
+    centre = (over_seeds.low + over_seeds.high) / 2
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * sqrt(a**2 + b**2)
+    return Interval(centre - half, centre + half)
+
+
+def told_apart(*intervals: Interval | None) -> bool:
+    """Whether two methods differ: all intervals of the difference are known and on the same side of 0."""
+    known = [interval for interval in intervals if interval is not None]
+    if len(known) < len(intervals):
         return False
-    return min(over_seeds.low, over_images.low) > 0 or max(over_seeds.high, over_images.high) < 0
+    return min(own.low for own in known) > 0 or max(own.high for own in known) < 0
 
 
 def mean_ranks(blocks: Mapping[Block, Mapping[str, float]]) -> dict[str, float]:

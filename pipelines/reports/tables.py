@@ -17,7 +17,7 @@ from typing import Any
 from pipelines import files
 from pipelines.config import PAPER, TEACHER, metric_name
 from pipelines.reports import conditions, statistics
-from pipelines.reports.results import COMPUTE, SCORE, Results, Standing, variant
+from pipelines.reports.results import COMPUTE, HEADLINE, SCORE, STEP, Results, Standing, variant
 from pipelines.reports.table import (
     CONDITIONS,
     Table,
@@ -87,8 +87,28 @@ def ablation(results: Results) -> Table:
             scores = _score_text(row)[:-1]
             text.append([student, variant(method), ", ".join(named) or "–", *scores, row["status"]])
     columns = ["student", "variant", "terms and weights", *_score_columns(results)[:-1], "status"]
-    notes = [_lead(results, results.variants), " ".join(tests)]
+    notes = [_lead(results, results.variants), " ".join(tests), _against_full(results)]
     return Table("ablation", f"ablation of {PAPER}", data, columns, text, notes, _wide(results))
+
+
+def _against_full(results: Results) -> str:
+    """The variants beside the whole method, over the seeds that both have."""
+    parts = []
+    for student in results.students:
+        rows = [key for key in results.shown(student) if key != HEADLINE]
+        gains = {key: results.gain(student, key, HEADLINE) for key in rows}
+        said = [
+            f"{variant(key)} {own.paired.mean:+.2f} {between(own.over_seeds)}{ARROWS.get(own.verdict, '')} "
+            f"(n = {own.paired.n})"
+            for key, own in gains.items()
+            if own.paired.n > 1
+        ]
+        parts += [f"{student}: {', '.join(said)}."] if said else []
+    if not parts:
+        return ""
+    whole = variant(HEADLINE)
+    text = f"Minus {whole}, over the seeds that both have; all have the weights that were chosen for {whole}."
+    return f"{text} {' '.join(parts)}"
 
 
 def per_class(results: Results) -> Table:
@@ -169,13 +189,13 @@ def _lead(results: Results, methods: Sequence[str] = ()) -> str:
     ``methods``, by default those of the suite."""
     score = results.teacher(SCORE)
     leads = [
-        f"over {student} {lead:+.2f}"
+        f"over {student} {lead:+.2f} ({number(results.lead(student), '+.2f')} on validation)"
         for student in results.students
-        if (lead := results.lead(student)) is not None
+        if (lead := results.lead(student, metric=SCORE)) is not None
     ]
     text = "The teacher has not run." if score is None else f"Teacher: {score:.2f} test mIoU."
     if score is not None and leads:
-        text = f"Teacher: {score:.2f} test mIoU; its lead on validation: {', '.join(leads)}."
+        text = f"Teacher: {score:.2f} test mIoU; its lead: {', '.join(leads)}."
     parts = []
     for student in results.students:
         if counts := {len(results.by_seed(student, m)) for m in methods or results.methods} - {0}:
@@ -217,7 +237,8 @@ def _scores(results: Results, student: str, method: str, standing: Standing) -> 
         "diff_n": gain.paired.n if known else None,
     }
     for prefix, own in (("", gain), ("equal_", standing.equal)):
-        row |= ends(f"{prefix}over_seeds", own.over_seeds) | ends(f"{prefix}over_images", own.over_images)
+        for kind in ("over_seeds", "over_images", "over_both"):
+            row |= ends(f"{prefix}{kind}", getattr(own, kind))
     return rounded(
         row
         | {
@@ -231,6 +252,8 @@ def _scores(results: Results, student: str, method: str, standing: Standing) -> 
             "equal_verdict": standing.equal.verdict,
             "val_miou_mean": results.mean(student, method, "val/miou"),
             "best_val_miou_mean": results.mean(student, method, "best_val/miou"),
+            "pixel_accuracy_mean": results.mean(student, method, "test/pixel_accuracy"),
+            "mean_accuracy_mean": results.mean(student, method, "test/mean_accuracy"),
         }
     )
 
@@ -251,22 +274,16 @@ def costs(results: Results, student: str, method: str) -> dict[str, Any]:
     def values(metric: str) -> list[float]:
         return list(results.by_seed(student, method, metric).values())
 
-    def ratio(metric: str) -> float | None:
-        """Within each seed, as seeds may come from different machines."""
-        alone = results.by_seed(student, results.reference, metric)
-        own = results.by_seed(student, method, metric)
-        return statistics.median([own[seed] / alone[seed] for seed in own.keys() & alone.keys()])
-
-    step = statistics.median(values("seconds/step_median"))
+    step = statistics.median(values(STEP))
     return _deployed(results, student, method) | rounded(
         {
             "steps": _whole(values("steps")),
             "step_flops": _whole(values("compute/step_flops")),
             "step_ms": None if step is None else 1000 * step,
-            "step_ratio": ratio("seconds/step_median"),
+            "step_ratio": results.ratio(student, method, STEP),
             "training_s": statistics.median(values("seconds/training")),
             "memory_mb": max(values("memory_peak_mb"), default=None),
-            "memory_ratio": ratio("memory_peak_mb"),
+            "memory_ratio": results.ratio(student, method, "memory_peak_mb"),
             "trials": results.trials.get(method),
         }
     )
@@ -314,7 +331,7 @@ def rank_text(row: Mapping[Any, Any]) -> str:
 
 
 def gain_text(row: Mapping[Any, Any]) -> str:
-    """``+1.20 [+0.30, +2.10] ↑``: over seeds, and an arrow where both intervals leave 0 out."""
+    """``+1.20 [+0.30, +2.10] ↑``: over seeds, and an arrow where all three intervals leave 0 out."""
     n = row["diff_n"]
     text = _gain_text(row, "diff_mean", "over_seeds", "verdict")
     return text + (f" (n = {n})" if n and n < row["n"] else "")
