@@ -71,8 +71,9 @@ clean:  ## remove what can be rebuilt; records, reports, data, weights and resum
 	rm -rf .venv mlflow.db mlartifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +
 
-# The rest is compiled here, on all cores; else each process of a first run would do it for itself.
-UNUSED := tests?|testing|pip|setuptools|sklearn|databricks|mypyc?|fontTools|playwright|narwhals
+# What a first run imports, for two cores to compile: else each of its processes would do it for itself.
+USED := 'torch, torchvision, timm, segmentation_models_pytorch, torch.onnx, torch.export' \
+  'sympy, networkx, mlflow.store.tracking.sqlalchemy_store, dvc.repo, dvc.scm, distributed, matplotlib.pyplot, scipy.stats, seaborn, onnxruntime, onnxscript'
 
 $(READY): requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -80,5 +81,5 @@ $(READY): requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(VENV)/bin/python -m uv pip install --quiet --python $(VENV)/bin/python --require-hashes -r requirements.lock
-	$(VENV)/bin/python -m compileall -qq -j 0 -x '/($(UNUSED))/' $(VENV)/lib || :
+	for names in $(USED); do PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -c "import $$names" & done; wait
 	realpath $(VENV) > $@
