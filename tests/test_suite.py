@@ -689,6 +689,29 @@ def test_controls_are_named_as_dvc_names_them(tmp_path: Path, monkeypatch: pytes
     assert label("none-x2.0", params.controls) == "none ×2"
 
 
+def test_another_dvc_is_waited_for_ten_minutes_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dvc.lock import LockError
+
+    clock, tries = [0.0], 0
+
+    def act() -> str:
+        nonlocal tries
+        tries += 1
+        clock[0] += 3  # DVC tries for so long by itself
+        if tries == free:
+            return "done"
+        raise LockError("it is locked")
+
+    monkeypatch.setattr(pipeline.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(pipeline.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    free = 100
+    assert pipeline.Pipeline(ROOT)._locked(act) == "done"
+    free, tries, clock[0] = 0, 0, 0.0
+    with pytest.raises(ConfigError, match=r"for ten minutes: .* remove \.dvc/tmp/lock\.$"):
+        pipeline.Pipeline(ROOT)._locked(act)
+    assert tries == 150
+
+
 @pytest.mark.parametrize("written", ["by DVC", "by hand"])
 def test_what_is_noted_in_dvc_lock_is_what_dvc_would_note(
     written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

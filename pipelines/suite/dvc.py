@@ -97,20 +97,25 @@ class Pipeline:
         """Do something for which DVC locks the checkout; wait while another DVC has it."""
         from dvc.lock import LockError
 
-        for waited in range(PATIENCE):
+        start, told = time.monotonic(), False
+        while not told or time.monotonic() - start < PATIENCE:  # each try takes seconds, too
             try:
                 return act()
             except LockError as error:
-                if not waited:
+                if not told:
                     log.warning(
                         "another dvc is at work here: waiting until it ends. %s", _words(error)[-200:]
                     )
+                    told = True
                 time.sleep(1)
             except Exception as error:
                 if type(error).__module__.partition(".")[0] not in ("dvc", "dvc_data", "dvc_objects"):
                     raise
                 raise _refused(error) from None
-        raise ConfigError("Another dvc has been at work here for ten minutes: end it, then run this again.")
+        raise ConfigError(
+            "Another dvc has been at work here for ten minutes: end it, then run this again. If there is "
+            "none, remove .dvc/tmp/lock."
+        )
 
 
 class LockedFile(BaseModel):
