@@ -22,6 +22,7 @@ from pipelines.runs import records
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = ROOT / "tests" / "offline"  # in PYTHONPATH, it blocks the network
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads would only wait for each other
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # a team's server gets no toys
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -739,7 +739,9 @@ def test_what_is_noted_in_dvc_lock_is_what_dvc_would_note(
     assert mine[:until] == text[:until]
 
 
-def test_bytecode_changes_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytecode_and_junk_of_editors_change_no_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = copy_repository(tmp_path)
     monkeypatch.chdir(root)
     before = pipeline.Pipeline(root).stages["fetch@streets"]
@@ -747,6 +749,9 @@ def test_bytecode_changes_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     compiled = root / "pipelines" / "datasets" / "__pycache__" / "camvid.cpython-311.pyc"
     compiled.parent.mkdir(exist_ok=True)
     compiled.write_bytes(b"x")
+    for junk in (".camvid.py.swp", ".DS_Store", ".nfs0001", "camvid.py~"):
+        (root / "pipelines" / "datasets" / junk).write_bytes(b"x")
+    (root / "pipelines" / "datasets" / ".#camvid.py").symlink_to("user@host.1")
     after = pipeline.Pipeline(root).stages["fetch@streets"]
     after.save_deps()
     assert [str(dep.hash_info) for dep in after.deps] == [str(dep.hash_info) for dep in before.deps]

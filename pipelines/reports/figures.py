@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
 from pipelines import files, fonts
 
-matplotlib.use("Agg")
+os.environ["MPLBACKEND"] = "Agg"  # that of a notebook would stop the import
 
 import matplotlib.pyplot as plt
 import numpy as np
