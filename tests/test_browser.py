@@ -85,6 +85,7 @@ def test_heads_sort_and_filters_choose_rows(opened: Any) -> None:
     means = [float(text.split()[0]) for text in texts(opened, "score")]
     assert means == sorted(means, reverse=True)  # the best first
     opened.locator("#board-streets th.cost .dt-column-order").click()
+    opened.locator("#board-streets th.cost[aria-sort=ascending]").wait_for()  # it sorts in a task of its own
     costs = [float(text) for text in texts(opened, "cost")]
     assert costs == sorted(costs) and len(set(costs)) > 2
     opened.get_by_role("combobox", name="Family").select_option("student alone")
