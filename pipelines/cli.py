@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import gc
 import logging
 import os
 import sqlite3
@@ -25,6 +27,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a stage. A :class:`ConfigError` becomes ``error: …`` on stderr and exit status 1, Ctrl-C status
     130."""
     os.environ.update(OFFLINE | QUIET)
+    atexit.register(_end)
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     for ours in ("pipelines", "__main__"):  # of libraries, warnings only
         logging.getLogger(ours).setLevel(logging.INFO)
@@ -56,6 +59,12 @@ def run(main: Callable[[], None]) -> NoReturn:
             "there, then run the same command again; nothing was left half written."
         )
     sys.exit(0)
+
+
+def _end() -> None:
+    """Spare the search for garbage, which takes seconds; parts of torch would call what is left a leak."""
+    if "torch" not in sys.modules:
+        gc.freeze()
 
 
 @contextlib.contextmanager

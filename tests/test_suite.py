@@ -72,7 +72,7 @@ from pipelines.stages import report
 from pipelines.suite import cluster, display, plan, work
 from pipelines.suite import dvc as pipeline
 from pipelines.suite import repro as head
-from pipelines.suite.repro import Needs, Suite, main, needs, run, stage_of
+from pipelines.suite.repro import Needs, Suite, main, needs, stage_of
 from pipelines.tools import keep
 
 pytestmark = varied
@@ -996,7 +996,8 @@ def test_packs_are_cut_for_the_workers_of_a_cluster(jobs: int | None, shared: in
     options = argparse.Namespace(scheduler=None, cluster=None, jobs=jobs, dashboard=False)
     with distributed.LocalCluster(n_workers=2, processes=False, dashboard_address=None) as there:
         options.scheduler = there.scheduler_address
-        assert run(options, params, Needs(), place).jobs == shared
+        with head.running(options, params, Needs(), place) as suite:
+            assert suite.jobs == shared
 
 
 def test_a_queue_is_told_how_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1040,7 +1041,7 @@ def test_a_dry_run_says_what_is_due_and_does_nothing(
 def test_a_report_that_fails_takes_nothing_from_the_commit(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes before the commit, which is made all the same; the report itself is still to be made."""
+    """The commit, which is made beside it, is made all the same; the report itself is still to be made."""
     (copy / "dvc.lock").unlink()
     weights, same = NONE.folder(copy) / "weights.safetensors", copy / ".scratch" / "same"
     same.hardlink_to(weights)
@@ -1062,11 +1063,12 @@ def test_settings_that_changed_meanwhile_are_not_those_of_what_was_trained(
     """DVC would write the new ones down beside the old weights."""
     (copy / "dvc.lock").unlink()
 
-    def edit(*_: object) -> None:
+    def edit(*_: object) -> Needs:
         change(copy, lambda raw: raw["methods"]["kd"].update(temperature=9.0))
+        return Needs()
 
-    monkeypatch.setattr(head, "needs", lambda *_: Needs())
-    monkeypatch.setattr(report, "report", edit)
+    monkeypatch.setattr(head, "needs", edit)
+    monkeypatch.setattr(report, "report", lambda *_: None)
     monkeypatch.chdir(copy)
     head.repro(argparse.Namespace(dry=False), copy)
     names = {name for name in pipeline.locked(copy) if "@streets-pspnet-resnet18-" in name}

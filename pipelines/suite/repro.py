@@ -1,4 +1,4 @@
-"""``make repro``: train what is due, then the report, then one commit for DVC.
+"""``make repro``: train what is due, then make the report and, beside it, one commit for DVC.
 
 What is due says the fingerprint of each record. The tasks run on a Dask cluster: data, then the teacher, then
 packs of cells, then the exports of students; each benchmark goes on as soon as it can. A cell that fails
@@ -30,6 +30,7 @@ import logging  # noqa: E402
 import time  # noqa: E402
 from collections import Counter  # noqa: E402
 from collections.abc import Callable, Collection, Iterator  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -382,32 +383,38 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
         for line in needed.told():
             log.info("%s.", line)
         return []
-    failed, broken = list[str](), set[str]()
-    if needed.any:
-        suite = run(options, params, needed, root)
-        failed, broken, changed = suite.failed, suite.broken, changed | suite.ran
-    whole, trouble = changed - broken - {"report"}, None
-    if needed.any or "report" in changed or not (root / "reports").is_dir():
-        from pipelines.stages import report
+    failed, reported = list[str](), needed.any or "report" in changed or not (root / "reports").is_dir()
+    with ThreadPoolExecutor(1) as beside:  # the report leaves a core idle
+        if needed.any:
+            with running(options, params, needed, root) as suite:
+                suite.run()
+                failed = suite.failed
+                saved = beside.submit(_commit, pipeline, (changed | suite.ran) - suite.broken, root)
+        else:
+            saved = beside.submit(_commit, pipeline, changed, root)
+        if reported:
+            from pipelines.stages import report
 
-        try:
             with _timed("the report"):
                 report.report(params, root)
-            whole.add("report")
-        except Exception as error:  # takes nothing from the commit
-            trouble = error
-    now = config.load(root / "params.yaml")  # DVC reads it as it is now
-    for benchmark in now.suite.benchmarks:
-        whole -= {stage_of(now, cell) for cell in _unfinished(now, benchmark, root)}
-    with _timed("the commit to DVC"):
-        pipeline.commit([name for name in pipeline.stages if name in whole])
-    if trouble is not None:
-        raise trouble
+    saved.result()
+    if reported:
+        pipeline.commit(["report"])
     return failed
 
 
-def run(options: argparse.Namespace, params: Params, needed: Needs, root: Path = ROOT) -> Suite:
-    """Do what is needed on this machine, or on the cluster that the options name."""
+def _commit(pipeline: dvc.Pipeline, names: set[str], root: Path) -> None:
+    """Commit those of the stages ``names`` that are whole, all but the report."""
+    now = config.load(root / "params.yaml")  # DVC reads it as it is now
+    for benchmark in now.suite.benchmarks:
+        names = names - {stage_of(now, cell) for cell in _unfinished(now, benchmark, root)}
+    with _timed("the commit to DVC"):
+        pipeline.commit([name for name in pipeline.stages if name in names and name != "report"])
+
+
+@contextlib.contextmanager
+def running(options: argparse.Namespace, params: Params, needed: Needs, root: Path = ROOT) -> Iterator[Suite]:
+    """The head, with its workers: of this machine, or of the cluster that the options name."""
     check_networks(params, root)
     from pipelines.methods import checked
     from pipelines.suite import display
@@ -430,9 +437,7 @@ def run(options: argparse.Namespace, params: Params, needed: Needs, root: Path =
         shown = display.Display()
         stack.callback(shown.close)
         client.subscribe_topic(work.TOPIC, shown.event)
-        suite = Suite(client, params, needed, workers, shown, root)
-        suite.run()
-    return suite
+        yield Suite(client, params, needed, workers, shown, root)
 
 
 @contextlib.contextmanager
