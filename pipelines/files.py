@@ -76,8 +76,7 @@ def seal(content: Mapping[str, Any]) -> str:
 
 def probe(database: Path) -> None:
     """Raise at once when an SQLite file cannot be written; its users would try again for minutes. One that is
-    damaged is put aside, so that they build a new one.
-    """
+    damaged is put aside, so that they build a new one."""
     try:
         with contextlib.closing(sqlite3.connect(database, timeout=10)) as connection:
             connection.execute("BEGIN IMMEDIATE")

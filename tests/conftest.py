@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = ROOT / "tests" / "offline"  # in PYTHONPATH, it blocks the network
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads would only wait for each other
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # a team's server gets no toys
+for _name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):  # of a hook that runs the tests
+    os.environ.pop(_name, None)
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -129,7 +131,7 @@ def copy_repository(target: Path) -> Path:
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgSign=false"]
     for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "start"]):
         subprocess.run(["git", *command], cwd=target, check=True, capture_output=True)
     return target

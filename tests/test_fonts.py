@@ -82,5 +82,5 @@ def test_without_one_there_is_a_sentence(caplog: pytest.LogCaptureFixture) -> No
 
 def test_tex_says_what_names_in_other_scripts_need(tmp_path: Path) -> None:
     for name, wanted in ((NAME, True), ("Bäume ± 1", False)):
-        table.render(table.Table("t", "t", [{"a": 1}], ["a"], [[name]]), tmp_path, "x")
+        table.render(table.Table("t", "t", [{"a": 1}], [{"a": name}]), tmp_path, "x")
         assert ("% Names in other scripts: XeLaTeX" in (tmp_path / "t.tex").read_text()) == wanted

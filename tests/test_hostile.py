@@ -685,9 +685,9 @@ NAMES = [
 
 def rendered(names: list[str], folder_: Path) -> tuple[str, str]:
     data = [{"name": name} for name in names]
-    rows = [[name, name] for name in names]
+    rows = [{names[0]: name, "another": name} for name in names]
     table.render(
-        table.Table("t", "title", data, [*names[:1], "b"], rows, names),
+        table.Table("t", "title", data, rows, names),
         folder_,
         names[0],
         [(name, name) for name in names],

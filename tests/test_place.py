@@ -78,7 +78,7 @@ def test_without_git_dvc_works_and_records_name_no_commit(
         pytest.skip("the temporary folder lies inside a git checkout")
     assert "not a git checkout" in reason
     pipeline = Pipeline(clone)
-    assert "fetch@streets" in pipeline.stages and "count" not in pipeline.changed()
+    assert "fetch@streets" in pipeline.stages and "count" not in pipeline.changed()[0]
 
 
 def test_code_in_no_commit_is_noted(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,6 +318,18 @@ def test_a_file_that_may_not_be_read_is_no_full_disk() -> None:
     assert "could not be read or written: /data/x.png: Permission denied. " in said and "room" not in said
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_a_user_without_a_name_gets_one() -> None:
+    """As in a container that runs under a bare number: DVC and MLflow ask for it."""
+    code = "import getpass, os; from pipelines import cli; os.setuid(54321); "
+    code += "cli.run(lambda: print(getpass.getuser()))"
+    names = ("LOGNAME", "USER", "LNAME", "USERNAME")
+    nameless = {key: value for key, value in environment().items() if key not in names}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=nameless, capture_output=True, text=True, check=True)
+    assert done.stdout == "54321\n"
+
+
 def test_the_teacher_is_a_cell_like_any_other(place: Path) -> None:
     """A second training of a finished teacher is no training."""
     params = checked(config.load(place / "params.yaml"))

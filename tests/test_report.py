@@ -1071,7 +1071,9 @@ def test_a_row_whose_later_training_failed_lacks_none(root: Path) -> None:
 
 
 def test_a_status_is_no_number(done: Path) -> None:
-    own = replace(tables.comparison(read(done)), rows=[["a", *[""] * 6, "1 of 3; seed 1: not run"]])
+    own = tables.comparison(read(done))
+    row = dict.fromkeys(own.columns, "") | {"student": "a", "status": "1 of 3; seed 1: not run"}
+    own = replace(own, cells=[row])
     assert own.right == [False, *[True] * 6, False]
 
 
@@ -1110,7 +1112,7 @@ def test_an_easy_seed_alone_makes_no_largest_gain(done: Path) -> None:
     cells = results.cells[~kd | (results.cells["seed"] == 0)].copy()
     cells.loc[cells["method"] == "kd", "test/miou"] += 50.0
     row = answer.row(replace(results, cells=cells), STUDENT)
-    assert row[answer.COLUMNS.index("largest mean gain")].startswith(f"{results.label(best)} +")
+    assert row["largest mean gain"].startswith(f"{results.label(best)} +")
 
 
 def test_what_compute_leaves_out_is_said(done: Path) -> None:
@@ -1302,6 +1304,14 @@ def test_every_figure_names_the_records_it_was_drawn_from(done: Path, tmp_path: 
     report.report(make_params(), tmp_path)
     (after,) = origins(tmp_path)
     assert len(before) == 64 and before != after
+
+
+def test_a_matplotlibrc_changes_no_figure(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done / "runs", tmp_path / "runs")
+    with figures.plt.rc_context({"axes.facecolor": "black", "font.size": 20, "savefig.dpi": 30}):
+        report.report(make_params(), tmp_path)
+    drawn = [path.relative_to(done) for path in (done / "reports").rglob("*.png")]
+    assert drawn and all((tmp_path / path).read_bytes() == (done / path).read_bytes() for path in drawn)
 
 
 def test_a_readme_without_markers_stays_as_it_is(root: Path) -> None:

@@ -1038,6 +1038,27 @@ def test_a_dry_run_says_what_is_due_and_does_nothing(
     assert "would train streets/pspnet-resnet18/kd, 1 seed." in caplog.text and "teacher" not in caplog.text
 
 
+def test_an_empty_cache_of_dvc_is_filled_and_nothing_is_made_again(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it was moved; but data that was changed meanwhile is still fetched again."""
+    cache = copy / ".dvc" / "cache"
+    held = {path.relative_to(cache) for path in cache.rglob("*") if path.is_file()}
+    for path in [path for path in copy.rglob("*") if path.is_symlink() or path.stat().st_nlink > 1]:
+        content = path.read_bytes()  # a link to the cache, where the machine has none else
+        path.unlink()
+        path.write_bytes(content)
+    shutil.rmtree(cache)
+    monkeypatch.chdir(copy)
+    monkeypatch.setattr(head, "running", None)
+    assert head.repro(argparse.Namespace(dry=False), copy) == []
+    assert held <= {path.relative_to(cache) for path in cache.rglob("*") if path.is_file()}
+    shutil.rmtree(cache)
+    (copy / "data" / "streets" / "train.txt").open("a").write("\n")
+    changed, uncached = pipeline.Pipeline(copy).changed()
+    assert "fetch@streets" in changed and "train_teacher@streets" in uncached | changed
+
+
 def test_a_report_that_fails_takes_nothing_from_the_commit(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

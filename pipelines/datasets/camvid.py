@@ -68,8 +68,7 @@ GIGABYTES = 0.2  # to fetch, as the authors state them
 
 class Config(Model):
     """``benchmarks.<name>.data``. ``size`` (height, width) or null for the original; ``mirror`` a folder or
-    null; ``variant`` as said above.
-    """
+    null; ``variant`` as said above."""
 
     dataset: Literal["camvid"]
     size: Size | None
@@ -154,12 +153,13 @@ def _write_kaggle(config: Config, mirror: Path | None, target: Path) -> None:
 
 def _clone(folder: Path) -> Path:
     """The folder ``CamVid`` of the repository at the fixed commit, fetched without history and without other
-    folders.
-    """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    environment["GIT_TERMINAL_PROMPT"] = "0"
+    folders."""
     folder.mkdir(parents=True)
     try:
+        ask = ["git", "rev-parse", "--local-env-vars"]  # of a hook's repository, not of the user's network
+        local = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.split()
+        environment = {key: value for key, value in os.environ.items() if key not in local}
+        environment["GIT_TERMINAL_PROMPT"] = "0"
         for command in (
             ["init", "--quiet"],
             ["remote", "add", "origin", REPOSITORY],
@@ -189,8 +189,7 @@ def _clone(folder: Path) -> Path:
 
 def _write(config: Config, source: Path, target: Path) -> None:
     """Check every file of ``source`` against the manifest and write the benchmark's form of it into
-    ``target``.
-    """
+    ``target``."""
     lines = MANIFEST.read_text(encoding="utf-8").splitlines()
     sums = {path: known for known, path in (line.split(maxsplit=1) for line in lines)}
     missing = [path for path in sums if not (source / path).is_file()]

@@ -48,8 +48,7 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 @dataclass(frozen=True)
 class Meta:
     """What a data set knows about itself: its name, class names, one RGB colour a class, and the label to
-    ignore.
-    """
+    ignore."""
 
     name: str
     classes: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)]
@@ -61,8 +60,7 @@ class Meta:
 class Description(Meta):
     """dataset.json as read: ``size`` is (height, width), None where the images differ; ``splits`` the samples
     per split, ``sha256`` the data hash; ``absent`` the classes without a pixel, by split, and ``names`` what
-    the user calls an image that has another name here.
-    """
+    the user calls an image that has another name here."""
 
     size: tuple[Positive, Positive] | None
     splits: Annotated[dict[str, Positive], Field(min_length=len(SPLITS), max_length=len(SPLITS))]
@@ -88,8 +86,7 @@ def streams(count: int, size: tuple[int, int]) -> bool:
 @dataclass(frozen=True)
 class Split:
     """One split in memory: ``images`` (N, 3, H, W) uint8, ``labels`` (N, H, W) uint8, ``names`` of the
-    images.
-    """
+    images."""
 
     images: Tensor
     labels: Tensor
@@ -363,8 +360,7 @@ def _absent(
 def load(root: Path, split: str, workers: int = 0, in_memory: bool = False) -> Split | Stream:
     """One split of a benchmark folder: in memory, every file checked against its sha256, or a stream that
     checks each file as it is read, by ``workers`` processes (their number has no influence on what is read).
-    ``in_memory``: not as a stream, if its images are of one size.
-    """
+    ``in_memory``: not as a stream, if its images are of one size."""
     import torch
 
     description = describe(root)
@@ -401,8 +397,7 @@ def _samples(
     root: Path, description: Description, split: str
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Every (name, image, label) of a split, after the files of the whole split were found there and
-    unaltered.
-    """
+    unaltered."""
     pairs = _pairs(root, description, split)
     _refuse(root, {path: _read(root, description, path)[1] for pair in pairs for path in pair})
     for pair in pairs:

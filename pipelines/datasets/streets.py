@@ -24,38 +24,29 @@ from pipelines.engine.seeds import derive
 
 IGNORE = 255
 SKY, BUILDING, ROAD, MARKING, PAVEMENT, VEGETATION, FENCE, POLE, SIGN, CAR, PEDESTRIAN, CYCLIST = range(12)
+# Of each class: its colour in figures, and the contrast of its texture, fine (a pixel) and coarse (patches).
+CLASSES = {
+    "sky": ((70, 130, 180), (0.01, 0.03)),
+    "building": ((128, 64, 0), (0.06, 0.10)),
+    "road": ((128, 64, 128), (0.06, 0.10)),
+    "lane marking": ((255, 255, 255), (0.08, 0.18)),
+    "pavement": ((244, 35, 232), (0.08, 0.10)),
+    "vegetation": ((107, 142, 35), (0.26, 0.24)),
+    "fence": ((190, 153, 153), (0.14, 0.16)),
+    "pole": ((153, 153, 153), (0.10, 0.08)),
+    "sign": ((220, 220, 0), (0.10, 0.08)),
+    "car": ((0, 0, 142), (0.05, 0.08)),
+    "pedestrian": ((220, 20, 60), (0.12, 0.12)),
+    "cyclist": ((0, 200, 200), (0.12, 0.12)),
+}
 META = Meta(
     name="streets",
-    classes=(
-        "sky",
-        "building",
-        "road",
-        "lane marking",
-        "pavement",
-        "vegetation",
-        "fence",
-        "pole",
-        "sign",
-        "car",
-        "pedestrian",
-        "cyclist",
-    ),
-    palette=(
-        (70, 130, 180),
-        (128, 64, 0),
-        (128, 64, 128),
-        (255, 255, 255),
-        (244, 35, 232),
-        (107, 142, 35),
-        (190, 153, 153),
-        (153, 153, 153),
-        (220, 220, 0),
-        (0, 0, 142),
-        (220, 20, 60),
-        (0, 200, 200),
-    ),
+    classes=tuple(CLASSES),
+    palette=tuple(colour for colour, _ in CLASSES.values()),
     ignore_index=IGNORE,
 )
+TEXTURE = np.zeros((256, 2), np.float32)  # by label
+TEXTURE[: len(CLASSES)] = [texture for _, texture in CLASSES.values()]
 
 BANDS = 0.6  # share of the objects with a band of ignored pixels
 SPREAD = 0.12  # of a material around its base colour
@@ -91,22 +82,6 @@ MATERIALS = {
     CAR: (BRICK, BEIGE, SLATE, WHITE, STEEL, NAVY, RED, BLACK, CONCRETE, OLIVE),
     PEDESTRIAN: (BRICK, NAVY, BLACK, SLATE, BEIGE, OLIVE, RED, BROWN, WHITE),
 }
-# Contrast of the texture of each class: fine (one pixel) and coarse (patches of several).
-TEXTURE = np.zeros((256, 2), np.float32)
-TEXTURE[:12] = (
-    (0.01, 0.03),
-    (0.06, 0.10),
-    (0.06, 0.10),
-    (0.08, 0.18),
-    (0.08, 0.10),
-    (0.26, 0.24),
-    (0.14, 0.16),
-    (0.10, 0.08),
-    (0.10, 0.08),
-    (0.05, 0.08),
-    (0.12, 0.12),
-    (0.12, 0.12),
-)
 
 ABOUT = "generated street scenes, a test of the pipeline: they say little about real images"
 NEEDS = "nothing, it is generated"
@@ -188,8 +163,7 @@ class _View(NamedTuple):
 
 class _Light(NamedTuple):
     """The light of a scene: its colour, that of the sky and the haze, the side of the sun, and how hard
-    shadows are.
-    """
+    shadows are."""
 
     dusk: bool
     colour: np.ndarray
@@ -256,8 +230,7 @@ class _Segment(NamedTuple):
 
 class _Canvas:
     """Colours, labels and objects of a scene, painted in order; ``finish`` makes the image and its labels of
-    them.
-    """
+    them."""
 
     def __init__(self, view: _View, light: _Light) -> None:
         self.view, self.light = view, light
@@ -372,10 +345,44 @@ class _Canvas:
         return np.rint(colour * 255).astype(np.uint8), label
 
 
+class _Brush(NamedTuple):
+    """Paints an object that stands on the ground: its shapes are in metres, to the right of column ``x`` and
+    above row ``foot``."""
+
+    canvas: _Canvas
+    x: float
+    foot: float
+    scale: float  # pixels per metre
+    label: int
+    item: int = 0
+
+    @classmethod
+    def at(cls, canvas: _Canvas, across: float, z: float, label: int, item: int = 0) -> _Brush:
+        return cls(canvas, *canvas.view.point(across, 0.0, z), canvas.view.scale(z), label, item)
+
+    def rectangle(self, left: float, right: float, low: float, high: float, colour: np.ndarray) -> None:
+        across = (self.x + left * self.scale, self.x + right * self.scale)
+        top, bottom = self.foot - high * self.scale, self.foot - low * self.scale
+        self.canvas.rectangle(across[0], top, across[1], bottom, self.label, colour, self.item)
+
+    def ellipse(
+        self, x: float, up: float, rx: float, ry: float, colour: np.ndarray, hole: float = 0.0
+    ) -> None:
+        middle = (self.x + x * self.scale, self.foot - up * self.scale)
+        radii = (rx * self.scale, ry * self.scale)
+        self.canvas.ellipse(*middle, *radii, self.label, colour, self.item, hole)
+
+    def trapezium(
+        self, x: float, low: float, high: float, above: float, below: float, colour: np.ndarray
+    ) -> None:
+        rows = (self.foot - high * self.scale, self.foot - low * self.scale)
+        wide = (above * self.scale, below * self.scale)
+        self.canvas.trapezium(self.x + x * self.scale, *rows, *wide, self.label, colour, self.item)
+
+
 def _smooth(rng: np.random.Generator, height: int, width: int, cell: int) -> np.ndarray:
     """Smooth noise (height, width) in [−0.5, 0.5]: random values every ``cell`` pixels, bilinear between
-    them.
-    """
+    them."""
     values = rng.random((height // cell + 2, width // cell + 2), np.float32) - np.float32(0.5)
     for axis, length in ((0, height), (1, width)):
         place = np.arange(length) / cell
@@ -562,33 +569,17 @@ def _building(
 
 def _tree(canvas: _Canvas, rng: np.random.Generator, across: float, z: float, height: float) -> None:
     """A trunk and a crown of a few overlapping ellipses."""
-    view, scale = canvas.view, canvas.view.scale(z)
-    base = _pick(rng, VEGETATION)
-    x, bottom = view.point(across, 0.0, z)
+    brush, base = _Brush.at(canvas, across, z, VEGETATION), _pick(rng, VEGETATION)
     trunk = rng.uniform(0.25, 0.4) * height
-    canvas.rectangle(
-        x - 0.14 * scale,
-        bottom - (trunk + 0.5) * scale,
-        x + 0.14 * scale,
-        bottom,
-        VEGETATION,
-        canvas.lit(BROWN, z, 0.7),
-    )
+    brush.rectangle(-0.14, 0.14, 0.0, trunk + 0.5, canvas.lit(BROWN, z, 0.7))
     spread = rng.uniform(0.22, 0.36) * height
-    middle = (trunk + height) / 2
     for number in range(int(rng.integers(7, 13))):  # a core, then leaves around it, lighter and darker
         part = 0.0 if number == 0 else 1.0
-        cx = x + part * rng.uniform(-0.8, 0.8) * spread * scale
-        cy = bottom - (middle + part * rng.uniform(-0.45, 0.45) * (height - trunk)) * scale
-        radius = (rng.uniform(0.3, 0.55) if part else 0.8) * spread * scale
-        canvas.ellipse(
-            cx,
-            cy,
-            radius,
-            radius * rng.uniform(0.7, 1.1),
-            VEGETATION,
-            canvas.lit(base, z, rng.uniform(0.55, 1.15)),
-        )
+        x = part * rng.uniform(-0.8, 0.8) * spread
+        up = (trunk + height) / 2 + part * rng.uniform(-0.45, 0.45) * (height - trunk)
+        radius = (rng.uniform(0.3, 0.55) if part else 0.8) * spread
+        flat, gain = rng.uniform(0.7, 1.1), rng.uniform(0.55, 1.15)
+        brush.ellipse(x, up, radius, radius * flat, canvas.lit(base, z, gain))
 
 
 def _borders(canvas: _Canvas, rng: np.random.Generator, street: _Street) -> None:
@@ -654,186 +645,84 @@ def _objects(canvas: _Canvas, rng: np.random.Generator, street: _Street) -> None
 
 def _pole(canvas: _Canvas, rng: np.random.Generator, across: float, z: float, sign: bool) -> None:
     """A lamp post, or a post with a sign of some shape."""
-    scale = canvas.view.scale(z)
-    x, bottom = canvas.view.point(across, 0.0, z)
+    post = _Brush.at(canvas, across, z, POLE)
+    pixel = FINE / post.scale  # metres of one of the final image, of which nothing is thinner
     height = rng.uniform(2.3, 3.2) if sign else rng.uniform(4.5, 7.5)
-    half = max(rng.uniform(0.05, 0.09) * scale, FINE * 0.5)  # never thinner than one pixel of the final image
+    half = max(rng.uniform(0.05, 0.09), pixel * 0.5)
     colour = canvas.lit(_pick(rng, POLE), z, rng.uniform(0.6, 1.0))
-    canvas.rectangle(x - half, bottom - height * scale, x + half, bottom, POLE, colour)
+    post.rectangle(-half, half, 0.0, height, colour)
     if not sign:
-        arm = rng.choice((-1, 1)) * rng.uniform(0.5, 1.5) * scale
-        top = bottom - height * scale
-        left, right = sorted((x, x + arm))
-        canvas.rectangle(left, top, right, top + max(0.1 * scale, FINE * 0.8), POLE, colour)
+        arm = rng.choice((-1, 1)) * rng.uniform(0.5, 1.5)
+        post.rectangle(min(0.0, arm), max(0.0, arm), height - max(0.1, pixel * 0.8), height, colour)
         if canvas.light.dusk:
-            canvas.ellipse(
-                x + arm,
-                top + 0.1 * scale,
-                0.25 * scale,
-                0.15 * scale,
-                POLE,
-                np.array([1.0, 0.9, 0.65], np.float32),
-            )
+            post.ellipse(arm, height - 0.1, 0.25, 0.15, np.array([1.0, 0.9, 0.65], np.float32))
         return
-    size, face = rng.uniform(0.32, 0.5) * scale, canvas.lit(_pick(rng, SIGN), z, rng.uniform(0.8, 1.15))
+    board = post._replace(label=SIGN)
+    size, face = rng.uniform(0.32, 0.5), canvas.lit(_pick(rng, SIGN), z, rng.uniform(0.8, 1.15))
     inner = canvas.lit(_pick(rng, SIGN), z)
-    y, shape = bottom - (height - 0.3) * scale, rng.integers(3)
+    up, shape = height - 0.3, rng.integers(3)
     if shape == 0:
-        canvas.ellipse(x, y, size, size, SIGN, face)
-        canvas.ellipse(x, y, size * 0.6, size * 0.6, SIGN, inner)
+        board.ellipse(0.0, up, size, size, face)
+        board.ellipse(0.0, up, size * 0.6, size * 0.6, inner)
     elif shape == 1:
-        canvas.trapezium(x, y - size, y + size, 0.0, 2 * size, SIGN, face, 0)
+        board.trapezium(0.0, up - size, up + size, 0.0, 2 * size, face)
     else:
         wide = size * rng.uniform(0.8, 1.8)
-        canvas.rectangle(x - wide, y - size, x + wide, y + size, SIGN, face)
-        canvas.rectangle(x - wide * 0.7, y - size * 0.3, x + wide * 0.7, y + size * 0.3, SIGN, inner)
+        board.rectangle(-wide, wide, up - size, up + size, face)
+        board.rectangle(-wide * 0.7, wide * 0.7, up - size * 0.3, up + size * 0.3, inner)
 
 
 def _car(canvas: _Canvas, rng: np.random.Generator, across: float, z: float) -> None:
     """A car or a van from behind or in front: shadow, wheels, body, cabin, window, lights."""
-    scale, item = canvas.view.scale(z), canvas.new_item(rng)
-    x, bottom = canvas.view.point(across, 0.0, z)
+    brush = _Brush.at(canvas, across, z, CAR, canvas.new_item(rng))
     van = rng.random() < 0.2
-    width, height = (
-        rng.uniform(1.6, 1.95) * scale,
-        (rng.uniform(1.9, 2.5) if van else rng.uniform(1.35, 1.65)) * scale,
-    )
+    width, height = rng.uniform(1.6, 1.95), (rng.uniform(1.9, 2.5) if van else rng.uniform(1.35, 1.65))
     body = canvas.lit(_pick(rng, CAR), z, rng.uniform(0.75, 1.1))
-    dark, glass = (
-        canvas.lit(BLACK, z, 0.7),
-        canvas.lit(np.array([0.3, 0.34, 0.38], np.float32), z, rng.uniform(0.5, 1.4)),
-    )
-    flank = -np.sign(across) * min(
-        abs(across) * scale * 3.8 / (z + 3.8), 0.7 * width
-    )  # the side one sees, towards the middle
-    shade = canvas.box(x - width * 0.6, bottom - 0.12 * scale, x + width * 0.6, bottom + 0.12 * scale)
+    dark = canvas.lit(BLACK, z, 0.7)
+    glass = canvas.lit(np.array([0.3, 0.34, 0.38], np.float32), z, rng.uniform(0.5, 1.4))
+    # the side one sees, towards the middle
+    flank = -np.sign(across) * min(abs(across) * 3.8 / (z + 3.8), 0.7 * width)
+    ground, reach = 0.12 * brush.scale, width * 0.6 * brush.scale
+    shade = canvas.box(brush.x - reach, brush.foot - ground, brush.x + reach, brush.foot + ground)
     canvas.colour[shade] *= np.float32(0.5)
-    waist = bottom - (0.62 if van else 0.58) * height
-    left, right = sorted((x, x + flank))
-    canvas.rectangle(
-        left,
-        waist + 0.05 * height,
-        right,
-        bottom - 0.2 * scale - abs(flank) * 0.08,
-        CAR,
-        body * np.float32(0.75),
-        item,
-    )
-    for end in (-1, 1):
-        canvas.rectangle(
-            x + end * 0.36 * width - 0.1 * width,
-            bottom - 0.3 * scale,
-            x + end * 0.36 * width + 0.1 * width,
-            bottom,
-            CAR,
-            dark,
-            item,
-        )
-    canvas.trapezium(
-        x + flank * 0.3,
-        bottom - height,
-        waist,
-        width * (0.9 if van else 0.62),
-        width * 0.94,
-        CAR,
-        body * np.float32(0.92),
-        item,
-    )
-    canvas.trapezium(
-        x + flank * 0.1,
-        bottom - 0.92 * height,
-        waist,
-        width * (0.8 if van else 0.56),
-        width * 0.82,
-        CAR,
-        glass,
-        item,
-    )
-    canvas.rectangle(x - width / 2, waist, x + width / 2, bottom - 0.18 * scale, CAR, body, item)
+    waist = (0.62 if van else 0.58) * height
+    side = body * np.float32(0.75)
+    brush.rectangle(min(0.0, flank), max(0.0, flank), 0.2 + abs(flank) * 0.08, waist - 0.05 * height, side)
+    for end in (-0.36, 0.36):
+        brush.rectangle((end - 0.1) * width, (end + 0.1) * width, 0.0, 0.3, dark)
+    wide, roof = width * (0.9 if van else 0.62), body * np.float32(0.92)
+    brush.trapezium(flank * 0.3, waist, height, wide, width * 0.94, roof)
+    brush.trapezium(flank * 0.1, waist, 0.92 * height, width * (0.8 if van else 0.56), width * 0.82, glass)
+    brush.rectangle(-width / 2, width / 2, 0.18, waist, body)
     front = rng.random() < 0.5
     lamp = np.array([1.0, 0.95, 0.8] if front else [0.75, 0.12, 0.1], np.float32)
     lamp = lamp if canvas.light.dusk else canvas.lit(lamp, z)
-    for end in (-1, 1):
-        canvas.ellipse(
-            x + end * 0.39 * width, waist + 0.22 * scale, 0.12 * scale, 0.08 * scale, CAR, lamp, item
-        )
-    canvas.rectangle(
-        x - 0.2 * width,
-        bottom - 0.42 * scale,
-        x + 0.2 * width,
-        bottom - 0.3 * scale,
-        CAR,
-        dark if front else canvas.lit(WHITE, z),
-        item,
-    )
+    for end in (-0.39, 0.39):
+        brush.ellipse(end * width, waist - 0.22, 0.12, 0.08, lamp)
+    brush.rectangle(-0.2 * width, 0.2 * width, 0.3, 0.42, dark if front else canvas.lit(WHITE, z))
 
 
 def _person(canvas: _Canvas, rng: np.random.Generator, across: float, z: float, cycling: bool) -> None:
     """A pedestrian, or a rider on a bicycle seen at an angle."""
-    label, item = (CYCLIST if cycling else PEDESTRIAN), canvas.new_item(rng)
-    scale = canvas.view.scale(z)
-    x, bottom = canvas.view.point(across, 0.0, z)
+    brush = _Brush.at(canvas, across, z, CYCLIST if cycling else PEDESTRIAN, canvas.new_item(rng))
     coat, trousers = (canvas.lit(_pick(rng, PEDESTRIAN), z, rng.uniform(0.7, 1.05)) for _ in range(2))
     skin = canvas.lit(np.array([0.72, 0.54, 0.43], np.float32) * np.float32(rng.uniform(0.5, 1.15)), z)
-    tall = rng.uniform(1.45, 1.9) * scale
+    tall = rng.uniform(1.45, 1.9)
     if cycling:
         frame, angle = canvas.lit(_pick(rng, CAR), z, 0.6), rng.uniform(0.25, 1.0)
-        for end in (-1, 1):
-            canvas.ellipse(
-                x + end * 0.5 * angle * scale,
-                bottom - 0.34 * scale,
-                max(0.34 * angle * scale, FINE * 0.5),
-                0.34 * scale,
-                label,
-                frame,
-                item,
-                0.62,
-            )
-        canvas.rectangle(
-            x - 0.5 * angle * scale,
-            bottom - 0.66 * scale,
-            x + 0.5 * angle * scale,
-            bottom - 0.52 * scale,
-            label,
-            frame,
-            item,
-        )
-        canvas.trapezium(
-            x, bottom - 0.95 * scale, bottom - 0.2 * scale, 0.4 * scale, 0.28 * scale, label, trousers, item
-        )
-        canvas.trapezium(
-            x + 0.1 * angle * scale,
-            bottom - 1.55 * scale,
-            bottom - 0.85 * scale,
-            0.46 * scale,
-            0.36 * scale,
-            label,
-            coat,
-            item,
-        )
-        canvas.ellipse(
-            x + 0.2 * angle * scale, bottom - 1.68 * scale, 0.13 * scale, 0.15 * scale, label, skin, item
-        )
+        half = 0.5 * angle
+        for end in (-half, half):
+            brush.ellipse(end, 0.34, max(0.34 * angle, FINE * 0.5 / brush.scale), 0.34, frame, 0.62)
+        brush.rectangle(-half, half, 0.52, 0.66, frame)
+        brush.trapezium(0.0, 0.2, 0.95, 0.4, 0.28, trousers)
+        brush.trapezium(0.1 * angle, 0.85, 1.55, 0.46, 0.36, coat)
+        brush.ellipse(0.2 * angle, 1.68, 0.13, 0.15, skin)
         return
-    stride = rng.uniform(0.04, 0.2) * scale
-    for end in (-1, 1):
-        foot = x + end * stride
-        canvas.rectangle(
-            foot - 0.09 * scale, bottom - 0.48 * tall, foot + 0.09 * scale, bottom, label, trousers, item
-        )
-    canvas.trapezium(
-        x,
-        bottom - 0.86 * tall,
-        bottom - 0.42 * tall,
-        0.42 * scale,
-        rng.uniform(0.36, 0.6) * scale,
-        label,
-        coat,
-        item,
-    )
-    canvas.ellipse(
-        x, bottom - 0.93 * tall, 0.12 * scale, 0.08 * tall, label, skin if rng.random() < 0.6 else coat, item
-    )
+    stride = rng.uniform(0.04, 0.2)
+    for foot in (-stride, stride):
+        brush.rectangle(foot - 0.09, foot + 0.09, 0.0, 0.48 * tall, trousers)
+    brush.trapezium(0.0, 0.42 * tall, 0.86 * tall, 0.42, rng.uniform(0.36, 0.6), coat)
+    brush.ellipse(0.0, 0.93 * tall, 0.12, 0.08 * tall, skin if rng.random() < 0.6 else coat)
 
 
 def _bonnet(canvas: _Canvas, rng: np.random.Generator) -> None:

@@ -145,8 +145,7 @@ def brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] drawn to (factor < 1) or away from the mean of their gray version,
-    clipped.
-    """
+    clipped."""
     mean = _gray(images).mean((-3, -2, -1), keepdim=True)
     return torch.lerp(mean, images, _over_pixels(factor)).clamp(0, 1)
 
@@ -179,8 +178,7 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
 
 def _jitter(images: Tensor, augmentation: Augmentation, draws: Tensor) -> Tensor:
     """Photometric jitter of (B, 3, h, w) in [0, 1] from ``draws`` (B, 4) in [0, 1). A setting of 0 costs
-    nothing.
-    """
+    nothing."""
     for column, function, extent, centre in (
         (0, brightness, augmentation.brightness, 1.0),
         (1, contrast, augmentation.contrast, 1.0),

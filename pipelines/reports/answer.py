@@ -160,8 +160,8 @@ def _longer(results: Results, student: str) -> list[str]:
     return [f"The student alone scores {plain:.2f}; trained for {named(parts)}, by the means.{end}"]
 
 
-def row(results: Results, student: str) -> list[str]:
-    """The answer for a student as a row of ``COLUMNS``."""
+def row(results: Results, student: str) -> dict[str, str]:
+    """The answer for a student as a row of a table."""
     alone, tested = results.mean(student, results.reference), _tested(results, student)
     several = {m: stand for m, stand in tested.items() if stand.gain.paired.n > 1}  # one seed decides nothing
 
@@ -172,28 +172,21 @@ def row(results: Results, student: str) -> list[str]:
     best = max(several, key=lambda m: several[m].gain.paired.mean or 0.0, default=None)
     gain = several[best].gain if best else None
     start, steps = conditions.begins(results, student)
-    longest = max(results.controls.items(), key=lambda pair: pair[1], default=("", 0.0))
-    more = results.mean(student, longest[0])
-    return [
-        f"{student}, {start} weights, {steps} steps",
-        " or ".join(str(n) for n in sorted({stand.gain.paired.n for stand in tested.values()})) or "–",
-        counted("gain"),
-        counted("equal"),
-        f"{results.label(best)} {gain.paired.mean:+.2f} {between(gain.over_seeds)}" if best and gain else "–",
-        number(alone, ".2f") + ("" if more is None else f" → {more:.2f} (×{longest[1]:g})"),
-        number(results.teacher(SCORE), ".2f"),
-    ]
-
-
-COLUMNS = (
-    "student",
-    "seeds",
-    "better / worse, equal steps",
-    "better / worse, equal compute",
-    "largest mean gain",
-    "student alone → longer",
-    "teacher",
-)
+    longest = _longest(results, student)
+    more = f" → {results.mean(student, longest):.2f} (×{results.controls[longest]:g})" if longest else ""
+    return {
+        "student": f"{student}, {start} weights, {steps} steps",
+        "seeds": " or ".join(str(n) for n in sorted({own.gain.paired.n for own in tested.values()})) or "–",
+        "better / worse, equal steps": counted("gain"),
+        "better / worse, equal compute": counted("equal"),
+        "largest mean gain": (
+            f"{results.label(best)} {gain.paired.mean:+.2f} {between(gain.over_seeds)}"
+            if best and gain
+            else "–"
+        ),
+        "student alone → longer": number(alone, ".2f") + more,
+        "teacher": number(results.teacher(SCORE), ".2f"),
+    }
 
 
 def lacking(results: Results, student: str) -> str:

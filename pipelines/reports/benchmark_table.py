@@ -17,16 +17,7 @@ SUSTAINED = 40e12  # FLOP/s that a large GPU is assumed to reach here in bf16, u
 COPIES = 3  # of a data set on disk: its archives, data/<benchmark>, DVC's cache
 (HEIGHT, WIDTH), _ = counts.SIZES[0]  # at which the networks were counted
 PARTS = ("preparation", "training", "validation", "test")  # of a cell's time, as if alone
-COLUMNS = [
-    "benchmark",
-    "batch, crop",
-    "steps: teacher, student",
-    "teacher (h)",
-    "student alone (h)",
-    "with its teacher (h)",
-    "trainings",
-    "all of them (h)",
-]
+STEPS = "steps: teacher, student"
 
 
 def table(params: Params, root: Path = ROOT) -> Table:
@@ -45,7 +36,7 @@ def table(params: Params, root: Path = ROOT) -> Table:
     times = 1 + sum(params.controls.values())  # of the student alone, over all that a seed trains of it
     rate, source = _rate(params, root)
     data: list[dict[str, Any]] = []
-    text: list[list[str]] = []
+    text: list[dict[str, str]] = []
     for name, benchmark in params.benchmarks.items():
         teacher = macs(f"teacher of {name}")
         learned = alone = guided = whole = None
@@ -72,14 +63,24 @@ def table(params: Params, root: Path = ROOT) -> Table:
         hours = [_cost(flops, rate) for flops in (learned, alone, guided, whole)]
         if measured:
             hours[-1] = f"{_hours(measured[0])}, by measured steps ({measured[1]})"
-        steps = f"{row['teacher_steps']:,}, {row['steps']:,}"
-        text.append([name, f"{row['batch_size']}, {row['crop']}", steps, *hours[:3], str(cells), hours[3]])
+        text.append(
+            {
+                "benchmark": name,
+                "batch, crop": f"{row['batch_size']}, {row['crop']}",
+                STEPS: f"{row['teacher_steps']:,}, {row['steps']:,}",
+                "teacher (h)": hours[0],
+                "student alone (h)": hours[1],
+                "with its teacher (h)": hours[2],
+                "trainings": str(cells),
+                "all of them (h)": hours[3],
+            }
+        )
     notes = [
         "Estimated from counted operations, not measured, unless a row says so: hours of one GPU that "
         f"sustains {rate / 1e12:.3g} TFLOP/s, {source}. {speed_table.COMMAND.strip('`')} measures your own.",
         f"Student: {key}. trainings: the methods, controls and seeds of params.yaml, without the teacher.",
     ]
-    return Table("benchmarks", "planned compute", data, COLUMNS, text, notes, frozenset({COLUMNS[2]}))
+    return Table("benchmarks", "planned compute", data, text, notes, frozenset({STEPS}))
 
 
 def write(params: Params, folder: Path, root: Path = ROOT) -> None:

@@ -186,27 +186,17 @@ def table(claims: Claims, verdicts: Mapping[str, Verdict]) -> Table:
         teacher = f" from {claim.teacher}" if claim.teacher else ", teacher not stated"
         name = f" as {claim.published_as}" if claim.published_as else ""
         text.append(
-            [
-                claim.id,
-                f"{label(claim.method)}{name}",
-                where,
-                (claim.student or "student not stated") + teacher,
-                f"{_claimed_text(claim)} ({claim.source})",
-                "–" if measured is None else f"{_measured_text(measured)}, {_place(measured)}",
-                verdict.word,
-                _why(verdict),
-            ]
+            {
+                "claim": claim.id,
+                "method": f"{label(claim.method)}{name}",
+                "data set (split)": where,
+                "student from teacher": (claim.student or "student not stated") + teacher,
+                "claimed gain (source)": f"{_claimed_text(claim)} ({claim.source})",
+                "measured gain": f"{_measured_text(measured)}, {_place(measured)}" if measured else "–",
+                "verdict": verdict.word,
+                "why": _why(verdict),
+            }
         )
-    columns = [
-        "claim",
-        "method",
-        "data set (split)",
-        "student from teacher",
-        "claimed gain (source)",
-        "measured gain",
-        "verdict",
-        "why",
-    ]
     words = [row["verdict"] for row in data]
     gains = sum(claim.kind == "gain" for claim in claims.claims)
     notes = [
@@ -216,7 +206,7 @@ def table(claims: Claims, verdicts: Mapping[str, Verdict]) -> Table:
         "measured gain: of the comparable benchmark, else of the closest one, and where several are as close "
         "of that with most seeds; with the 95 % t-interval over n paired seeds.",
     ]
-    return Table("claims", "claims", data, columns, text, notes)
+    return Table("claims", "claims", data, text, notes)
 
 
 def directions(claims: Claims, every: Sequence[Results]) -> Table:
@@ -228,32 +218,22 @@ def directions(claims: Claims, every: Sequence[Results]) -> Table:
         stated = [claim for claim in item.claims if claim.claimed is not None] or item.claims
         sources = {claim.source for claim in stated}
         text.append(
-            [
-                label(item.method),
-                _published_text(item),
-                f"{len(stated)} ({len(sources)})",
-                "–" if measured is None else _place(measured),
-                str(measured.n if measured else 0),
-                "–" if measured is None else f"{measured.mean:+.2f}",
-                "–" if interval is None else f"{interval.low:+.2f} to {interval.high:+.2f}",
-                item.word,
-            ]
+            {
+                "method": label(item.method),
+                "published gain": _published_text(item),
+                "claims (sources)": f"{len(stated)} ({len(sources)})",
+                "measured on": _place(measured) if measured else "–",
+                "n": str(measured.n if measured else 0),
+                "measured gain": f"{measured.mean:+.2f}" if measured else "–",
+                "95 % t-interval": f"{interval.low:+.2f} to {interval.high:+.2f}" if interval else "–",
+                "here": item.word,
+            }
         )
-    columns = [
-        "method",
-        "published gain",
-        "claims (sources)",
-        "measured on",
-        "n",
-        "measured gain",
-        "95 % t-interval",
-        "here",
-    ]
     notes = [
         f"here: {GAIN} or {LOSS} if the intervals over seeds, images and both leave 0 out, else {UNDECIDED}.",
         "published gain: lowest to highest over all data sets, networks and schedules of the claims.",
     ]
-    return Table("directions", "directions", [], columns, text, notes)
+    return Table("directions", "directions", [], text, notes)
 
 
 def sentences(

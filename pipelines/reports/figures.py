@@ -7,10 +7,11 @@ checked on any other.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,24 @@ PIXELS = "Comment"  # and the one with the sum of the pixels (RGBA)
 def write(results: Results, folder: Path) -> None:
     """Draw every figure of a benchmark into ``folder``."""
     style = STYLE | fonts.style("".join(results.classes()))
-    with sns.axes_style("ticks", {"axes.grid": True, "grid.color": "0.92"}), plt.rc_context(style):
+    with _look(sns.axes_style("ticks", {"axes.grid": True, "grid.color": "0.92"}) | style):
         for name, draw in NAMES.items():
             _save(draw(results), folder / f"{name}.png", source([results]))
 
 
 def write_ranks(found: Ranks, every: Sequence[Results], folder: Path) -> None:
     """Draw the critical-difference diagram of all benchmarks and students."""
-    with plt.rc_context(STYLE):
+    with _look(STYLE):
         _save(critical_difference(found, looks(every[0])), folder / "ranks.png", source(every))
+
+
+@contextlib.contextmanager
+def _look(style: dict[Any, Any]) -> Iterator[None]:
+    """The same figures whatever a user's matplotlibrc says."""
+    with plt.rc_context():
+        plt.rcdefaults()
+        plt.rcParams.update(style)
+        yield
 
 
 def source(every: Sequence[Results]) -> str:

@@ -29,21 +29,20 @@ def table(params: Params, root: Path = ROOT) -> Table:
         {"method": key} | known[key] | {"taps": " ".join(known[key].get("taps", ()))} for key in shown
     ]
     rows = [
-        [
-            label(row["method"], params.controls),
-            number(row["flops"] / 1e12, ".2f"),
-            number(row["memory_mb"] / 1024, ".2f"),
-            number(row["largest_mb"] / 1024, ".2f"),
-            number(row["parameters"] / 1e6, ".2f"),
-        ]
+        {
+            "method": label(row["method"], params.controls),
+            "TFLOP a step": number(row["flops"] / 1e12, ".2f"),
+            "memory (GiB)": number(row["memory_mb"] / 1024, ".2f"),
+            "largest tensor (GiB)": number(row["largest_mb"] / 1024, ".2f"),
+            "parameters (M)": number(row["parameters"] / 1e6, ".2f"),
+        }
         for row in data
     ]
     notes = [
         f"Counted, not measured, for PSPNet-ResNet101 to PSPNet-ResNet18 at {size[0]}×{size[1]}, "
         f"{counts.BATCH} images, {classes} classes: the method's own part, without student and teacher.",
     ]
-    columns = ["method", "TFLOP a step", "memory (GiB)", "largest tensor (GiB)", "parameters (M)"]
-    return Table("methods", "what each method adds to a step", data, columns, rows, notes)
+    return Table("methods", "what each method adds to a step", data, rows, notes)
 
 
 def compares(taps: Collection[str]) -> str:

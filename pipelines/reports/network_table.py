@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,16 +79,13 @@ def table(published: Published, params: Params, root: Path = ROOT) -> Table:
         entries = [entry for entry in published.networks if (entry.architecture, entry.encoder) == same]
         beside = [_beside(entry, count, own) for entry in entries for count in entry.counts]
         data += [row | more for more in beside or [{}]]
-    size = "×".join(map(str, counts.SIZES[0][0]))
-    columns = ["network", "used as", "parameters (M)", f"GMACs, {size}", "published by", "input, classes"]
-    columns += ["published / here, adjusted (M)", "published / here, adjusted (GMACs)"]
     notes = [
         f"Counted on the deployed network, {counts.SIZES[0][1]} classes. Beside a published count stands the "
         "suite's own at the same input, adjusted: with what the source's network is known to have more or "
         "less. These differences, and the sources behind the keys, are in networks.yaml beside this file.",
     ]
-    wide, text = frozenset({"used as"}), [list(_cells(row)) for row in data]
-    return Table("networks", "parameters and multiply-adds", data, columns, text, notes, wide)
+    wide, text = frozenset({"used as"}), [_cells(row) for row in data]
+    return Table("networks", "parameters and multiply-adds", data, text, notes, wide)
 
 
 def write(published: Published, params: Params, folder: Path, root: Path = ROOT) -> None:
@@ -127,21 +123,23 @@ def _at(own: list[dict[str, Any]], size: tuple[int, int], classes: int) -> dict[
     return next((row for row in own if tuple(row["size"]) == size and row["classes"] == classes), {})
 
 
-def _cells(row: dict[str, Any]) -> Iterator[str]:
+def _cells(row: dict[str, Any]) -> dict[str, str]:
     def scaled(name: str, unit: float, form: str) -> str:
         return number(None if row[name] is None else row[name] / unit, form)
 
-    yield row["network"]
-    yield row["used_as"]
-    yield scaled("parameters", 1e6, ".2f")
-    yield scaled("macs", 1e9, ".1f")
-    if "source" not in row:  # nothing was published
-        yield from ["–"] * 4
-        return
-    yield row["source"]
-    yield f"{row['published_size'] or 'not stated'}, {row['published_classes']}"
-    for published, own, unit, form in (
-        ("published_parameters_m", "parameters_with_differences", 1e6, ".2f"),
-        ("published_gmacs", "macs_with_differences", 1e9, ".1f"),
-    ):
-        yield f"{row[published]:.1f} / {scaled(own, unit, form)}"
+    def beside(published: str, *own: Any) -> str:
+        return f"{row[published]:.1f} / {scaled(*own)}" if known else "–"
+
+    size, known = "×".join(map(str, counts.SIZES[0][0])), "source" in row  # else nothing was published
+    where = f"{row['published_size'] or 'not stated'}, {row['published_classes']}" if known else "–"
+    parameters = beside("published_parameters_m", "parameters_with_differences", 1e6, ".2f")
+    return {
+        "network": row["network"],
+        "used as": row["used_as"],
+        "parameters (M)": scaled("parameters", 1e6, ".2f"),
+        f"GMACs, {size}": scaled("macs", 1e9, ".1f"),
+        "published by": row.get("source", "–"),
+        "input, classes": where,
+        "published / here, adjusted (M)": parameters,
+        "published / here, adjusted (GMACs)": beside("published_gmacs", "macs_with_differences", 1e9, ".1f"),
+    }

@@ -62,25 +62,16 @@ def orders(claims: Claims, every: Sequence[Results]) -> list[Order]:
 def table(found: Sequence[Order]) -> Table:
     """One line a published table and student."""
     rows = [
-        [
-            order.source,
-            order.setting,
-            order.protocol,
-            f"{order.benchmark}, {order.student}",
-            ", ".join(label(m) + "*" * (m in order.others) for m in order.scores),
-            f"{order.rho:+.2f}",
-            between(order.interval),
-        ]
+        {
+            "source": order.source,
+            "published on": order.setting,
+            "protocol": order.protocol,
+            "measured on": f"{order.benchmark}, {order.student}",
+            "methods": ", ".join(label(m) + "*" * (m in order.others) for m in order.scores),
+            "Spearman's ρ": f"{order.rho:+.2f}",
+            "95 % interval": between(order.interval),
+        }
         for order in found
-    ]
-    columns = [
-        "source",
-        "published on",
-        "protocol",
-        "measured on",
-        "methods",
-        "Spearman's ρ",
-        "95 % interval",
     ]
     notes = [
         f"Tables with {FEWEST} methods or more that were measured here; the interval takes the methods for a "
@@ -88,7 +79,7 @@ def table(found: Sequence[Order]) -> Table:
         "terms. Tables of one source that share their methods are set against the same scores: they are not "
         "independent.",
     ]
-    return Table("orders", "orders", [], columns, rows, notes)
+    return Table("orders", "orders", [], rows, notes)
 
 
 def sentence(found: Sequence[Order]) -> str:

@@ -237,8 +237,7 @@ def _claims(params: Params, every: Sequence[Results], root: Path) -> dict[str, A
     gains = [row["gain"] for row in rows if row["gain"] is not None]
     gains += [row[f"measured_{end}"] for row in rows for end in ("low", "high") if row["measured_n"] > 1]
     over = svg.scale([0, *gains])
-    for row, text in zip(rows, judged.rows, strict=True):
-        texts = dict(zip(judged.columns, text, strict=True))
+    for row, texts in zip(rows, judged.cells, strict=True):
         interval = table.interval(row, "measured")
         colour, claimed = VERDICT_COLOURS.get(row["verdict"], "#7a7a7a"), row["gain"] if row["unit"] else None
         drawn = ""

@@ -33,26 +33,15 @@ class Ranks:
 
 def rank(every: Sequence[Results]) -> Ranks | None:
     """Rank the methods; None with fewer than two blocks or two methods that all of them have."""
-    rows = {results.benchmark: [results.reference, *results.tested(results.methods)] for results in every}
-    scores = {
-        (results.benchmark, student): {
-            m: list(values.values())
-            for m in rows[results.benchmark]
-            if (values := results.by_seed(student, m))
-        }
-        for results in every
-        for student in results.students
-    }
     reference = every[0].reference if every else ""
-    scores = {block: own for block, own in scores.items() if reference in own and len(own) > 1}
-    means = {
-        (results.benchmark, student): {
-            m: mean for m in own if (mean := results.paired_mean(student, m)) is not None
-        }
-        for results in every
-        for student in results.students
-        if (own := scores.get((results.benchmark, student)))
-    }
+    scores: dict[tuple[str, str], dict[str, list[float]]] = {}
+    means: dict[tuple[str, str], dict[str, float]] = {}
+    for results, student in [(own, student) for own in every for student in own.students]:
+        methods = [reference, *results.tested(results.methods)]
+        own = {m: [*values.values()] for m in methods if (values := results.by_seed(student, m))}
+        if reference in own and len(own) > 1:
+            found = {m: mean for m in own if (mean := results.paired_mean(student, m)) is not None}
+            scores[results.benchmark, student], means[results.benchmark, student] = own, found
     ranks = dict(sorted(statistics.mean_ranks(means).items(), key=lambda pair: pair[1]))
     methods = list(ranks)
     if len(scores) < 2 or len(methods) < 2:
@@ -102,8 +91,12 @@ def table(found: Ranks) -> Table:
         )
         shown = "–" if chance is None else f"{chance:.2f}"
         shown += "" if interval is None else f" {between(interval, '.2f')}"
-        text.append([label(method), str(found.seeds[method]), f"{mean:.2f}", shown])
-    columns = ["method", "seeds (fewest)", "mean rank", f"probability of improvement on {found.reference}"]
+        row = {
+            "method": label(method),
+            "seeds (fewest)": str(found.seeds[method]),
+            "mean rank": f"{mean:.2f}",
+        }
+        text.append(row | {f"probability of improvement on {found.reference}": shown})
     p = "unknown" if found.friedman_p is None else f"p = {found.friedman_p:.2g}"
     blocks = "; ".join(", ".join(block) for block in found.blocks)
     groups = "; ".join(", ".join(map(label, group)) for group in found.cliques) or "none"
@@ -112,7 +105,7 @@ def table(found: Ranks) -> Table:
         f"Blocks: {blocks}. Friedman's test that the methods do not differ: {p}. Mean ranks closer than "
         f"{found.critical_difference:.2f} (Nemenyi, 5 %) are not told apart: {groups}.",
     ]
-    return Table("ranks", "mean ranks", data, columns, text, notes)
+    return Table("ranks", "mean ranks", data, text, notes)
 
 
 def warnings(found: Ranks) -> list[str]:

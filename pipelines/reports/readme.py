@@ -58,14 +58,15 @@ def block(every: Sequence[Results], params: Params, root: Path = ROOT) -> str:
     ordered = [student, *(name for name in students if name != student)]
     others = [found for found in every if found is not results]
     each = [(results, name) for name in ordered] + [(own, name) for own in others for name in own.students]
+    answers = [answer.row(found, name) for found, name in each]
     lines = [
         escape_markdown(answer.headline(each)),
         "",
-        f"| benchmark | {' | '.join(answer.COLUMNS)} |",
-        f"|---|---|{'--:|' * (len(answer.COLUMNS) - 1)}",
+        f"| benchmark | {' | '.join(answers[0])} |",
+        f"|---|---|{'--:|' * (len(answers[0]) - 1)}",
     ]
-    for found, name in each:
-        cells = " | ".join(map(escape_markdown, answer.row(found, name)))
+    for (found, _), row in zip(each, answers, strict=True):
+        cells = " | ".join(map(escape_markdown, row.values()))
         lines.append(f"| [{found.benchmark}](reports/{found.benchmark}/comparison.md) | {cells} |")
     lines += [
         "",
@@ -82,12 +83,12 @@ def block(every: Sequence[Results], params: Params, root: Path = ROOT) -> str:
     shown = replace(results, variants=[])
     lines += [f"> **Warning:** {escape_markdown(text)}\n" for text in conditions.warnings(shown, times=False)]
     whole_table = tables.comparison(results)
-    own = [row for row in whole_table.rows if row[0] == student]
+    own = [row for row in whole_table.cells if row["student"] == student]
     chosen = _chosen(results, student)
     order = {results.label(method): place for place, method in enumerate(chosen)}
-    rows = sorted((row for row in own if row[1] in order), key=lambda row: order[row[1]])
-    whole = {"status"} if all(row[-1] == COMPLETE for row in rows) else set[str]()
-    lines += replace(whole_table, rows=rows, wide=frozenset({"student", *whole})).narrow().markdown
+    rows = sorted((row for row in own if row["method"] in order), key=lambda row: order[row["method"]])
+    whole = {"status"} if all(row["status"] == COMPLETE for row in rows) else set[str]()
+    lines += replace(whole_table, cells=rows, wide=frozenset({"student", *whole})).narrow().markdown
     most = max(results.controls.values(), default=0)
     longer = f"; ×{most:g}: trained for {most:g} times as many steps" if most else ""
     lines += [

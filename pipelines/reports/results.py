@@ -8,6 +8,7 @@ records.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -95,24 +96,17 @@ class Results:
     frames: int = 1  # test images that follow each other in a video, and are resampled together
 
     @cached_property
-    def _rows(self) -> dict[tuple[str, str], pd.DataFrame]:
-        """The finished cells by student and method."""
-        groups = self.cells.sort_values("seed").groupby(["student", "method"])
-        return {(str(student), str(method)): rows for (student, method), rows in groups}
-
-    @cached_property
     def _values(self) -> dict[tuple[str, str, str], dict[int, float]]:
         """Every number of the finished cells, by student, method and metric, then by seed."""
-        return {
-            (student, method, str(metric)): {
-                int(seed): float(value)
-                for seed, value in zip(rows["seed"], rows[metric], strict=True)
-                if not pd.isna(value)
-            }
-            for (student, method), rows in self._rows.items()
-            for metric in rows
-            if pd.api.types.is_numeric_dtype(rows[metric])
-        }
+        rows, found = self.cells.sort_values("seed"), dict[tuple[str, str, str], dict[int, float]]()
+        numbers = rows.select_dtypes("number")
+        for student, method, seed, own in zip(
+            rows["student"], rows["method"], rows["seed"], numbers.to_numpy(float), strict=True
+        ):
+            for metric, value in zip(map(str, numbers), own.tolist(), strict=True):
+                if not math.isnan(value):
+                    found.setdefault((student, method, metric), {})[int(seed)] = value
+        return found
 
     def by_seed(self, student: str, method: str, metric: str = SCORE) -> dict[int, float]:
         """A metric of a row, by seed; a seed that has no such value is left out."""
@@ -127,7 +121,7 @@ class Results:
         return self._shown(student, self.variants)
 
     def _shown(self, student: str, methods: Sequence[str]) -> list[str]:
-        rows = {method for of, method in self._rows if of == student}
+        rows = {method for of, method, _ in self._values if of == student}
         rows |= {cell.method for cell in (*self.failures, *self.stale) if cell.student == student}
         return [key for key in methods if key in rows or key in self.planned.get(student, ())]
 

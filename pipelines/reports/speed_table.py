@@ -23,16 +23,6 @@ COMMAND = "`make speed BENCHMARK=<name>`"
 JOURNAL = Journal(FILE, COMMAND, lambda e: (e["benchmark"], e["student"], device(e), e["batch_size"]))
 read, add = JOURNAL.read, JOURNAL.add
 OUT_OF_MEMORY = 3  # the exit status of a measurement that did not fit
-COLUMNS = [
-    "benchmark (batch)",
-    "device",
-    "what is trained",
-    "ms a step",
-    "× reference",
-    "MFU",
-    "memory (MB)",
-    "status",
-]
 WIDE = frozenset({"device", "status"})
 
 
@@ -106,7 +96,7 @@ def sustained(params: Params, root: Path = ROOT) -> tuple[float, str] | None:
 def table(params: Params, root: Path = ROOT) -> Table:
     """One row for everything that was measured."""
     data: list[dict[str, Any]] = []
-    text: list[list[str]] = []
+    text: list[dict[str, str]] = []
     for entry in read(root):
         reference = entry["rows"].get(params.suite.reference, {})
         for name, own in entry["rows"].items():
@@ -129,7 +119,7 @@ def table(params: Params, root: Path = ROOT) -> Table:
         "precision on the same device.",
         *filter(None, map(_side_by_side, read(root))),
     ]
-    return Table("speed", "measured steps", data, COLUMNS, text, notes, WIDE)
+    return Table("speed", "measured steps", data, text, notes, WIDE)
 
 
 def _side_by_side(entry: Mapping[str, Any]) -> str | None:
@@ -175,19 +165,20 @@ def _times(own: Mapping[str, Any], reference: Mapping[str, Any], entry: Mapping[
     }
 
 
-def _text(row: Mapping[str, Any]) -> list[str]:
+def _text(row: Mapping[str, Any]) -> dict[str, str]:
     step = number(row["step_ms"], ",.0f")
     if row["step_ms"] is not None:
         step += f" ({row['step_ms_low']:,.0f} to {row['step_ms_high']:,.0f})"
-    return [
-        f"{row['benchmark']} ({row['batch_size']})",
-        *(str(row[name]) for name in ("device", "trained")),
-        step,
-        number(row["ratio"], ".2f"),
-        number(row["mfu"], ".0f") + ("" if row["mfu"] is None else "%"),
-        number(row["memory_mb"], ",.0f"),
-        str(row["status"]),
-    ]
+    return {
+        "benchmark (batch)": f"{row['benchmark']} ({row['batch_size']})",
+        "device": str(row["device"]),
+        "what is trained": str(row["trained"]),
+        "ms a step": step,
+        "× reference": number(row["ratio"], ".2f"),
+        "MFU": number(row["mfu"], ".0f") + ("" if row["mfu"] is None else "%"),
+        "memory (MB)": number(row["memory_mb"], ",.0f"),
+        "status": str(row["status"]),
+    }
 
 
 def write(params: Params, folder: Path, root: Path = ROOT) -> None:

@@ -24,16 +24,6 @@ JOURNAL = Journal(FILE, COMMAND, lambda entry: (_cell(entry).path, device(entry)
 read, add = JOURNAL.read, JOURNAL.add
 FAST, STRICT = MODES = ("fast", "strict")  # suite.strict: false, true
 TABLES = "in the tables"
-COLUMNS = [
-    "benchmark",
-    "device",
-    "what is trained",
-    "mode",
-    "distinct weights",
-    "test mIoU",
-    "largest difference",
-    "status",
-]
 WIDE = frozenset({"device", "status"})
 
 
@@ -53,7 +43,7 @@ def is_current(entry: Mapping[str, Any], params: Params) -> bool:
 def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
     """One row for every mode of what was repeated."""
     data: list[dict[str, Any]] = []
-    text: list[list[str]] = []
+    text: list[dict[str, str]] = []
     seeds = {results.benchmark: results for results in every}
     rounded_apart: dict[str, list[float]] = {}  # by cell of today's settings, the scores of modes and CPUs
     entries = read(root)
@@ -103,7 +93,7 @@ def table(params: Params, every: Sequence[Results], root: Path = ROOT) -> Table:
         notes[0] += f' "{TABLES}": the record of the same cell and seed, from another kind of machine.'
     if not any(on_gpu(entry) for entry in entries):
         notes[0] += " No GPU has been measured yet."
-    return Table("spread", "trainings repeated", data, COLUMNS, text, notes, WIDE)
+    return Table("spread", "trainings repeated", data, text, notes, WIDE)
 
 
 def outcome(record: Record) -> dict[str, Any]:
@@ -116,14 +106,14 @@ def outcome(record: Record) -> dict[str, Any]:
     }
 
 
-def _text(row: Mapping[str, Any]) -> list[str]:
-    return [
-        str(row["benchmark"]),
-        str(row["device"]),
-        f"{row['trained']}, seed {row['seed']}",
-        str(row["mode"]),
-        f"{row['weights']} in {row['repeats']}",
-        plus_minus(row["test_miou"], row["sd"]),
-        number(row["range"] if row["repeats"] > 1 else None, ".3f"),
-        str(row["status"]),
-    ]
+def _text(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "benchmark": str(row["benchmark"]),
+        "device": str(row["device"]),
+        "what is trained": f"{row['trained']}, seed {row['seed']}",
+        "mode": str(row["mode"]),
+        "distinct weights": f"{row['weights']} in {row['repeats']}",
+        "test mIoU": plus_minus(row["test_miou"], row["sd"]),
+        "largest difference": number(row["range"] if row["repeats"] > 1 else None, ".3f"),
+        "status": str(row["status"]),
+    }

@@ -273,8 +273,7 @@ def block_starts(names: Sequence[str], frames: int) -> list[int]:
     """Where the blocks of about ``frames`` images start that are resampled together (Carlstein 1986):
     images that follow each other in ``names`` and whose names differ in the number at
     their end alone, as frames of a video do. A video is cut into equal parts; with ``frames`` = 1 every image
-    is one.
-    """
+    is one."""
     starts, first = list[int](), 0
     videos = (str(PurePosixPath(name).with_suffix("")).rstrip(DIGITS) for name in names)
     for _, video in groupby(videos):

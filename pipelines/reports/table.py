@@ -32,24 +32,30 @@ environment = partial(
 
 @dataclass(frozen=True)
 class Table:
-    """``data`` are the lines of the CSV; ``columns`` (at most ``MOST``) and ``rows`` are the text of the
-    Markdown table, and of the TeX table without the columns ``wide``; ``notes`` (at most two) stand above
-    it."""
+    """``data`` are the lines of the CSV; ``cells`` the text of the Markdown table, a row by column (at most
+    ``MOST``), and of the TeX table without the columns ``wide``; ``notes`` (at most two) stand above it."""
 
     name: str
     title: str
     data: list[dict[str, Any]]
-    columns: list[str]
-    rows: list[list[str]]
+    cells: list[dict[str, str]]
     notes: list[str] = field(default_factory=list)
     wide: frozenset[str] = frozenset()
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.cells[0]) if self.cells else ["–"]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        return [list(row.values()) for row in self.cells]
 
     @property
     def right(self) -> list[bool]:
         """Which columns hold numbers; a status may begin with one."""
         return [
-            name != "status" and all(NUMBER.fullmatch(row[i]) for row in self.rows)
-            for i, name in enumerate(self.columns)
+            name != "status" and all(NUMBER.fullmatch(row[name]) for row in self.cells)
+            for name in self.columns
         ]
 
     @property
@@ -67,9 +73,8 @@ class Table:
 
     def narrow(self) -> Table:
         """What TeX prints."""
-        kept = [i for i, name in enumerate(self.columns) if name not in self.wide]
-        rows = [[row[i] for i in kept] for row in self.rows]
-        return replace(self, columns=[self.columns[i] for i in kept], rows=rows)
+        cells = [{name: text for name, text in row.items() if name not in self.wide} for row in self.cells]
+        return replace(self, cells=cells)
 
     @property
     def pages(self) -> list[list[list[str]]]:

@@ -42,15 +42,15 @@ def comparison(results: Results) -> Table:
     for student in results.students:
         standings = results.standings(student, results.methods)
         for method in results.rows(student):
-            row = {"student": student, "method": results.label(method)}
-            row |= _scores(results, student, method, standings[method])
+            named = {"student": student, "method": results.label(method)}
+            row = named | _scores(results, student, method, standings[method])
             row |= _compute(results, student, method) | _deployed(results, student, method)
             row |= {"status": results.status(student, method)}
             data.append(row)
-            text.append([student, results.label(method), *_score_text(row), row["status"]])
-    columns = ["student", "method", *_score_columns(results), "status"]
+            compute = {f"compute (× {results.reference})": number(row["compute_ratio"], ".2f")}
+            text.append(named | _score_text(row, results.reference) | compute | {"status": row["status"]})
     notes = [_lead(results), " ".join(conditions.tests(results, results.methods))]
-    return Table("comparison", "comparison of methods", data, columns, text, notes, _wide(results))
+    return Table("comparison", "comparison of methods", data, text, notes, _wide(results))
 
 
 def cost(results: Results) -> Table:
@@ -58,14 +58,13 @@ def cost(results: Results) -> Table:
     data, text = [], []
     for student in results.students:
         for method in results.rows(student):
-            row = {"student": student, "method": results.label(method)} | costs(results, student, method)
+            named = {"student": student, "method": results.label(method)}
+            row = named | costs(results, student, method)
             row |= {"status": results.status(student, method)}
             data.append(row)
-            text.append([student, results.label(method), *_cost_text(row)])
-    columns = ["student", "method", "parameters (M)", "GFLOPs", f"latency (× {results.reference})"]
-    columns += ["GFLOPs a step", *(f"{what} (× {results.reference})" for what in ("step time", "memory"))]
+            text.append(named | _cost_text(row, results.reference))
     notes = [_deployed_note(results), _trials_note(results)]
-    return Table("cost", "cost of methods", data, columns, text, notes, _wide(results))
+    return Table("cost", "cost of methods", data, text, notes, _wide(results))
 
 
 def ablation(results: Results) -> Table:
@@ -84,11 +83,11 @@ def ablation(results: Results) -> Table:
             row |= _compute(results, student, method) | {"status": results.status(student, method)}
             data.append(row)
             named = (f"{name.removeprefix('weight_')} {own[name]:g}" for name in weights if own.get(name))
-            scores = _score_text(row)[:-1]
-            text.append([student, variant(method), ", ".join(named) or "–", *scores, row["status"]])
-    columns = ["student", "variant", "terms and weights", *_score_columns(results)[:-1], "status"]
+            line = {"student": student, "variant": variant(method)}
+            line |= {"terms and weights": ", ".join(named) or "–"} | _score_text(row, results.reference)
+            text.append(line | {"status": row["status"]})
     notes = [_lead(results, results.variants), " ".join(tests), _against_full(results)]
-    return Table("ablation", f"ablation of {PAPER}", data, columns, text, notes, _wide(results))
+    return Table("ablation", f"ablation of {PAPER}", data, text, notes, _wide(results))
 
 
 def _against_full(results: Results) -> str:
@@ -122,25 +121,26 @@ def per_class(results: Results) -> Table:
             known = {method: own[place] for method, own in rows.items()}
             data += known.values()
             known = {method: row for method, row in known.items() if row["n"]}
-            line = [student, name, number(results.teacher(metric), ".2f")]
-            line.append(_iou_text(known[reference]) if reference in known else "–")
+            line = {"student": student, "class": name, TEACHER: number(results.teacher(metric), ".2f")}
+            line[reference] = _iou_text(known[reference]) if reference in known else "–"
             tested = [known[method] for method in results.tested(results.methods) if method in known]
-            for choose in (max, min):
+            for choose, head, apart in (
+                (max, "highest", f"its Δ {reference}"),
+                (min, "lowest", f"Δ {reference} of that"),
+            ):
                 row = choose(tested, key=lambda own: own["iou_mean"], default={})
-                line.append(f"{row['method']}, {_iou_text(row)}" if row else "–")
-                line.append(number(row.get("diff_mean"), "+.2f"))
+                line[head] = f"{row['method']}, {_iou_text(row)}" if row else "–"
+                line[apart] = number(row.get("diff_mean"), "+.2f")
             text.append(line)
     for metric, name in metrics.items():
         score = results.teacher(metric)
         row = {"student": TEACHER, "method": "", "class": name, "n": int(score is not None)}
         data.append(row | rounded({"iou_mean": score, "iou_sd": None, "diff_mean": None}))
-    columns = ["student", "class", TEACHER, reference, "highest", f"its Δ {reference}"]
-    columns += ["lowest", f"Δ {reference} of that"]
     notes = [
         _lead(results),
         "highest, lowest: of the methods of that student, class by class, so partly luck.",
     ]
-    return Table("per_class", "IoU per class", data, columns, text, notes, _wide(results))
+    return Table("per_class", "IoU per class", data, text, notes, _wide(results))
 
 
 def classes(results: Results, student: str, method: str) -> list[dict[str, Any]]:
@@ -216,11 +216,6 @@ def _trials_note(results: Results) -> str:
     return (
         f"A step: teacher and method included. Tuning: {conditions.trials(results)}; more in conditions.md."
     )
-
-
-def _score_columns(results: Results) -> list[str]:
-    reference = results.reference
-    return ["test mIoU", "rank", f"Δ {reference}", "Δ at equal compute", f"compute (× {reference})"]
 
 
 def _scores(results: Results, student: str, method: str, standing: Standing) -> dict[str, Any]:
@@ -309,19 +304,15 @@ def _whole(values: Iterable[float]) -> int | None:
     return next((int(value) for value in values), None)
 
 
-def _score_text(row: dict[str, Any]) -> list[str]:
-    return [
-        score_text(row),
-        rank_text(row),
-        gain_text(row),
-        equal_text(row),
-        number(row["compute_ratio"], ".2f"),
-    ]
-
-
-def score_text(row: Mapping[Any, Any]) -> str:
-    """``41.20 ± 0.30 (n = 3)``"""
-    return plus_minus(row["miou_mean"], row["miou_sd"]) + (f" (n = {row['n']})" if row["n"] else "")
+def _score_text(row: Mapping[Any, Any], reference: str) -> dict[str, str]:
+    score = plus_minus(row["miou_mean"], row["miou_sd"]) + (f" (n = {row['n']})" if row["n"] else "")
+    why = f" ({row['equal_why']})" if row["equal_why"] else ""
+    return {
+        "test mIoU": score,
+        "rank": rank_text(row),
+        f"Δ {reference}": _gain_text(row, "", row["diff_n"]),
+        "Δ at equal compute": _gain_text(row, "equal_", row["equal_n"]) + why,
+    }
 
 
 def rank_text(row: Mapping[Any, Any]) -> str:
@@ -330,37 +321,26 @@ def rank_text(row: Mapping[Any, Any]) -> str:
     return "" if low is None else f"{low}" if low == high else f"{low}–{high}"
 
 
-def gain_text(row: Mapping[Any, Any]) -> str:
-    """``+1.20 [+0.30, +2.10] ↑``: over seeds, and an arrow where all three intervals leave 0 out."""
-    n = row["diff_n"]
-    text = _gain_text(row, "diff_mean", "over_seeds", "verdict")
-    return text + (f" (n = {n})" if n and n < row["n"] else "")
-
-
-def equal_text(row: Mapping[Any, Any]) -> str:
-    """The same at equal compute, and why seeds are not in it."""
-    text = _gain_text(row, "equal_diff_mean", "equal_over_seeds", "equal_verdict")
-    if row["equal_n"] and row["equal_n"] < row["n"]:
-        text += f" (n = {row['equal_n']})"
-    return text + (f" ({row['equal_why']})" if row["equal_why"] else "")
-
-
-def _gain_text(row: Mapping[Any, Any], mean: str, over_seeds: str, verdict: str) -> str:
-    text = number(row[mean], "+.2f")
-    if found := interval(row, over_seeds):
+def _gain_text(row: Mapping[Any, Any], kind: str, n: int | None) -> str:
+    """``+1.20 [+0.30, +2.10] ↑ (n = 2)``: over seeds; an arrow where all three intervals leave 0 out, and how
+    many seeds, where not all."""
+    text = number(row[f"{kind}diff_mean"], "+.2f")
+    if found := interval(row, f"{kind}over_seeds"):
         text += f" {between(found)}"
-    return text + ARROWS.get(row[verdict] or "", "")
+    return text + ARROWS.get(row[f"{kind}verdict"] or "", "") + (f" (n = {n})" if n and n < row["n"] else "")
 
 
-def _cost_text(row: dict[str, Any]) -> list[str]:
-    return [
-        number(None if row["parameters"] is None else row["parameters"] / 1e6, ".2f"),
-        number(None if row["flops"] is None else row["flops"] / 1e9, ".2f"),
-        number(row["onnxruntime_ratio"], ".2f"),
-        number(None if row["step_flops"] is None else row["step_flops"] / 1e9, ".1f"),
-        number(row["step_ratio"], ".2f"),
-        number(row["memory_ratio"], ".2f"),
-    ]
+def _cost_text(row: dict[str, Any], reference: str) -> dict[str, str]:
+    sizes = ("parameters", 1e6), ("flops", 1e9), ("step_flops", 1e9)
+    parameters, flops, step = (None if row[name] is None else row[name] / unit for name, unit in sizes)
+    return {
+        "parameters (M)": number(parameters, ".2f"),
+        "GFLOPs": number(flops, ".2f"),
+        f"latency (× {reference})": number(row["onnxruntime_ratio"], ".2f"),
+        "GFLOPs a step": number(step, ".1f"),
+        f"step time (× {reference})": number(row["step_ratio"], ".2f"),
+        f"memory (× {reference})": number(row["memory_ratio"], ".2f"),
+    }
 
 
 NAMES = {make.__name__: make for make in (comparison, cost, ablation, per_class)}

@@ -19,12 +19,7 @@ from typing import Any
 from pipelines.cli import OFFLINE
 from pipelines.config import ROOT, ConfigError
 
-QUEUES = {
-    "slurm": "SLURMCluster",
-    "pbs": "PBSCluster",
-    "lsf": "LSFCluster",
-    "htcondor": "HTCondorCluster",
-}
+QUEUES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "htcondor": "HTCondorCluster"}
 # Memory that is freed stays with the process (given back, every step would fault its pages in again), also
 # that of the thread which trains (an arena of its own has no such threshold), in pages of 2 MB.
 ALLOCATOR = {
@@ -80,33 +75,17 @@ def local(jobs: int, gpus: list[str], dashboard: bool, root: Path = ROOT) -> Ite
     with dask.config.set(SETTINGS | routes):
         security = Security.temporary()
         path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+        safe = {"host": "127.0.0.1", "protocol": "tls", "security": security}
+        alone = {"nthreads": 1, "memory_limit": 0, "dashboard": False, "silence_logs": logging.CRITICAL}
+        alone |= safe | {"local_directory": str(root / ".scratch" / "dask")}
         workers = {}
         for job in range(jobs):
             env = {"PYTHONPATH": path}
             if gpus:
                 env["CUDA_VISIBLE_DEVICES"] = gpus[job % len(gpus)]
-            options = {
-                "nthreads": 1,
-                "memory_limit": 0,
-                "host": "127.0.0.1",
-                "protocol": "tls",
-                "security": security,
-                "env": env,
-                "dashboard": False,
-                "silence_logs": logging.CRITICAL,
-                "local_directory": str(root / ".scratch" / "dask"),
-            }
-            workers[job] = {"cls": Nanny, "options": options}
-        scheduler = {
-            "cls": Scheduler,
-            "options": {
-                "host": "127.0.0.1",
-                "protocol": "tls",
-                "security": security,
-                "dashboard": dashboard,
-                "dashboard_address": "127.0.0.1:0",
-            },
-        }
+            workers[job] = {"cls": Nanny, "options": alone | {"env": env}}
+        shown = {"dashboard": dashboard, "dashboard_address": "127.0.0.1:0"}
+        scheduler = {"cls": Scheduler, "options": safe | shown}
         # Of processes that are stopped; Python reads it when it starts.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
         with contextlib.ExitStack() as stack:

@@ -48,10 +48,21 @@ class Pipeline:
         """DVC's stages by name."""
         return {stage.addressing: stage for stage in self._repo.index.stages}
 
-    def changed(self) -> set[str]:
-        """The stages whose dependencies, settings or outputs are not those of dvc.lock."""
-        names = self._locked(lambda: self._repo.status())
-        return set(names) & self.stages.keys()
+    def changed(self) -> tuple[set[str], set[str]]:
+        """The stages whose dependencies, settings or outputs are not those of dvc.lock; and those of which
+        only DVC's cache, which may have been moved or emptied, lacks something."""
+        found = self._locked(lambda: self._repo.status())
+        names = found.keys() & self.stages.keys()
+        uncached = self._locked(lambda: {name for name in names if self._is_uncached(name, found[name])})
+        return names - uncached, uncached
+
+    def _is_uncached(self, name: str, reasons: list[Any]) -> bool:
+        outs = [reason.get("changed outs") for reason in reasons if isinstance(reason, dict)]
+        return (
+            len(reasons) == len(outs) == 1
+            and {*(outs[0] or {"": ""}).values()} == {"not in cache"}
+            and not any(out.workspace_status() for out in self.stages[name].outs)
+        )
 
     def commit(self, names: Collection[str]) -> None:
         """Note in dvc.lock, in one go, what the stages ``names`` read and made, those that lack a file left

@@ -27,10 +27,11 @@ import argparse  # noqa: E402
 import contextlib  # noqa: E402
 import itertools  # noqa: E402
 import logging  # noqa: E402
+import multiprocessing  # noqa: E402
 import time  # noqa: E402
 from collections import Counter  # noqa: E402
 from collections.abc import Callable, Collection, Iterator  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+from concurrent.futures import ProcessPoolExecutor  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -377,35 +378,37 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
     for benchmark in params.suite.benchmarks:
         records.restore_teacher(params, benchmark, root)
     pipeline = dvc.Pipeline(root)
-    changed = pipeline.changed()
+    changed, uncached = pipeline.changed()
     needed = needs(params, changed, pipeline.stages, root)
     if options.dry:
         for line in needed.told():
             log.info("%s.", line)
         return []
     failed, reported = list[str](), needed.any or "report" in changed or not (root / "reports").is_dir()
-    with ThreadPoolExecutor(1) as beside:  # the report leaves a core idle
-        if needed.any:
-            with running(options, params, needed, root) as suite:
+    names = changed | uncached
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, cli.set_up) as beside:  # the report leaves a core idle
+        with running(options, params, needed, root) if needed.any else contextlib.nullcontext() as suite:
+            if suite is not None:
                 suite.run()
-                failed = suite.failed
-                saved = beside.submit(_commit, pipeline, (changed | suite.ran) - suite.broken, root)
-        else:
-            saved = beside.submit(_commit, pipeline, changed, root)
+                failed, names = suite.failed, (names | suite.ran) - suite.broken
+            saved = beside.submit(_commit, names, root) if names - {"report"} else None
         if reported:
             from pipelines.stages import report
 
             with _timed("the report"):
                 report.report(params, root)
-    saved.result()
+        if saved is not None:
+            saved.result()
     if reported:
         pipeline.commit(["report"])
     return failed
 
 
-def _commit(pipeline: dvc.Pipeline, names: set[str], root: Path) -> None:
+def _commit(names: set[str], root: Path) -> None:
     """Commit those of the stages ``names`` that are whole, all but the report."""
-    now = config.load(root / "params.yaml")  # DVC reads it as it is now
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what a terminal sends to all; the head waits for the end
+    now, pipeline = config.load(root / "params.yaml"), dvc.Pipeline(root)  # DVC reads it as it is now
     for benchmark in now.suite.benchmarks:
         names = names - {stage_of(now, cell) for cell in _unfinished(now, benchmark, root)}
     with _timed("the commit to DVC"):
