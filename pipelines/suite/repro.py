@@ -151,15 +151,20 @@ class Suite:
 
     def run(self) -> None:
         """Do all that is needed; ``failed`` are the sentences of what failed."""
+        from pipelines.methods import checked
+
         for key in self.needed.weights:
             self._load(key)
+        for benchmark in self.needed.fetch:
+            self._fetch(benchmark)
+        if self.queue:  # while the data is made, this process imports torch
+            self._hand_out()
+        checked(self.params)  # before anything is trained
         for benchmark in self.params.suite.benchmarks:
-            if benchmark in self.needed.fetch:
-                self._fetch(benchmark)
-            else:
+            if benchmark not in self.needed.fetch:
                 self._teach(benchmark)
         going = self._hand_out()
-        with _there():  # while one makes the data, the others import, and so does the head
+        with _there():  # and workers without a task import, too
             self.warm = [
                 self.client.submit(work.warm, workers=[it], pure=False) for it in self.client.nthreads()
             ]
@@ -387,12 +392,15 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
     failed, reported = list[str](), needed.any or "report" in changed or not (root / "reports").is_dir()
     names = changed | uncached
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, cli.set_up) as beside:  # the report leaves a core idle
-        with running(options, params, needed, root) if needed.any else contextlib.nullcontext() as suite:
-            if suite is not None:
-                suite.run()
-                failed, names = suite.failed, (names | suite.ran) - suite.broken
-            saved = beside.submit(_commit, names, root) if names - {"report"} else None
+    with contextlib.ExitStack() as stack:
+        beside = stack.enter_context(ProcessPoolExecutor(1, spawn, cli.set_up))  # the report takes one core
+        if needed.any:
+            suite = stack.enter_context(running(options, params, needed, root))
+            suite.run()
+            failed, names = suite.failed, (names | suite.ran) - suite.broken
+            suite.display.close()
+            cluster.dismiss(suite.client)
+        saved = beside.submit(_commit, names, root) if names - {"report"} else None
         if reported:
             from pipelines.stages import report
 
@@ -419,10 +427,8 @@ def _commit(names: set[str], root: Path) -> None:
 def running(options: argparse.Namespace, params: Params, needed: Needs, root: Path = ROOT) -> Iterator[Suite]:
     """The head, with its workers: of this machine, or of the cluster that the options name."""
     check_networks(params, root)
-    from pipelines.methods import checked
     from pipelines.suite import display
 
-    checked(params)
     jobs = options.jobs or 1
     with contextlib.ExitStack() as stack:
         if options.scheduler:
