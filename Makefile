@@ -71,15 +71,12 @@ clean:  ## remove what can be rebuilt; records, reports, data, weights and resum
 	rm -rf .venv mlflow.db mlartifacts .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +
 
-# What a first run imports, for two cores to compile: else each of its processes would do it for itself.
-USED := 'torch, torchvision, timm, segmentation_models_pytorch, torch.onnx, torch.export' \
-  'sympy, networkx, mlflow.store.tracking.sqlalchemy_store, dvc.repo, dvc.scm, distributed, matplotlib.pyplot, scipy.stats, seaborn, onnxruntime, onnxscript'
-
 $(READY): requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	PIP_USER=0 $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(VENV)/bin/python -m uv pip install --quiet --python $(VENV)/bin/python --require-hashes -r requirements.lock
-	for names in $(USED); do PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -c "import $$names" & done; wait
+# Compiled on two cores before a first run needs it on one; the rest its processes compile side by side.
+	for names in torch dvc.repo,dvc.scm,distributed; do PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -c "import $$names" & done; wait
 	realpath $(VENV) > $@
