@@ -27,7 +27,7 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, *FORBIDDEN}
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a stage. A :class:`ConfigError` becomes ``error: …`` on stderr and exit status 1, Ctrl-C status
     130."""
-    set_up()
+    _set_up()
     try:
         main()
     except ConfigError as error:
@@ -56,7 +56,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
-def set_up() -> None:
+def _set_up() -> None:
     """What every process of ours needs."""
     os.environ.update(OFFLINE | QUIET)
     atexit.register(_end)

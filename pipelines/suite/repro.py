@@ -25,13 +25,13 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
+import functools  # noqa: E402
 import itertools  # noqa: E402
 import logging  # noqa: E402
 import multiprocessing  # noqa: E402
 import time  # noqa: E402
 from collections import Counter  # noqa: E402
 from collections.abc import Callable, Collection, Iterator  # noqa: E402
-from concurrent.futures import ProcessPoolExecutor  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -391,36 +391,53 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
         return []
     failed, reported = list[str](), needed.any or "report" in changed or not (root / "reports").is_dir()
     names = changed | uncached
-    spawn = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
-        beside = stack.enter_context(ProcessPoolExecutor(1, spawn, cli.set_up))  # the report takes one core
         if needed.any:
             suite = stack.enter_context(running(options, params, needed, root))
             suite.run()
             failed, names = suite.failed, (names | suite.ran) - suite.broken
             suite.display.close()
             cluster.dismiss(suite.client)
-        saved = beside.submit(_commit, names, root) if names - {"report"} else None
+        if whole := names and _whole(names, root):
+            stack.enter_context(_committing(whole, root))
         if reported:
             from pipelines.stages import report
 
             with _timed("the report"):
                 report.report(params, root)
-        if saved is not None:
-            saved.result()
     if reported:
         pipeline.commit(["report"])
     return failed
 
 
+@contextlib.contextmanager
+def _committing(names: set[str], root: Path) -> Iterator[None]:
+    """Commit in a process beside what is done meanwhile: the report takes one core."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=cli.run, args=(functools.partial(_commit, names, root),)
+    )
+    process.start()
+    try:
+        yield
+    finally:
+        process.join()
+    if process.exitcode:
+        raise ConfigError("What was trained is kept, but DVC has not noted it: run the same command again.")
+
+
 def _commit(names: set[str], root: Path) -> None:
-    """Commit those of the stages ``names`` that are whole, all but the report."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what a terminal sends to all; the head waits for the end
-    now, pipeline = config.load(root / "params.yaml"), dvc.Pipeline(root)  # DVC reads it as it is now
-    for benchmark in now.suite.benchmarks:
-        names = names - {stage_of(now, cell) for cell in _unfinished(now, benchmark, root)}
+    pipeline = dvc.Pipeline(root)
     with _timed("the commit to DVC"):
-        pipeline.commit([name for name in pipeline.stages if name in names and name != "report"])
+        pipeline.commit([name for name in pipeline.stages if name in names])
+
+
+def _whole(names: set[str], root: Path) -> set[str]:
+    """Of these stages, those whose records are of the settings as they are now, which DVC reads; without the
+    report."""
+    now = config.load(root / "params.yaml")
+    unfinished = [cell for benchmark in now.suite.benchmarks for cell in _unfinished(now, benchmark, root)]
+    return names - {"report", *(stage_of(now, cell) for cell in unfinished)}
 
 
 @contextlib.contextmanager
