@@ -65,7 +65,7 @@ def _set_up() -> None:
     except (KeyError, OSError):  # in a container under a bare number: DVC and MLflow ask for a name
         os.environ["LOGNAME"] = str(os.getuid())
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
-    for ours in ("pipelines", "__main__", "__mp_main__"):  # of libraries, warnings only
+    for ours in ("pipelines", "__main__"):  # of libraries, warnings only
         logging.getLogger(ours).setLevel(logging.INFO)
     logging.addLevelName(logging.WARNING, "warning")
     logging.addLevelName(logging.INFO, "info")

@@ -102,12 +102,6 @@ def local(jobs: int, gpus: list[str], dashboard: bool, root: Path = ROOT) -> Ite
             yield stack.enter_context(Client(own, security=security))
 
 
-def dismiss(client: Any) -> None:
-    """Tell the workers that were started for this run to end, and do not wait for it."""
-    if client.cluster is not None:
-        client.cluster.scale(0)
-
-
 @contextmanager
 def _without_ctrl_c() -> Iterator[None]:
     """Threads that start meanwhile, and their processes, never get the Ctrl-C that a terminal sends to all:

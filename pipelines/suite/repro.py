@@ -1,4 +1,4 @@
-"""``make repro``: train what is due, then make the report and, beside it, one commit for DVC.
+"""``make repro``: train what is due, then the report, then one commit for DVC.
 
 What is due says the fingerprint of each record. The tasks run on a Dask cluster: data, then the teacher, then
 packs of cells, then the exports of students; each benchmark goes on as soon as it can. A cell that fails
@@ -25,10 +25,8 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
-import functools  # noqa: E402
 import itertools  # noqa: E402
 import logging  # noqa: E402
-import multiprocessing  # noqa: E402
 import time  # noqa: E402
 from collections import Counter  # noqa: E402
 from collections.abc import Callable, Collection, Iterator  # noqa: E402
@@ -391,45 +389,25 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
         return []
     failed, reported = list[str](), needed.any or "report" in changed or not (root / "reports").is_dir()
     names = changed | uncached
-    with contextlib.ExitStack() as stack:
-        if needed.any:
-            suite = stack.enter_context(running(options, params, needed, root))
+    if needed.any:
+        with running(options, params, needed, root) as suite:
             suite.run()
-            failed, names = suite.failed, (names | suite.ran) - suite.broken
-            suite.display.close()
-            cluster.dismiss(suite.client)
-        if whole := names and _whole(names, root):
-            stack.enter_context(_committing(whole, root))
-        if reported:
-            from pipelines.stages import report
+        failed, names = suite.failed, (names | suite.ran) - suite.broken
+    trouble = None
+    if reported:
+        from pipelines.stages import report
 
+        try:
             with _timed("the report"):
                 report.report(params, root)
-    if reported:
-        pipeline.commit(["report"])
-    return failed
-
-
-@contextlib.contextmanager
-def _committing(names: set[str], root: Path) -> Iterator[None]:
-    """Commit in a process beside what is done meanwhile: the report takes one core."""
-    process = multiprocessing.get_context("spawn").Process(
-        target=cli.run, args=(functools.partial(_commit, names, root),)
-    )
-    process.start()
-    try:
-        yield
-    finally:
-        process.join()
-    if process.exitcode:
-        raise ConfigError("What was trained is kept, but DVC has not noted it: run the same command again.")
-
-
-def _commit(names: set[str], root: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what a terminal sends to all; the head waits for the end
-    pipeline = dvc.Pipeline(root)
+        except Exception as error:  # takes nothing from the commit
+            trouble = error
+    whole = _whole(names, root) | ({"report"} if reported and trouble is None else set())
     with _timed("the commit to DVC"):
-        pipeline.commit([name for name in pipeline.stages if name in names])
+        pipeline.commit([name for name in pipeline.stages if name in whole])
+    if trouble is not None:
+        raise trouble
+    return failed
 
 
 def _whole(names: set[str], root: Path) -> set[str]:
