@@ -27,7 +27,17 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, *FORBIDDEN}
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a stage. A :class:`ConfigError` becomes ``error: …`` on stderr and exit status 1, Ctrl-C status
     130."""
-    _set_up()
+    os.environ.update(OFFLINE | QUIET)
+    atexit.register(_end)
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # in a container under a bare number: DVC and MLflow ask for a name
+        os.environ["LOGNAME"] = str(os.getuid())
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    for ours in ("pipelines", "__main__"):  # of libraries, warnings only
+        logging.getLogger(ours).setLevel(logging.INFO)
+    logging.addLevelName(logging.WARNING, "warning")
+    logging.addLevelName(logging.INFO, "info")
     try:
         main()
     except ConfigError as error:
@@ -54,21 +64,6 @@ def run(main: Callable[[], None]) -> NoReturn:
             "there, then run the same command again; nothing was left half written."
         )
     sys.exit(0)
-
-
-def _set_up() -> None:
-    """What every process of ours needs."""
-    os.environ.update(OFFLINE | QUIET)
-    atexit.register(_end)
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):  # in a container under a bare number: DVC and MLflow ask for a name
-        os.environ["LOGNAME"] = str(os.getuid())
-    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
-    for ours in ("pipelines", "__main__"):  # of libraries, warnings only
-        logging.getLogger(ours).setLevel(logging.INFO)
-    logging.addLevelName(logging.WARNING, "warning")
-    logging.addLevelName(logging.INFO, "info")
 
 
 def _end() -> None:

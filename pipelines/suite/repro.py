@@ -149,20 +149,15 @@ class Suite:
 
     def run(self) -> None:
         """Do all that is needed; ``failed`` are the sentences of what failed."""
-        from pipelines.methods import checked
-
         for key in self.needed.weights:
             self._load(key)
-        for benchmark in self.needed.fetch:
-            self._fetch(benchmark)
-        if self.queue:  # while the data is made, this process imports torch
-            self._hand_out()
-        checked(self.params)  # before anything is trained
         for benchmark in self.params.suite.benchmarks:
-            if benchmark not in self.needed.fetch:
+            if benchmark in self.needed.fetch:
+                self._fetch(benchmark)
+            else:
                 self._teach(benchmark)
         going = self._hand_out()
-        with _there():  # and workers without a task import, too
+        with _there():  # while one makes the data, the others import, and so does the head
             self.warm = [
                 self.client.submit(work.warm, workers=[it], pure=False) for it in self.client.nthreads()
             ]
@@ -387,22 +382,23 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
         for line in needed.told():
             log.info("%s.", line)
         return []
-    failed, reported = list[str](), needed.any or "report" in changed or not (root / "reports").is_dir()
-    names = changed | uncached
+    failed, broken = list[str](), set[str]()
     if needed.any:
-        with running(options, params, needed, root) as suite:
-            suite.run()
-        failed, names = suite.failed, (names | suite.ran) - suite.broken
-    trouble = None
-    if reported:
+        suite = run(options, params, needed, root)
+        failed, broken, changed = suite.failed, suite.broken, changed | suite.ran
+    whole, trouble = (changed | uncached) - broken - {"report"}, None
+    if needed.any or "report" in changed or not (root / "reports").is_dir():
         from pipelines.stages import report
 
         try:
             with _timed("the report"):
                 report.report(params, root)
+            whole.add("report")
         except Exception as error:  # takes nothing from the commit
             trouble = error
-    whole = _whole(names, root) | ({"report"} if reported and trouble is None else set())
+    now = config.load(root / "params.yaml")  # DVC reads it as it is now
+    for benchmark in now.suite.benchmarks:
+        whole -= {stage_of(now, cell) for cell in _unfinished(now, benchmark, root)}
     with _timed("the commit to DVC"):
         pipeline.commit([name for name in pipeline.stages if name in whole])
     if trouble is not None:
@@ -410,20 +406,13 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
     return failed
 
 
-def _whole(names: set[str], root: Path) -> set[str]:
-    """Of these stages, those whose records are of the settings as they are now, which DVC reads; without the
-    report."""
-    now = config.load(root / "params.yaml")
-    unfinished = [cell for benchmark in now.suite.benchmarks for cell in _unfinished(now, benchmark, root)]
-    return names - {"report", *(stage_of(now, cell) for cell in unfinished)}
-
-
-@contextlib.contextmanager
-def running(options: argparse.Namespace, params: Params, needed: Needs, root: Path = ROOT) -> Iterator[Suite]:
-    """The head, with its workers: of this machine, or of the cluster that the options name."""
+def run(options: argparse.Namespace, params: Params, needed: Needs, root: Path = ROOT) -> Suite:
+    """Do what is needed on this machine, or on the cluster that the options name."""
     check_networks(params, root)
+    from pipelines.methods import checked
     from pipelines.suite import display
 
+    checked(params)
     jobs = options.jobs or 1
     with contextlib.ExitStack() as stack:
         if options.scheduler:
@@ -441,7 +430,9 @@ def running(options: argparse.Namespace, params: Params, needed: Needs, root: Pa
         shown = display.Display()
         stack.callback(shown.close)
         client.subscribe_topic(work.TOPIC, shown.event)
-        yield Suite(client, params, needed, workers, shown, root)
+        suite = Suite(client, params, needed, workers, shown, root)
+        suite.run()
+    return suite
 
 
 @contextlib.contextmanager
