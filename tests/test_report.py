@@ -898,6 +898,15 @@ def test_runs_follow_the_records(root: Path) -> None:
     assert all(run.info.artifact_uri.startswith(root.as_uri()) for run in runs(root))
 
 
+def test_only_the_benchmarks_asked_for_are_mirrored(root: Path) -> None:
+    (root / "mlflow.db").unlink()
+    before = texts(root)
+    report.report(make_params(), root, ["camvid"])
+    assert not tracking.connect(root).search_experiments(filter_string="name = 'streets'")
+    report.report(make_params(), root, ["streets"])
+    assert runs(root) and texts(root) == before
+
+
 @pytest.mark.parametrize(("name", "usable"), [("why?", False), ("100%25", False), ("#1 ü", True)])
 def test_no_store_is_made_outside_of_the_checkout(
     name: str, usable: bool, done: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -72,7 +72,7 @@ from pipelines.stages import report
 from pipelines.suite import cluster, display, plan, work
 from pipelines.suite import dvc as pipeline
 from pipelines.suite import repro as head
-from pipelines.suite.repro import Needs, Suite, main, needs, run, stage_of
+from pipelines.suite.repro import Needs, Suite, main, needs, stage_of, started
 from pipelines.tools import keep
 
 pytestmark = varied
@@ -843,7 +843,7 @@ def test_what_is_due(place: Path) -> None:
     cells = plan.suite_cells(params, "streets")
     due = plan.due(params, "streets", place)
     assert not due.train_teacher and due.cells == cells
-    assert not needs(params, set(), set(), place).fetch
+    assert not needs(params, head.trainings(params, place), set(), set(), place).fetch
     file = teacher_cell(params, "streets").folder(place) / "weights.safetensors"
     weights_, kept = file.read_bytes(), place / "teachers" / "streets.safetensors"
     file.unlink()
@@ -858,7 +858,7 @@ def test_what_is_due(place: Path) -> None:
     shutil.rmtree(place / "data")  # as in a clone
     due = plan.due(params, "streets", place)
     assert not due.train_teacher and due.cells == cells
-    found = needs(params, set(), {"export@streets-pspnet-resnet18"}, place)
+    found = needs(params, head.trainings(params, place), set(), {"export@streets-pspnet-resnet18"}, place)
     assert found.fetch == ["streets"] and found.exports == [("streets", "pspnet-resnet18")]
     told = found.told()
     assert told[0] == "would fetch the data of streets" and len(told) == 2 + len({c.method for c in cells})
@@ -996,7 +996,8 @@ def test_packs_are_cut_for_the_workers_of_a_cluster(jobs: int | None, shared: in
     options = argparse.Namespace(scheduler=None, cluster=None, jobs=jobs, dashboard=False)
     with distributed.LocalCluster(n_workers=2, processes=False, dashboard_address=None) as there:
         options.scheduler = there.scheduler_address
-        assert run(options, params, Needs(), place).jobs == shared
+        with started(options, params, place) as workers:
+            assert workers.jobs == shared
 
 
 def test_a_queue_is_told_how_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1015,7 +1016,7 @@ def test_a_queue_is_told_how_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_lost_task_says_why(error: Exception, said: str, place: Path) -> None:
     params = config.load(place / "params.yaml")
-    suite = Suite(None, params, needs(params, set(), set(), place), 1, display.Display(), place)
+    suite = Suite(None, params, needs(params, {}, set(), set(), place), 1, display.Display(), place)
     suite._took(work.Outcome(failure=cluster.lost(error)), [NONE])
     assert said in (records.failure(NONE, place) or "")
 
@@ -1050,7 +1051,7 @@ def test_an_empty_cache_of_dvc_is_filled_and_nothing_is_made_again(
         path.write_bytes(content)
     shutil.rmtree(cache)
     monkeypatch.chdir(copy)
-    monkeypatch.setattr(head, "run", None)
+    monkeypatch.setattr(head, "started", None)
     assert head.repro(argparse.Namespace(dry=False), copy) == []
     assert held <= {path.relative_to(cache) for path in cache.rglob("*") if path.is_file()}
     shutil.rmtree(cache)
@@ -1085,11 +1086,11 @@ def test_settings_that_changed_meanwhile_are_not_those_of_what_was_trained(
     """DVC would write the new ones down beside the old weights."""
     (copy / "dvc.lock").unlink()
 
-    def edit(*_: object) -> None:
+    def edit(*_: object) -> Needs:
         change(copy, lambda raw: raw["methods"]["kd"].update(temperature=9.0))
+        return Needs()
 
-    monkeypatch.setattr(head, "needs", lambda *_: Needs())
-    monkeypatch.setattr(report, "report", edit)
+    monkeypatch.setattr(head, "needs", edit)
     monkeypatch.chdir(copy)
     head.repro(argparse.Namespace(dry=False), copy)
     names = {name for name in pipeline.locked(copy) if "@streets-pspnet-resnet18-" in name}
@@ -1100,12 +1101,27 @@ def test_settings_that_changed_meanwhile_are_not_those_of_what_was_trained(
 def test_settings_that_are_half_written_at_the_commit_are_one_sentence(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "needs", lambda *_: Needs())
-    monkeypatch.setattr(report, "report", lambda *_: (copy / "params.yaml").write_text("suite: ["))
+    def edit(*_: object) -> Needs:
+        (copy / "params.yaml").write_text("suite: [")
+        return Needs()
+
+    monkeypatch.setattr(head, "needs", edit)
     monkeypatch.chdir(copy)
-    (copy / "dvc.lock").unlink()  # so that the report is made
     with pytest.raises(ConfigError, match=r"params\.yaml"):
         head.repro(argparse.Namespace(dry=False), copy)
+
+
+def test_a_report_that_settings_have_outlived_is_due(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def edit(*_: object) -> None:
+        change(copy, lambda raw: raw["methods"]["kd"].update(temperature=9.0))
+
+    monkeypatch.setattr(head, "needs", lambda *_: Needs())
+    monkeypatch.setattr(report, "report", edit)
+    monkeypatch.chdir(copy)
+    (copy / "dvc.lock").unlink()  # so that the report is made
+    head.repro(argparse.Namespace(dry=False), copy)
+    assert "report" in pipeline.locked(copy)
+    assert "report" in pipeline.Pipeline(copy).changed()[0]
 
 
 def test_a_student_is_exported_where_its_weights_are_or_will_be(copy: Path) -> None:
@@ -1113,7 +1129,9 @@ def test_a_student_is_exported_where_its_weights_are_or_will_be(copy: Path) -> N
 
     def wanted(changed: set[str]) -> bool:
         params = config.load(copy / "params.yaml")
-        return needs(params, changed, {stage}, copy).exports == [("streets", "pspnet-resnet18")]
+        return needs(params, head.trainings(params, copy), changed, {stage}, copy).exports == [
+            ("streets", "pspnet-resnet18")
+        ]
 
     assert wanted({stage}) and not wanted(set())
     shutil.rmtree(replace(NONE, method="kd").folder(copy))  # is trained anew
@@ -1126,7 +1144,7 @@ def test_a_student_is_exported_where_its_weights_are_or_will_be(copy: Path) -> N
 
 def test_a_cell_that_was_whole_before_its_pack_was_lost_has_not_failed(copy: Path) -> None:
     params = config.load(copy / "params.yaml")
-    suite = Suite(None, params, needs(params, set(), set(), copy), 1, display.Display(), copy)
+    suite = Suite(None, params, needs(params, {}, set(), set(), copy), 1, display.Display(), copy)
     lost = replace(NONE, method="kd")
     shutil.rmtree(lost.folder(copy))
     suite._took(work.Outcome(failure="its worker was killed"), [NONE, lost])
@@ -1178,6 +1196,7 @@ def test_students_are_exported_beside_the_packs_of_later_seeds(
     monkeypatch.setattr(work, "train", training)
     monkeypatch.setattr(work, "export", lambda *_: note("export") or work.Outcome())
     monkeypatch.setattr(work, "panels", lambda *_: note("panels") or work.Outcome())
+    monkeypatch.setattr(work, "figures", lambda *_: work.Outcome())
     monkeypatch.setattr(plan, "due", lambda *_: plan.Due("data", "teacher", False, [first, later]))
     monkeypatch.setattr(plan, "cut", lambda *_: [[later], [first]])
     usual = {"processes": False, "n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
@@ -1188,6 +1207,31 @@ def test_students_are_exported_beside_the_packs_of_later_seeds(
         suite.run()
     assert sorted(ran.read_text().split()) == ["0", "1", "export", "panels"] and not suite.failed
     assert ran.read_text().split()[-1] == "panels"  # whose images are chosen by the scores of all
+
+
+@pytest.mark.parametrize("gone", ["nothing", "the report", "the workers", "the scheduler"])
+def test_a_worker_writes_the_report_or_the_head_does(
+    gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by = tmp_path / "by"
+
+    def writing(*_: object) -> work.Outcome:
+        by.write_text("worker")
+        return work.Outcome(failure="it is gone" if gone == "the report" else None)
+
+    monkeypatch.setattr(work, "report", writing)
+    monkeypatch.setattr(report, "write", lambda *_: by.write_text("head"))
+    params = config.Params.model_validate(tiny(read_params()))
+    usual = {"processes": False, "n_workers": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**usual) as there, distributed.Client(there) as client:
+        suite = Suite(client, params, Needs(), 1, display.Display(), tmp_path)
+        if gone == "the workers":
+            there.scale(0)
+            until(lambda: not client.nthreads(), 60)
+        if gone == "the scheduler":
+            there.close()
+        assert suite.report()()
+    assert by.read_text() == ("worker" if gone == "nothing" else "head")
 
 
 def test_a_worker_with_threads_trains_nothing(tmp_path: Path) -> None:
@@ -1213,7 +1257,8 @@ def test_no_pack_waits_for_a_busy_worker_while_another_is_free(
         return work.Outcome(cells=dict.fromkeys(pack))
 
     monkeypatch.setattr(work, "train", training)
-    monkeypatch.setattr(work, "panels", lambda *_: work.Outcome())
+    for task in ("panels", "figures"):
+        monkeypatch.setattr(work, task, lambda *_: work.Outcome())
     monkeypatch.setattr(plan, "due", lambda *_: plan.Due("data", "teacher", False, cells))
     monkeypatch.setattr(plan, "cut", lambda *_: packs)
     usual = {"processes": False, "n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
@@ -1233,7 +1278,7 @@ def test_tasks_wait_until_there_is_a_worker(tmp_path: Path, monkeypatch: pytest.
         there, looks = client.nthreads, [{}, {}]
         monkeypatch.setattr(client, "nthreads", lambda: looks.pop() if looks else there())
         suite = Suite(client, params, Needs(count=True, due={}), 1, display.Display(), tmp_path)
-        suite._count()
+        suite._rest()
         suite.run()
     assert suite.ran == {"count"} and not looks
 

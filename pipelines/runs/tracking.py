@@ -1,10 +1,9 @@
-"""The mirror of the records in MLflow, and the query that the tables are made from.
+"""The mirror of the records in MLflow, and the frames that the tables are made from.
 
 The files of a cell are the truth, MLflow is rebuilt from them: an experiment per benchmark, a run per cell. A
 run carries the digest of its record, so that an unchanged cell is skipped and a changed one replaces its run.
-Only the report stage writes here, in one process: several processes that create the database at once break
-it. No failure of MLflow ever stops anything; the tables are then made from the same entries without the
-detour.
+One process at a time writes here: several that create the database at once break it. No failure of MLflow
+ever stops anything: what it gives back is compared with the frames of the same entries.
 """
 
 from __future__ import annotations

@@ -13,8 +13,6 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import pandas as pd
-
 from pipelines import config, files
 from pipelines.config import Params
 from pipelines.reports import (
@@ -50,24 +48,10 @@ def finished(params: Params, root: Path, only: Collection[str] | None = None) ->
     return found
 
 
-def report(params: Params, root: Path = config.ROOT, only: Collection[str] | None = None) -> None:
-    """Write everything that is made from the records, ``reports/``; from those of the benchmarks ``only``, if
-    given."""
-    with files.hold(root / ".scratch" / "locks" / "report.lock", "The report"):
-        files.clear_parts(root / "reports")
-        found = finished(params, root, only)
-        frames = tracking.collect(root, found)
-        if server := os.environ.get("MLFLOW_TRACKING_URI"):
-            trouble = tracking.publish(server, [record for own in found.values() for record in own])
-            if trouble:
-                log.warning("%s: the reports are made all the same.", trouble)
-        every = gather_all(params, root, found, frames)
-        for results in every:
-            figures.write(results, root / "reports" / results.benchmark)
-            panels.update(results, root)
-        if ranked := ranks.rank(every):
-            figures.write_ranks(ranked, every, root / "reports")
-        write_texts(params, every, root, root)
+def report(params: Params, root: Path = config.ROOT, mirrored: Collection[str] | None = None) -> None:
+    """Mirror the records of all benchmarks, or of those ``mirrored``, to MLflow; then write ``reports/``."""
+    mirror(params, root, mirrored)
+    write(params, root)
 
 
 def prepare(root: Path) -> None:
@@ -76,24 +60,58 @@ def prepare(root: Path) -> None:
         tracking.connect(root)
 
 
+def mirror(params: Params, root: Path, only: Collection[str] | None = None) -> None:
+    """Mirror the records of all benchmarks, or of those of ``only``, to the checkout's MLflow, and to that of
+    a team."""
+    with _hold(root):
+        found = finished(params, root, only)
+        tracking.collect(root, found)
+        if server := os.environ.get("MLFLOW_TRACKING_URI"):
+            trouble = tracking.publish(server, [record for own in found.values() for record in own])
+            if trouble:
+                log.warning("%s: the reports are made all the same.", trouble)
+
+
+def make_figures(params: Params, benchmark: str, root: Path) -> None:
+    """The figures of a benchmark, ahead of the report."""
+    with _hold(root, f"figures--{benchmark}"):
+        for results in gather_all(params, root, finished(params, root, [benchmark])):
+            figures.write(results, root / "reports" / benchmark)
+
+
 def make_panels(params: Params, benchmark: str, root: Path) -> None:
     """The panels of a benchmark, ahead of the report, where its networks can be run."""
-    with files.hold(root / ".scratch" / "locks" / "report.lock", "The report"):
+    with _hold(root, f"panels--{benchmark}"):
         for results in gather_all(params, root, finished(params, root, [benchmark])):
             panels.update(results, root)
 
 
-def gather_all(
-    params: Params,
-    root: Path,
-    found: Mapping[str, list[Record]],
-    frames: Mapping[str, pd.DataFrame] | None = None,
-) -> list[Results]:
-    """The results of every benchmark of which a student was trained, or failed; ``frames`` are its cells as
-    MLflow returned them, else they are made from the records, which gives the same."""
-    frames = frames or {name: tracking.frame(map(tracking.entry, own)) for name, own in found.items()}
+def write(
+    params: Params, root: Path, only: Collection[str] | None = None, drawn: Collection[str] = ()
+) -> None:
+    """Write everything that is made from the records, ``reports/``; from those of the benchmarks ``only``, if
+    given. Of the benchmarks ``drawn``, the figures are there."""
+    with _hold(root):
+        files.clear_parts(root / "reports")
+        found = finished(params, root, only)
+        every = gather_all(params, root, found)
+        for results in every:
+            if results.benchmark not in drawn:
+                figures.write(results, root / "reports" / results.benchmark)
+            panels.update(results, root)
+        if ranked := ranks.rank(every):
+            figures.write_ranks(ranked, every, root / "reports")
+        write_texts(params, every, root, root)
+
+
+def _hold(root: Path, name: str = "report") -> contextlib.AbstractContextManager[None]:
+    return files.hold(root / ".scratch" / "locks" / f"{name}.lock", "The report")
+
+
+def gather_all(params: Params, root: Path, found: Mapping[str, list[Record]]) -> list[Results]:
+    """The results of every benchmark of which a student was trained, or failed."""
     return [
-        gather(params, name, frames[name], root, own)
+        gather(params, name, tracking.frame(map(tracking.entry, own)), root, own)
         for name, own in found.items()
         if any(not record.cell.is_teacher for record in own)
         or any(records.failure(cell, root) for cell in records.expected_cells(params, name, root))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import logging
@@ -10,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -99,7 +101,22 @@ def local(jobs: int, gpus: list[str], dashboard: bool, root: Path = ROOT) -> Ite
                         "of memory. Run the same command again, or with fewer JOBS."
                     ) from None
                 stack.enter_context(own)
-            yield stack.enter_context(Client(own, security=security))
+            client = stack.enter_context(Client(own, security=security))
+            client.run(_leave_at_once)
+            yield client
+
+
+def _leave_at_once() -> None:
+    """A worker here ends without the interpreter's search for garbage, which takes seconds after an import of
+    torch. What is registered later comes before this."""
+
+    def leave() -> None:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+    atexit.register(leave)
 
 
 @contextmanager

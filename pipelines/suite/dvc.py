@@ -64,26 +64,29 @@ class Pipeline:
             and not any(out.workspace_status() for out in self.stages[name].outs)
         )
 
-    def commit(self, names: Collection[str]) -> None:
+    def commit(self, names: Collection[str], more: Callable[[], Collection[str]] = list) -> None:
         """Note in dvc.lock, in one go, what the stages ``names`` read and made, those that lack a file left
-        out; their weights and data go into DVC's cache."""
-        self._locked(lambda: self._save(names))
+        out; their weights and data go into DVC's cache. After them it is asked which ``more`` there are."""
+        self._locked(lambda: self._save(names, more))
 
-    def _save(self, names: Collection[str]) -> None:
+    def _save(self, names: Collection[str], more: Callable[[], Collection[str]]) -> None:
         with self._repo.lock:
             self._repo._reset()
             vars(self).pop("stages", None)
-            whole = [
-                stage
-                for name in names
-                if (stage := self.stages.get(name)) is not None
-                and all(item.exists for item in (*stage.deps, *stage.outs))
-            ]
             # Of links to the cache; a copy stays as it is: DVC would remove it and copy it back.
             linked = self._repo.cache.local.cache_types[0] in ("hardlink", "symlink")
-            for stage in whole:
-                stage.save(run_cache=False)
-                stage.commit(relink=linked)
+            whole: list[Any] = []
+
+            def save(asked: Collection[str]) -> None:
+                for name in asked:
+                    stage = self.stages.get(name)
+                    if stage is not None and all(item.exists for item in (*stage.deps, *stage.outs)):
+                        stage.save(run_cache=False)
+                        stage.commit(relink=linked)
+                        whole.append(stage)
+
+            save(names)
+            save(more())
             if whole:
                 self._note(whole)
 

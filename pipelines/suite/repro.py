@@ -1,8 +1,9 @@
 """``make repro``: train what is due, then the report, then one commit for DVC.
 
 What is due says the fingerprint of each record. The tasks run on a Dask cluster: data, then the teacher, then
-packs of cells, then the exports of students; each benchmark goes on as soon as it can. A cell that fails
-stops no other, and its reason is in the tables. A worker that dies hands its pack to another, which resumes.
+packs of cells, then the exports of students and the figures; each benchmark goes on as soon as it can. A cell
+that fails stops no other, and its reason is in the tables. A worker that dies hands its pack to another,
+which resumes.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
+import functools  # noqa: E402
 import itertools  # noqa: E402
 import logging  # noqa: E402
 import time  # noqa: E402
 from collections import Counter  # noqa: E402
-from collections.abc import Callable, Collection, Iterator  # noqa: E402
+from collections.abc import Callable, Collection, Iterator, Mapping  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -88,28 +90,35 @@ class Needs:
         return lines or ["nothing is to be done but the report, if that"]
 
 
-def needs(params: Params, changed: set[str], stages: Collection[str], root: Path = ROOT) -> Needs:
-    """Compare the suite of params.yaml with the records, and with what DVC, which has ``stages``, calls
-    changed."""
-    found = Needs(count="count" in changed)
+def trainings(params: Params, root: Path = ROOT) -> dict[str, plan.Due]:
+    """What is to be trained, by benchmark."""
+    found = {benchmark: plan.due(params, benchmark, root) for benchmark in params.suite.benchmarks}
+    return {benchmark: own for benchmark, own in found.items() if own.train_teacher or own.cells}
+
+
+def needs(
+    params: Params,
+    due: Mapping[str, plan.Due],
+    changed: set[str],
+    stages: Collection[str],
+    root: Path = ROOT,
+) -> Needs:
+    """What has to be done beside the trainings that are ``due``, by what is there and by what DVC, which has
+    ``stages``, calls changed."""
+    found = Needs(count="count" in changed, due=dict(due))
     found.weights = [
         key for key in params.suite.weights if not (root / params.encoder_weights(key).file).is_file()
     ]
     for benchmark in params.suite.benchmarks:
         have = (root / "data" / benchmark).is_dir()
-        due = plan.due(params, benchmark, root)
-        stale = f"fetch@{benchmark}" in changed
-        if due.train_teacher or due.cells:
-            found.due[benchmark] = due
-            if stale or not have:
-                found.fetch.append(benchmark)
-        elif stale and have:
+        stale, own = f"fetch@{benchmark}" in changed, found.due.get(benchmark)
+        if (stale and have) or (own and not have):
             found.fetch.append(benchmark)
         for student in params.suite.students:
             stage = f"export@{benchmark}-{student}"
             cell = Cell(benchmark, student, params.suite.reference, params.suite.seeds[0])
             there = have and (cell.folder(root) / "weights.safetensors").is_file()
-            trained = benchmark in found.due and cell in due.cells
+            trained = own is not None and cell in own.cells
             # a clone that adds a method to committed records has no weights of the student alone
             if stage in stages and (trained or (there and (stage in changed or benchmark in found.due))):
                 found.exports.append((benchmark, student))
@@ -118,15 +127,15 @@ def needs(params: Params, changed: set[str], stages: Collection[str], root: Path
 
 @dataclass(frozen=True)
 class Task:
-    """Something for a worker; ``then`` is called with what came of it; ``last`` waits until a worker has no
-    pack to train."""
+    """Something for a worker; ``then`` is called with what came of it. What is ``last`` waits until a worker
+    has no pack to train, and what is short (2) until what is long (1) has begun."""
 
     name: str
     act: Any
     arguments: tuple[Any, ...]
     stage: str | None  # of dvc.yaml
     then: Callable[[work.Outcome], None] | None
-    last: bool
+    last: int
 
 
 class Suite:
@@ -146,6 +155,11 @@ class Suite:
         self.held: list[str] = []  # benchmarks whose data is there before the weights
         self.ran: set[str] = set()  # stages of dvc.yaml
         self.broken: set[str] = set()  # those that failed: what lies in their place is not of today
+        self.others = [
+            name for name in params.benchmarks if name not in needed.due and (root / "runs" / name).is_dir()
+        ]
+        self.drawn: dict[str, Any] = {}  # futures of figures, by benchmark: who drew, writes the report
+        self.mirrored = False
 
     def run(self) -> None:
         """Do all that is needed; ``failed`` are the sentences of what failed."""
@@ -158,8 +172,9 @@ class Suite:
                 self._teach(benchmark)
         going = self._hand_out()
         with _there():  # while one makes the data, the others import, and so does the head
-            self.warm = [
-                self.client.submit(work.warm, workers=[it], pure=False) for it in self.client.nthreads()
+            self.importing = [
+                self.client.submit(work.ready, self.expected, workers=[it], pure=False)
+                for it in self.client.nthreads()
             ]
         from pipelines.stages import report
 
@@ -168,6 +183,34 @@ class Suite:
             for future in self._done():
                 self._end(self.waiting.pop(future), future)
             going = self._hand_out()
+            if not self.mirrored and not self.queue and all(task.last for task in self.waiting.values()):
+                report.mirror(self.params, self.root, self.params.suite.benchmarks)
+                self.mirrored = True
+
+    def report(self) -> Callable[[], bool]:
+        """Let a worker write what is left of the report, while the head does something else. What is returned
+        waits for it; where no worker could, it is made here."""
+        from distributed import wait
+
+        from pipelines.stages import report
+
+        def made() -> bool:
+            with contextlib.suppress(ConfigError), _there():  # the scheduler may be gone
+                while not all(future.done() for future in futures) and self.client.nthreads():
+                    with contextlib.suppress(TimeoutError):
+                        wait(futures, LOOK)
+                for outcome in (self._outcome(future) for future in futures if future.done()):
+                    if outcome.failure is None:
+                        self.display.say(logging.INFO, f"the report took {outcome.seconds:.0f} s.")
+                        return True
+            with _timed("the report"):
+                report.write(self.params, self.root)
+            return True
+
+        futures = []
+        with contextlib.suppress(ConfigError), _there():
+            futures.append(self.client.submit(work.report, self.expected, self.drawn, pure=False))
+        return made
 
     def _submit(
         self,
@@ -176,7 +219,7 @@ class Suite:
         *arguments: Any,
         stage: str | None = None,
         then: Callable[[work.Outcome], None] | None = None,
-        last: bool = False,
+        last: int = 0,
     ) -> None:
         self.queue.append(Task(name, act, arguments, stage, then, last))
         self.queue.sort(key=lambda task: task.last)
@@ -185,7 +228,7 @@ class Suite:
         """Give each free worker a task, and none to those that are busy: what waited at one of them might not
         go to another that is free sooner. Whether there is still something to do."""
         if not (self.queue or self.waiting):
-            self._count()
+            self._rest()
         with _there():
             free = max(0, sum(self.client.nthreads().values()) - len(self.waiting))
             for task in self.queue[:free]:
@@ -206,22 +249,27 @@ class Suite:
             return set(wait([*self.waiting], LOOK, "FIRST_COMPLETED").done)
         return set()
 
-    def _end(self, task: Task, future: Any) -> None:
+    def _outcome(self, future: Any) -> work.Outcome:
         from distributed import CancelledError
 
         with _there():
             try:
-                outcome = future.result()
+                return future.result()
             except CancelledError:
                 raise
             except Exception as error:  # a worker that died again and again, a function that is not there
-                outcome = work.Outcome(failure=cluster.lost(error))
+                return work.Outcome(failure=cluster.lost(error))
+
+    def _end(self, task: Task, future: Any) -> None:
+        outcome = self._outcome(future)
         if outcome.failure is not None and not outcome.cells:
             self._fail(task.name, outcome.failure)
         elif not outcome.cells:
             self.display.say(logging.INFO, f"{task.name} took {outcome.seconds:.0f} s.")
         if task.stage is not None:
             (self.ran if outcome.failure is None else self.broken).add(task.stage)
+        if task.act is work.figures:
+            self.drawn[task.arguments[0]] = future
         if task.then is not None:
             task.then(outcome)
 
@@ -299,18 +347,25 @@ class Suite:
                 if pack[0].seed == first and first not in (other[0].seed for other in left):
                     self._exports(benchmark)
                 if not left:
-                    self._submit(f"panels of {benchmark}", work.panels, benchmark, last=True)
+                    self._submit(f"panels of {benchmark}", work.panels, benchmark, last=2)
+                    self._draw(benchmark)
 
             self._submit(f"{len(pack)} cells from {pack[0].path}", work.train, pack, then=then)
-        self._count()
+        self._rest()
         if first not in (pack[0].seed for pack in packs):
             self._exports(benchmark)
 
-    def _count(self) -> None:
-        """The count of networks: not beside a teacher, which has all cores, and after all packs."""
+    def _rest(self) -> None:
+        """What needs no training of today: not beside a teacher, which has all cores, and after all packs."""
         if self.needed.count:
             self.needed.count = False
-            self._submit("count of networks", work.count, stage="count", last=True)
+            self._submit("count of networks", work.count, stage="count", last=1)
+        for benchmark in self.others:
+            self._draw(benchmark)
+        self.others = []
+
+    def _draw(self, benchmark: str) -> None:
+        self._submit(f"figures of {benchmark}", work.figures, benchmark, last=2)
 
     def _took(self, outcome: work.Outcome, pack: list[Cell]) -> None:
         self.ran |= {stage_of(self.params, cell) for cell in pack}
@@ -331,9 +386,7 @@ class Suite:
         for name, student in self.needed.exports:
             if name == benchmark:
                 stage = f"export@{name}-{student}"
-                self._submit(
-                    f"export of {name}, {student}", work.export, name, student, stage=stage, last=True
-                )
+                self._submit(f"export of {name}, {student}", work.export, name, student, stage=stage, last=1)
 
 
 def check_networks(params: Params, root: Path = ROOT) -> None:
@@ -375,44 +428,94 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
     dvc.heal(root)
     for benchmark in params.suite.benchmarks:
         records.restore_teacher(params, benchmark, root)
-    pipeline = dvc.Pipeline(root)
-    changed, uncached = pipeline.changed()
-    needed = needs(params, changed, pipeline.stages, root)
-    if options.dry:
-        for line in needed.told():
-            log.info("%s.", line)
-        return []
-    failed, broken = list[str](), set[str]()
-    if needed.any:
-        suite = run(options, params, needed, root)
-        failed, broken, changed = suite.failed, suite.broken, changed | suite.ran
-    whole, trouble = (changed | uncached) - broken - {"report"}, None
-    if needed.any or "report" in changed or not (root / "reports").is_dir():
-        from pipelines.stages import report
+    due = trainings(params, root)
+    with contextlib.ExitStack() as stack:
+        workers = None
+        if due and not options.dry:  # they import while DVC looks
+            workers = stack.enter_context(started(options, params, root))
+        pipeline = dvc.Pipeline(root)
+        changed, uncached = pipeline.changed()
+        needed = needs(params, due, changed, pipeline.stages, root)
+        if options.dry:
+            for line in needed.told():
+                log.info("%s.", line)
+            return []
+        if needed.any:
+            workers = workers or stack.enter_context(started(options, params, root))
+            workers.check()
+            suite = Suite(workers.client, params, needed, workers.jobs, workers.display, root)
+            suite.run()
+            _commit(pipeline, (changed | uncached | suite.ran) - suite.broken, suite.report(), root)
+            return suite.failed
 
-        try:
+    def made() -> bool:
+        if "report" in changed or not (root / "reports").is_dir():
+            from pipelines.stages import report
+
             with _timed("the report"):
-                report.report(params, root)
-            whole.add("report")
-        except Exception as error:  # takes nothing from the commit
-            trouble = error
+                report.report(params, root, params.suite.benchmarks)
+            return True
+        return False
+
+    _commit(pipeline, changed | uncached, made, root)
+    return []
+
+
+def _commit(pipeline: dvc.Pipeline, names: set[str], made: Callable[[], bool], root: Path) -> None:
+    """Commit what is whole of the stages ``names``, and the report when it is ``made``. Neither keeps the
+    other from being done."""
     now = config.load(root / "params.yaml")  # DVC reads it as it is now
+    whole = names - {"report"}
     for benchmark in now.suite.benchmarks:
         whole -= {stage_of(now, cell) for cell in _unfinished(now, benchmark, root)}
-    with _timed("the commit to DVC"):
-        pipeline.commit([name for name in pipeline.stages if name in whole])
-    if trouble is not None:
-        raise trouble
-    return failed
+    trouble, timed = list[Exception](), contextlib.ExitStack()
+    timed.enter_context(_timed("the commit to DVC"))
+
+    @functools.cache
+    def report() -> list[str]:
+        timed.close()
+        try:
+            return ["report"] if made() else []
+        except Exception as error:
+            trouble.append(error)
+            return []
+
+    try:
+        pipeline.commit([name for name in pipeline.stages if name in whole], report)
+    except Exception:
+        report()
+        raise
+    if trouble:
+        raise trouble[0]
 
 
-def run(options: argparse.Namespace, params: Params, needed: Needs, root: Path = ROOT) -> Suite:
-    """Do what is needed on this machine, or on the cluster that the options name."""
+@dataclass(frozen=True)
+class Workers:
+    """Those that have been started: a client of Dask, how many there are or will be, what shows what they do,
+    and the answer of the first, which imports meanwhile, to :func:`work.ready`."""
+
+    client: Any
+    jobs: int
+    display: Any
+    answer: Any
+
+    def check(self) -> None:
+        """:class:`ConfigError` for values of the methods that are refused."""
+        from distributed import wait
+
+        with _there():
+            wait(self.answer)
+            # of a worker that cannot look, its tasks say why
+            if self.answer.status == "finished" and (why := self.answer.result()) is not None:
+                raise ConfigError(why)
+
+
+@contextlib.contextmanager
+def started(options: argparse.Namespace, params: Params, root: Path) -> Iterator[Workers]:
+    """Workers on this machine, or on the cluster that the options name."""
     check_networks(params, root)
-    from pipelines.methods import checked
     from pipelines.suite import display
 
-    checked(params)
     jobs = options.jobs or 1
     with contextlib.ExitStack() as stack:
         if options.scheduler:
@@ -426,23 +529,23 @@ def run(options: argparse.Namespace, params: Params, needed: Needs, root: Path =
         if options.dashboard:
             log.info("the dashboard is at %s", client.dashboard_link)
         cluster.await_worker(client, forever=bool(options.cluster))
-        workers = max(jobs, len(client.nthreads()))  # those of a cluster, or as many as will come
         shown = display.Display()
         stack.callback(shown.close)
         client.subscribe_topic(work.TOPIC, shown.event)
-        suite = Suite(client, params, needed, workers, shown, root)
-        suite.run()
-    return suite
+        with _there():
+            answer = client.submit(work.ready, work.identity(str(root)), pure=False)
+        yield Workers(client, max(jobs, len(client.nthreads())), shown, answer)
 
 
 @contextlib.contextmanager
 def _there() -> Iterator[None]:
     """:class:`ConfigError` when the scheduler is not there any more."""
     from distributed import CancelledError
+    from distributed.client import ClosedClientError
 
     try:
         yield
-    except (CancelledError, OSError):  # nobody here cancels
+    except (CancelledError, ClosedClientError, OSError):  # nobody here cancels or closes
         raise ConfigError(
             "The scheduler of Dask is gone. What is trained is kept: run the same command again."
         ) from None

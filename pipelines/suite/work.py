@@ -93,17 +93,38 @@ def count(expected: Identity) -> Outcome:
     return _do(expected, lambda params, root, _: run(params, root))
 
 
+def figures(expected: Identity, benchmark: str) -> Outcome:
+    from pipelines.stages.report import make_figures as run
+
+    return _do(expected, lambda params, root, _: run(params, benchmark, root))
+
+
 def panels(expected: Identity, benchmark: str) -> Outcome:
     from pipelines.stages.report import make_panels as run
 
     return _do(expected, lambda params, root, _: run(params, benchmark, root))
 
 
-def warm() -> None:
-    """Import what takes seconds, while another worker makes the data."""
+def report(expected: Identity, drawn: Mapping[str, Outcome]) -> Outcome:
+    """Write the report, after the figures that were drawn."""
+    from pipelines.stages.report import write as run
+
+    have = [benchmark for benchmark, outcome in drawn.items() if outcome.failure is None]
+    return _do(expected, lambda params, root, _: run(params, root, drawn=have))
+
+
+def ready(expected: Identity) -> str | None:
+    """Import what takes seconds, and look at the values of the methods: why one is refused."""
     import segmentation_models_pytorch  # noqa: F401
 
     from pipelines.engine import pack  # noqa: F401
+
+    if identity(expected.root) == expected:  # otherwise its tasks say so
+        try:
+            _params(Path(expected.root))
+        except ConfigError as error:
+            return str(error)
+    return None
 
 
 def export(expected: Identity, benchmark: str, student: str) -> Outcome:

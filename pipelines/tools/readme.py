@@ -52,7 +52,7 @@ def main() -> None:
         "committed records.",
     ).parse_args()
     params = config.load()
-    report.report(params, ROOT, committed(params))
+    report.write(params, ROOT, committed(params))
     write(params, ROOT, ROOT)
 
 
