@@ -269,7 +269,7 @@ def test_a_killed_worker_ctrl_c_and_a_failing_cell_lose_nothing(copy: Path) -> N
     train = copy / "pipelines" / "engine" / "train.py"
     train.write_text(train.read_text().replace("SAVE_EVERY = 20.0", "SAVE_EVERY = 0.0"))
     before = stamps(copy)
-    add(copy, "slow", "time.sleep(1)")
+    add(copy, "slow", "time.sleep(2)")  # to be stopped, a worker waits for seconds
     add(copy, "bad", 'raise RuntimeError("the paper left this out")')
     state = SLOW.scratch(copy) / "state.pt"
     process = start(copy, "--jobs", "1")
