@@ -11,10 +11,13 @@ import logging
 import os
 import sqlite3
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from pipelines.config import ConfigError
+
+log = logging.getLogger(__name__)
 
 # Nothing phones home and nothing is looked up on a hub: everything works offline.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
@@ -92,6 +95,15 @@ def bar() -> Iterator[Any]:
     finally:
         if shown is not None:
             shown.close()
+
+
+@contextlib.contextmanager
+def timed(name: str) -> Iterator[None]:
+    """Say how long something took that was worth a second."""
+    start = time.monotonic()
+    yield
+    if (seconds := time.monotonic() - start) >= 1:
+        log.info("%s took %.0f s.", name, seconds)
 
 
 def _refused(error: BaseException | None) -> OSError | sqlite3.OperationalError | None:

@@ -71,8 +71,11 @@ from pipelines.runs.records import Cell, teacher_cell
 from pipelines.stages import report
 from pipelines.suite import cluster, display, plan, work
 from pipelines.suite import dvc as pipeline
-from pipelines.suite import repro as head
-from pipelines.suite.repro import Needs, Suite, main, needs, stage_of, started
+from pipelines.suite import head as suite_head
+from pipelines.suite import repro as command
+from pipelines.suite.dvc import stage_of
+from pipelines.suite.head import Suite, started
+from pipelines.suite.plan import Needs, needs
 from pipelines.tools import keep
 
 pytestmark = varied
@@ -843,7 +846,7 @@ def test_what_is_due(place: Path) -> None:
     cells = plan.suite_cells(params, "streets")
     due = plan.due(params, "streets", place)
     assert not due.train_teacher and due.cells == cells
-    assert not needs(params, head.trainings(params, place), set(), set(), place).fetch
+    assert not needs(params, plan.trainings(params, place), set(), set(), place).fetch
     file = teacher_cell(params, "streets").folder(place) / "weights.safetensors"
     weights_, kept = file.read_bytes(), place / "teachers" / "streets.safetensors"
     file.unlink()
@@ -858,7 +861,7 @@ def test_what_is_due(place: Path) -> None:
     shutil.rmtree(place / "data")  # as in a clone
     due = plan.due(params, "streets", place)
     assert not due.train_teacher and due.cells == cells
-    found = needs(params, head.trainings(params, place), set(), {"export@streets-pspnet-resnet18"}, place)
+    found = needs(params, plan.trainings(params, place), set(), {"export@streets-pspnet-resnet18"}, place)
     assert found.fetch == ["streets"] and found.exports == [("streets", "pspnet-resnet18")]
     told = found.told()
     assert told[0] == "would fetch the data of streets" and len(told) == 2 + len({c.method for c in cells})
@@ -1003,7 +1006,7 @@ def test_packs_are_cut_for_the_workers_of_a_cluster(jobs: int | None, shared: in
 def test_a_queue_is_told_how_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["repro", "--cluster", "slurm"])
     with pytest.raises(ConfigError, match=r"^CLUSTER needs JOBS, .*JOBS=8`\.$"):
-        main()
+        command.main()
 
 
 @pytest.mark.parametrize(
@@ -1030,7 +1033,7 @@ def test_a_dry_run_says_what_is_due_and_does_nothing(
     }
     monkeypatch.chdir(copy)
     with caplog.at_level("INFO"):
-        assert head.repro(argparse.Namespace(dry=True), copy) == []
+        assert command.repro(argparse.Namespace(dry=True), copy) == []
     after = {
         path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and ".dvc" not in path.parts
     }
@@ -1051,8 +1054,8 @@ def test_an_empty_cache_of_dvc_is_filled_and_nothing_is_made_again(
         path.write_bytes(content)
     shutil.rmtree(cache)
     monkeypatch.chdir(copy)
-    monkeypatch.setattr(head, "started", None)
-    assert head.repro(argparse.Namespace(dry=False), copy) == []
+    monkeypatch.setattr(suite_head, "started", None)
+    assert command.repro(argparse.Namespace(dry=False), copy) == []
     assert held <= {path.relative_to(cache) for path in cache.rglob("*") if path.is_file()}
     shutil.rmtree(cache)
     assert "fetch@streets" in pipeline.Pipeline(copy).changed()[1]
@@ -1069,11 +1072,11 @@ def test_a_report_that_fails_takes_nothing_from_the_commit(
     weights, same = NONE.folder(copy) / "weights.safetensors", copy / ".scratch" / "same"
     same.hardlink_to(weights)
     shutil.rmtree(copy / ".dvc" / "cache", ignore_errors=True)
-    monkeypatch.setattr(head, "needs", lambda *_: Needs())
+    monkeypatch.setattr(plan, "needs", lambda *_: Needs())
     monkeypatch.setattr(report, "report", lambda *_: 1 / 0)
     monkeypatch.chdir(copy)
     with pytest.raises(ZeroDivisionError):
-        head.repro(argparse.Namespace(dry=False), copy)
+        command.repro(argparse.Namespace(dry=False), copy)
     stages = pipeline.locked(copy)
     assert {"train_teacher@streets", "distill@streets-pspnet-resnet18-kd-0"} <= stages.keys()
     assert "report" not in stages
@@ -1090,9 +1093,9 @@ def test_settings_that_changed_meanwhile_are_not_those_of_what_was_trained(
         change(copy, lambda raw: raw["methods"]["kd"].update(temperature=9.0))
         return Needs()
 
-    monkeypatch.setattr(head, "needs", edit)
+    monkeypatch.setattr(plan, "needs", edit)
     monkeypatch.chdir(copy)
-    head.repro(argparse.Namespace(dry=False), copy)
+    command.repro(argparse.Namespace(dry=False), copy)
     names = {name for name in pipeline.locked(copy) if "@streets-pspnet-resnet18-" in name}
     assert {name for name in names if name.startswith("distill@") and "-none-" in name}
     assert not {name for name in names if "-kd-" in name}
@@ -1105,21 +1108,21 @@ def test_settings_that_are_half_written_at_the_commit_are_one_sentence(
         (copy / "params.yaml").write_text("suite: [")
         return Needs()
 
-    monkeypatch.setattr(head, "needs", edit)
+    monkeypatch.setattr(plan, "needs", edit)
     monkeypatch.chdir(copy)
     with pytest.raises(ConfigError, match=r"params\.yaml"):
-        head.repro(argparse.Namespace(dry=False), copy)
+        command.repro(argparse.Namespace(dry=False), copy)
 
 
 def test_a_report_that_settings_have_outlived_is_due(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def edit(*_: object) -> None:
         change(copy, lambda raw: raw["methods"]["kd"].update(temperature=9.0))
 
-    monkeypatch.setattr(head, "needs", lambda *_: Needs())
+    monkeypatch.setattr(plan, "needs", lambda *_: Needs())
     monkeypatch.setattr(report, "report", edit)
     monkeypatch.chdir(copy)
     (copy / "dvc.lock").unlink()  # so that the report is made
-    head.repro(argparse.Namespace(dry=False), copy)
+    command.repro(argparse.Namespace(dry=False), copy)
     assert "report" in pipeline.locked(copy)
     assert "report" in pipeline.Pipeline(copy).changed()[0]
 
@@ -1129,7 +1132,7 @@ def test_a_student_is_exported_where_its_weights_are_or_will_be(copy: Path) -> N
 
     def wanted(changed: set[str]) -> bool:
         params = config.load(copy / "params.yaml")
-        return needs(params, head.trainings(params, copy), changed, {stage}, copy).exports == [
+        return needs(params, plan.trainings(params, copy), changed, {stage}, copy).exports == [
             ("streets", "pspnet-resnet18")
         ]
 

@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from pipelines import config, files
-from pipelines.config import ROOT, ConfigError
+from pipelines.config import PAPER, ROOT, ConfigError, Params
 from pipelines.place import git, in_git
+from pipelines.runs.records import Cell
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,20 @@ class Pipeline:
             "Another dvc has been at work here for ten minutes: end it, then run this again. If there is "
             "none, remove .dvc/tmp/lock."
         )
+
+
+def stage_of(params: Params, cell: Cell) -> str:
+    """The stage of dvc.yaml that trains a cell."""
+    if cell.is_teacher:
+        return f"train_teacher@{cell.benchmark}"
+    place, method = f"{cell.benchmark}-{cell.student}", cell.method
+    if method in params.controls:
+        return f"control@{place}-{params.controls[method]}-{cell.seed}"
+    if method.endswith(config.OFFICIAL):
+        return f"official@{place}-{params.module_key(method)}-{cell.seed}"
+    if method.startswith(f"{PAPER}-"):
+        return f"{PAPER}@{place}-{method.removeprefix(f'{PAPER}-')}-{cell.seed}"
+    return f"distill@{place}-{method}-{cell.seed}"
 
 
 class LockedFile(BaseModel):

@@ -1,10 +1,11 @@
-"""Which cells are due, and how they are cut into packs. Reads records and settings; no torch, no DVC."""
+"""What is due, and how cells are cut into packs. Reads records and settings; no torch, no DVC."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.config import ROOT, ConfigError, Params
@@ -63,6 +64,72 @@ def _data_sha256(folder: Path) -> str | None:
         return data_folder.describe(folder).sha256
     except ConfigError:
         return None
+
+
+def unfinished(params: Params, benchmark: str, root: Path) -> list[Cell]:
+    """The cells of a benchmark without a record of today."""
+    own = due(params, benchmark, root)
+    return [*own.cells, *([teacher_cell(params, benchmark)] if own.train_teacher else [])]
+
+
+@dataclass
+class Needs:
+    """What has to be done before the commit."""
+
+    weights: list[str] = field(default_factory=list)
+    count: bool = False
+    fetch: list[str] = field(default_factory=list)
+    due: dict[str, Due] = field(default_factory=dict)
+    exports: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def any(self) -> bool:
+        return bool(self.weights or self.count or self.fetch or self.due or self.exports)
+
+    def told(self) -> list[str]:
+        """What would be done, a line each."""
+        lines = [f"would fetch the encoder weights {name}" for name in self.weights]
+        lines += [f"would fetch the data of {name}" for name in self.fetch]
+        for name, own in self.due.items():
+            lines += [f"would train the teacher of {name}"] if own.train_teacher else []
+            rows = Counter(f"{cell.student}/{cell.method}" for cell in own.cells)
+            lines += [
+                f"would train {name}/{row}, {count} seed{'s' * (count > 1)}" for row, count in rows.items()
+            ]
+        lines += [f"would measure the export of {student} of {name}" for name, student in self.exports]
+        lines += ["would count networks and methods"] if self.count else []
+        return lines or ["nothing is to be done but the report, if that"]
+
+
+def trainings(params: Params, root: Path = ROOT) -> dict[str, Due]:
+    """What is to be trained, by benchmark."""
+    found = {benchmark: due(params, benchmark, root) for benchmark in params.suite.benchmarks}
+    return {benchmark: own for benchmark, own in found.items() if own.train_teacher or own.cells}
+
+
+def needs(
+    params: Params, due: Mapping[str, Due], changed: set[str], stages: Collection[str], root: Path = ROOT
+) -> Needs:
+    """What has to be done beside the trainings that are ``due``, by what is there and by what DVC, which has
+    ``stages``, calls changed."""
+    found = Needs(count="count" in changed, due=dict(due))
+    found.weights = [
+        key for key in params.suite.weights if not (root / params.encoder_weights(key).file).is_file()
+    ]
+    for benchmark in params.suite.benchmarks:
+        have = (root / "data" / benchmark).is_dir()
+        stale, own = f"fetch@{benchmark}" in changed, found.due.get(benchmark)
+        if (stale and have) or (own and not have):
+            found.fetch.append(benchmark)
+        for student in params.suite.students:
+            stage = f"export@{benchmark}-{student}"
+            cell = Cell(benchmark, student, params.suite.reference, params.suite.seeds[0])
+            there = have and (cell.folder(root) / "weights.safetensors").is_file()
+            trained = own is not None and cell in own.cells
+            # a clone that adds a method to committed records has no weights of the student alone
+            if stage in stages and (trained or (there and (stage in changed or benchmark in found.due))):
+                found.exports.append((benchmark, student))
+    return found
 
 
 def cut(cells: Sequence[Cell], params: Params, workers: int, root: Path = ROOT) -> list[list[Cell]]:

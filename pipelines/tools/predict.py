@@ -161,6 +161,7 @@ def segment(
     import torch
 
     from pipelines.datasets.transforms import normalise
+    from pipelines.engine.evaluate import slide
     from pipelines.networks import upsample
 
     classes, shape = int(network.head.out_channels), (image.height, image.width)
@@ -175,16 +176,16 @@ def segment(
     device = next(network.parameters()).device
     seen = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR) if size else image)
 
-    def logits(part: np.ndarray, to: tuple[int, int]) -> Tensor:
-        pixels = torch.from_numpy(part.transpose(2, 0, 1)[None].copy()).to(device)
-        images = normalise(pixels).contiguous(memory_format=torch.channels_last)
-        return upsample(network(images)["logits"].float(), to)[0]
+    def images(part: np.ndarray) -> Tensor:
+        found = torch.from_numpy(part.transpose(2, 0, 1)[None].copy()).to(device)
+        return normalise(found).contiguous(memory_format=torch.channels_last)
 
     with torch.inference_mode():
         try:
-            if sliding is None:
-                return np.asarray(logits(seen, shape).argmax(0).to(torch.uint8).cpu())
-            return _windows(seen, classes, sliding, logits)
+            if sliding is not None:
+                return _windows(seen, classes, sliding, lambda part: slide(network, images(part), sliding))
+            logits = upsample(network(images(seen))["logits"].float(), shape)[0]
+            return np.asarray(logits.argmax(0).to(torch.uint8).cpu())
         except RuntimeError as error:  # out of memory, or too small for the network
             reason = str(error).splitlines()[0].rstrip(".")
             raise ConfigError(
@@ -193,42 +194,24 @@ def segment(
 
 
 def _windows(
-    image: np.ndarray, classes: int, sliding: Sliding, logits: Callable[[np.ndarray, tuple[int, int]], Tensor]
+    image: np.ndarray, classes: int, sliding: Sliding, see: Callable[[np.ndarray], Tensor]
 ) -> np.ndarray:
-    """As :func:`pipelines.engine.evaluate.slide`, block by block: the logits of a block alone are in memory,
-    and the windows on its borders are seen once for each block."""
-    import torch
+    """As :func:`pipelines.engine.evaluate.slide`, block by block: the logits of a block and of the windows on
+    its borders alone are in memory."""
     from tqdm import tqdm
 
     from pipelines.engine.evaluate import windows
 
-    shape = image.shape[:2]
-    window, starts = windows(shape, sliding)
+    (height, width), starts = windows(image.shape[:2], sliding)
     side = max(1, int((BLOCK / classes) ** 0.5))
-    blocks = [(top, left) for top in range(0, shape[0], side) for left in range(0, shape[1], side)]
-    mask = np.empty(shape, np.uint8)
+    blocks = [(top, left) for top in range(0, len(image), side) for left in range(0, image.shape[1], side)]
+    mask = np.empty(image.shape[:2], np.uint8)
     for top, left in tqdm(blocks, unit="block", leave=False, disable=len(blocks) == 1):
-        bottom, right = min(top + side, shape[0]), min(left + side, shape[1])
-        total, seen = (
-            torch.zeros(classes, bottom - top, right - left),
-            torch.zeros(bottom - top, right - left),
-        )
-        for y in starts[0]:
-            for x in starts[1]:
-                rows = slice(max(y, top), min(y + window[0], bottom))
-                columns = slice(max(x, left), min(x + window[1], right))
-                if rows.start >= rows.stop or columns.start >= columns.stop:
-                    continue
-                found = logits(image[y : y + window[0], x : x + window[1]], (window[0], window[1])).cpu()
-                at = (
-                    slice(rows.start - top, rows.stop - top),
-                    slice(columns.start - left, columns.stop - left),
-                )
-                total[:, *at] += found[
-                    :, rows.start - y : rows.stop - y, columns.start - x : columns.stop - x
-                ]
-                seen[at] += 1
-        mask[top:bottom, left:right] = (total / seen).argmax(0).numpy()
+        part = mask[top : top + side, left : left + side]
+        ys = [y for y in starts[0] if top - height < y < top + len(part)]
+        xs = [x for x in starts[1] if left - width < x < left + part.shape[1]]
+        found = see(image[ys[0] : ys[-1] + height, xs[0] : xs[-1] + width])[0, top - ys[0] :, left - xs[0] :]
+        part[:] = found[: len(part), : part.shape[1]].cpu().numpy()
     return mask
 
 
