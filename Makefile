@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv# relative: the path of the checkout may have spaces
 READY := $(VENV)/.installed
 SHELL := bash
+QUIET := --quiet --disable-pip-version-check
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -74,9 +75,14 @@ clean:  ## remove what can be rebuilt; records, reports, data, weights and resum
 $(READY): requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	rm -rf $(VENV)
-	$(PYTHON) -m venv $(VENV)
-	PIP_USER=0 $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+# The pip that is there, where there is one: to unpack another takes longer than uv needs for all.
+	$(PYTHON) -m venv --without-pip $(VENV)
+	base="$$($(VENV)/bin/python -c 'import sys; print(sys._base_executable)')"; \
+	  PIP_USER=0 "$$base" -m pip --python $(VENV)/bin/python install $(QUIET) uv 2> /dev/null || \
+	  { $(VENV)/bin/python -m ensurepip && PIP_USER=0 $(VENV)/bin/python -m pip install $(QUIET) uv; }
+	$(VENV)/bin/python -m uv pip install --quiet --python $(VENV)/bin/python pip
 	$(VENV)/bin/python -m uv pip install --quiet --python $(VENV)/bin/python --require-hashes -r requirements.lock
-# Compiled on two cores before a first run needs it on one; the rest its processes compile side by side.
-	for names in torch dvc.repo,dvc.scm,distributed; do PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -c "import $$names" & done; wait
+# Compiled on two cores before a first run needs it on one.
+	for names in segmentation_models_pytorch dvc.repo,dvc.scm,distributed,seaborn,mlflow,sqlalchemy.orm,alembic.command; do \
+	  PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -c "import $$names" & done; wait
 	realpath $(VENV) > $@

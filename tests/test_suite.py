@@ -723,7 +723,9 @@ def test_what_is_noted_in_dvc_lock_is_what_dvc_would_note(
     root = copy_repository(tmp_path)
     monkeypatch.chdir(root)
     lock, found = root / "dvc.lock", pipeline.Pipeline(root)
-    text = lock.read_text().replace("  count:\n", "  uncounted:\n")
+    entries = pipeline._entries(lock.read_text()) or {}
+    some = {key: entries[key] for key in [*[*entries][:5], "  count:", "  report:"]}  # of hundreds
+    text = pipeline.LOCK + "".join(some.values()).replace("  count:\n", "  uncounted:\n")
     if written == "by hand":
         text = text.replace("stages:\n", "# ours\nstages:\n", 1)
     lock.write_text(text)

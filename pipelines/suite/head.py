@@ -40,8 +40,9 @@ class Workers:
     display: Any
     answer: Any
 
-    def check(self) -> None:
-        """:class:`ConfigError` for values of the methods that are refused."""
+    def check(self) -> list[str]:
+        """:class:`ConfigError` for values of the methods that are refused; else the address of the worker
+        that has looked, and has imported what others have not."""
         from distributed import wait
 
         with _there():
@@ -49,6 +50,7 @@ class Workers:
             # of a worker that cannot look, its tasks say why
             if self.answer.status == "finished" and (why := self.answer.result()) is not None:
                 raise ConfigError(why)
+            return [address for found in self.client.who_has(self.answer).values() for address in found]
 
 
 @contextlib.contextmanager
@@ -112,6 +114,7 @@ class Suite:
         ]
         self.drawn: dict[str, Any] = {}  # futures of figures, by benchmark: who drew, writes the report
         self.mirrored = False
+        self.first: list[str] = []  # the worker that gets the first task, if it is there
 
     def run(self) -> None:
         """Do all that is needed; ``failed`` are the sentences of what failed."""
@@ -184,9 +187,11 @@ class Suite:
         with _there():
             free = max(0, sum(self.client.nthreads().values()) - len(self.waiting))
             for task in self.queue[:free]:
-                key = f"{task.name}--{next(self.numbers)}"
-                future = self.client.submit(task.act, self.expected, *task.arguments, pure=False, key=key)
-                self.waiting[future] = task
+                how = {"pure": False, "key": f"{task.name}--{next(self.numbers)}"}
+                if self.first:
+                    how |= {"workers": self.first, "allow_other_workers": True}
+                self.waiting[self.client.submit(task.act, self.expected, *task.arguments, **how)] = task
+                self.first = []
         del self.queue[:free]
         return bool(self.queue or self.waiting)
 

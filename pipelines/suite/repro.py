@@ -93,8 +93,9 @@ def repro(options: argparse.Namespace, root: Path = ROOT) -> list[str]:
             return []
         if needed.any:
             workers = workers or start()
-            workers.check()
+            first = workers.check()
             suite = head.Suite(workers.client, params, needed, workers.jobs, workers.display, root)
+            suite.first = first
             suite.run()
             _commit(pipeline, (changed | uncached | suite.ran) - suite.broken, suite.report(), root)
             return suite.failed
