@@ -1069,7 +1069,7 @@ def test_an_empty_cache_of_dvc_is_filled_and_nothing_is_made_again(
 def test_a_report_that_fails_takes_nothing_from_the_commit(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes before the commit, which is made all the same; the report itself is still to be made."""
+    """Which is made all the same; the report itself is still to be made."""
     (copy / "dvc.lock").unlink()
     weights, same = NONE.folder(copy) / "weights.safetensors", copy / ".scratch" / "same"
     same.hardlink_to(weights)
@@ -1170,6 +1170,8 @@ def test_other_data_is_trained_on_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(work, "fetch", lambda *_: work.Outcome())
     monkeypatch.setattr(work, "train", training)
     monkeypatch.setattr(plan, "due", lambda *_: due[0])
+    (tmp_path / "runs" / "streets").mkdir(parents=True)
+    monkeypatch.setattr(work, "figures", lambda *_: (tmp_path / "figures").touch() or work.Outcome())
     with distributed.Client(processes=False, n_workers=1, dashboard_address=None) as client:
         shown = display.Display()
         suite = Suite(client, params, Needs(fetch=["streets"]), 1, shown, tmp_path)
@@ -1177,6 +1179,7 @@ def test_other_data_is_trained_on_at_once(tmp_path: Path, monkeypatch: pytest.Mo
         shown.close()
     assert ran.read_text() == "streets/teacher"
     assert suite.ran == {"fetch@streets", "train_teacher@streets"}
+    assert not (tmp_path / "figures").exists()  # of what is no longer there
 
 
 def test_students_are_exported_beside_the_packs_of_later_seeds(

@@ -318,7 +318,8 @@ class Suite:
             self.needed.count = False
             self._submit("count of networks", work.count, stage="count", last=1)
         for benchmark in self.others:
-            self._draw(benchmark)
+            if benchmark not in self.needed.due:  # new data may have made it due
+                self._draw(benchmark)
         self.others = []
 
     def _draw(self, benchmark: str) -> None:
